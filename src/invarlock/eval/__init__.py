@@ -1,0 +1,1 @@
+"""Measuring models: windows, the forward loop, metrics and the statistics on them."""
