@@ -1,0 +1,55 @@
+"""The event log: one JSON object a line, secrets redacted, flushed line by line so that an aborted run keeps its log."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+__all__ = ["EventLog", "redact"]
+
+_SECRET_KEY = re.compile(r"token$|secret|password|passwd|api_?key|authorization|credential", re.IGNORECASE)
+_SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{8,}|gh[pousr]_[A-Za-z0-9]{8,})|(?<=Bearer )\S+")
+_HIDDEN = "[redacted]"
+
+
+def redact(value: Any, key: str = "") -> Any:
+    """Return a JSON-ready copy of `value` without secrets: by key name, and by the shape of common access tokens."""
+    if isinstance(value, dict):
+        return {str(k): redact(v, str(k)) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redact(item, key) for item in value]
+    if isinstance(value, str):
+        return _HIDDEN if _SECRET_KEY.search(key) else _SECRET_VALUE.sub(_HIDDEN, value)
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return redact(str(value), key)
+
+
+class EventLog:
+    """Appends events to `path`; without a path it only keeps them. `events` holds them in order."""
+
+    def __init__(self, path: Path | str | None = None, *, run_id: str = "") -> None:
+        self.events: list[dict[str, Any]] = []
+        self.run_id = run_id
+        self._file: TextIO | None = None
+        if path is not None:
+            target = Path(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._file = target.open("a", encoding="utf-8")
+
+    def log(self, phase: str, event: str, **data: Any) -> None:
+        """Record that `event` happened in `phase`."""
+        entry = {"ts": time.time(), "run_id": self.run_id, "phase": phase, "event": event, **redact(data)}
+        self.events.append(entry)
+        if self._file is not None:
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; logging afterwards only keeps events in memory."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

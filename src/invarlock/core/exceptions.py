@@ -1,0 +1,106 @@
+"""Every error that InvarLock raises on purpose.
+
+    InvarlockError
+    ├── ConfigError           a setting, flag or file of settings is wrong            exit 2
+    ├── DependencyError       an optional extra is missing           DEPENDENCY-MISSING  exit 1
+    ├── ModelLoadError        a checkpoint cannot be read
+    │   └── CheckpointDamaged   it reads, but its tensors are damaged; names them
+    ├── AdapterError          an adapter cannot do what it was asked
+    ├── EditError             an edit cannot be applied
+    ├── GuardError            a guard broke its contract or raised
+    ├── DataError             evaluation text is missing, malformed or too little
+    ├── PairingError          the two sides were not measured on the same windows   Ennn  exit 3
+    ├── CertificateError      a certificate does not follow the schema, or cannot be made  exit 2
+    ├── NetworkError          the network was needed and is not allowed
+    └── RunInterrupted        the run was stopped before it ended
+
+A message is one line: what was got, what was expected, what to do. `code` is set where the contract gives one.
+Only the command line turns errors into exit codes.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AdapterError",
+    "CertificateError",
+    "CheckpointDamaged",
+    "ConfigError",
+    "DataError",
+    "DependencyError",
+    "EditError",
+    "GuardError",
+    "InvarlockError",
+    "ModelLoadError",
+    "NetworkError",
+    "PairingError",
+    "RunInterrupted",
+]
+
+
+class InvarlockError(Exception):
+    """Root of the tree; `code` is a stable label such as `E001` or `DEPENDENCY-MISSING`, or None."""
+
+    code: str | None = None
+
+    def __init__(self, message: str, *, code: str | None = None) -> None:
+        super().__init__(message)
+        if code is not None:
+            self.code = code
+
+
+class ConfigError(InvarlockError):
+    """A setting, flag or file of settings is wrong."""
+
+
+class DependencyError(InvarlockError):
+    """An optional extra is missing; the message holds the exact install command."""
+
+    code = "DEPENDENCY-MISSING"
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f'{what} needs the extra "{extra}", which is not installed: pip install "invarlock[{extra}]"')
+        self.extra = extra
+
+
+class ModelLoadError(InvarlockError):
+    """A checkpoint cannot be read."""
+
+
+class CheckpointDamaged(ModelLoadError):
+    """A checkpoint reads but must not be used; `findings` names every tensor at fault."""
+
+    def __init__(self, message: str, findings: list[dict[str, object]]) -> None:
+        super().__init__(message)
+        self.findings = findings
+
+
+class AdapterError(InvarlockError):
+    """An adapter cannot do what it was asked."""
+
+
+class EditError(InvarlockError):
+    """An edit cannot be applied."""
+
+
+class GuardError(InvarlockError):
+    """A guard broke its contract or raised."""
+
+
+class DataError(InvarlockError):
+    """Evaluation text is missing, malformed or too little."""
+
+
+class PairingError(InvarlockError):
+    """The two sides were not measured on the same windows."""
+
+
+class CertificateError(InvarlockError):
+    """A certificate does not follow the schema, or cannot be made from what was given."""
+
+
+class NetworkError(InvarlockError):
+    """The network was needed and is not allowed."""
+
+
+class RunInterrupted(InvarlockError):
+    """The run was stopped before it ended."""

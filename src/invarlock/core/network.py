@@ -1,0 +1,72 @@
+"""No network unless `INVARLOCK_ALLOW_NETWORK=1`.
+
+Enforced twice: by the Hugging Face offline switches, set before those libraries are imported, and where sockets are
+opened. Addresses on this machine (loopback, Unix sockets) stay open; name look-ups are refused too.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from typing import Any
+
+from invarlock.core import settings
+from invarlock.core.exceptions import NetworkError
+
+__all__ = ["enforce_network_policy", "network_allowed"]
+
+_SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+_connect = socket.socket.connect
+_connect_ex = socket.socket.connect_ex
+_getaddrinfo = socket.getaddrinfo
+
+
+def network_allowed() -> bool:
+    """Return whether `INVARLOCK_ALLOW_NETWORK` is on."""
+    return settings.flag("INVARLOCK_ALLOW_NETWORK")
+
+
+def _is_local(host: object) -> bool:
+    if host is None or host in {"localhost", "localhost.", b"localhost", ""}:
+        return True
+    text = host.decode() if isinstance(host, bytes) else str(host)
+    try:
+        return ipaddress.ip_address(text.split("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+def _refuse(host: object) -> None:
+    if not network_allowed() and not _is_local(host):
+        raise NetworkError(
+            f"a connection to {host!r} was refused: the network is off; set INVARLOCK_ALLOW_NETWORK=1 to allow it"
+        )
+
+
+def _guarded(original: Any) -> Any:
+    def connect(self: socket.socket, address: Any) -> Any:
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            _refuse(address[0])
+        return original(self, address)
+
+    return connect
+
+
+def _guarded_getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
+    _refuse(host)
+    return _getaddrinfo(host, *args, **kwargs)
+
+
+def enforce_network_policy() -> None:
+    """Close the network for this process unless it is allowed. Called once, by the command line, before heavy imports.
+
+    A library user who imports InvarLock keeps their process as it is; they call this function to get the same policy.
+    """
+    if network_allowed():
+        return
+    for switch in _SWITCHES:
+        os.environ.setdefault(switch, "1")
+    socket.socket.connect = _guarded(_connect)  # type: ignore[method-assign]
+    socket.socket.connect_ex = _guarded(_connect_ex)  # type: ignore[method-assign]
+    socket.getaddrinfo = _guarded_getaddrinfo

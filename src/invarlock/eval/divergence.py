@@ -1,0 +1,108 @@
+"""How far the subject's next-token distributions are from the baseline's, token by token.
+
+The baseline's evidence keeps, for each scored token, its `TOP` most likely ids with their log-probabilities and the
+label's log-probability. Everything else is one cell, the tail. The Kullback-Leibler divergence of these coarsened
+distributions is a lower bound of the exact one (data processing inequality; Cover & Thomas, theorem 2.8.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "HISTOGRAM_EDGES",
+    "TOP",
+    "TokenReference",
+    "coarsened_kl",
+    "contract",
+    "histogram",
+    "histogram_quantile",
+    "reference_rows",
+]
+
+TOP = 64
+#: bin edges of the KL histogram in nats: 0, then 20 bins a decade from 1e-7 to 1e2; the last bin is open
+HISTOGRAM_EDGES: tuple[float, ...] = (0.0, *(float(10.0 ** (-7 + k / 20)) for k in range(181)))
+_FLOOR = 1e-7  # single precision cannot tell smaller tail masses from rounding
+
+
+@dataclass(frozen=True)
+class TokenReference:
+    """The baseline's compact distributions for n scored tokens: `ids` [n, k] int32, `log_probs` [n, k] float32
+    (nats), `label_log_prob` [n] float32."""
+
+    ids: torch.Tensor
+    log_probs: torch.Tensor
+    label_log_prob: torch.Tensor
+
+    def rows(self, start: int, stop: int) -> TokenReference:
+        return TokenReference(self.ids[start:stop], self.log_probs[start:stop], self.label_log_prob[start:stop])
+
+
+def contract() -> dict[str, Any]:
+    """Return what changes these numbers."""
+    return {"top": TOP, "cells": "top ids, label, tail", "floor": _FLOOR, "histogram": "20 bins a decade, 1e-7..1e2 nats"}
+
+
+def reference_rows(logits: torch.Tensor, log_norm: torch.Tensor, label_log_prob: torch.Tensor) -> TokenReference:
+    """Return the compact form of `logits` [n, V] with `log_norm` = logsumexp [n]."""
+    import torch
+
+    values, ids = torch.topk(logits, min(TOP, logits.shape[-1]), dim=-1)
+    return TokenReference(ids.to(torch.int32), values - log_norm[:, None], label_log_prob)
+
+
+def _cells(log_probs: torch.Tensor, label: torch.Tensor, label_is_apart: torch.Tensor) -> torch.Tensor:
+    """Return probabilities [n, k + 2]: the ids, the label where it is not one of them, and the tail."""
+    import torch
+
+    apart = torch.where(label_is_apart, label.double().exp(), 0.0)
+    cells = torch.cat([log_probs.double().exp(), apart[:, None]], dim=-1)
+    tail = (1.0 - cells.sum(-1, keepdim=True)).clamp_min(_FLOOR)
+    return torch.cat([cells, tail], dim=-1)
+
+
+def coarsened_kl(
+    reference: TokenReference, logits: torch.Tensor, log_norm: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (KL in nats [n] float64, flipped [n] bool) of the subject's `logits` [n, V] against the reference.
+
+    A token flips when the baseline's most likely id is not among the subject's most likely ones (ties do not flip).
+    Non-finite logits give NaN and count as flipped.
+    """
+    import torch
+
+    ids = reference.ids.long()
+    picked = logits.gather(-1, ids)
+    apart = (ids != labels[:, None]).all(-1)
+    label_log_prob = logits.gather(-1, labels[:, None])[:, 0] - log_norm
+    p = _cells(reference.log_probs, reference.label_log_prob, apart)
+    q = _cells(picked - log_norm[:, None], label_log_prob, apart)
+    terms = torch.where(p > 0, p * (p / q.clamp_min(1e-300)).log(), 0.0)
+    kl = terms.sum(-1)
+    kl = torch.where(torch.isnan(q).any(-1), torch.nan, kl.clamp_min(0.0))
+    flipped = ~(picked[:, 0] >= logits.amax(-1))
+    return kl, flipped
+
+
+def histogram(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Count finite KL values (nats) in the fixed bins; int64 [len(HISTOGRAM_EDGES)]."""
+    finite = values[np.isfinite(values)]
+    bins = np.searchsorted(HISTOGRAM_EDGES, finite, side="right") - 1
+    return np.bincount(bins, minlength=len(HISTOGRAM_EDGES))
+
+
+def histogram_quantile(counts: Sequence[int], q: float) -> float | None:
+    """Return the lower edge of the bin that holds quantile `q` (nats; at most 12 % below the value), None if empty."""
+    total = sum(counts)
+    if total == 0:
+        return None
+    index = int(np.searchsorted(np.cumsum(counts), q * total, side="left"))
+    return HISTOGRAM_EDGES[min(index, len(HISTOGRAM_EDGES) - 1)]

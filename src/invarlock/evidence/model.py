@@ -1,0 +1,156 @@
+"""The typed form of a piece of evidence. Arrays per token live beside it; everything a comparison needs is here.
+
+A number that was measured and is not finite is stored as None: JSON has no NaN, and None fails every gate.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any, Literal
+
+import rfc8785
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = [
+    "DataFacts",
+    "Evidence",
+    "ModelFacts",
+    "Runtime",
+    "Structure",
+    "TensorFacts",
+    "TokenFile",
+    "WindowRows",
+    "canonical_digest",
+    "finite_or_none",
+]
+
+
+def canonical_digest(value: Any) -> str:
+    """Return SHA-256 (hex) over the RFC 8785 canonical JSON of `value`."""
+    return hashlib.sha256(rfc8785.dumps(value)).hexdigest()
+
+
+def finite_or_none(value: float) -> float | None:
+    """Return the float, or None where it is NaN or infinite."""
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+class _Plain(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TensorFacts(_Plain):
+    """One stored tensor: `dtype` in safetensors' spelling (F32, BF16, ...), `digest` over dtype, shape and bytes."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    digest: str
+    non_finite: int = 0
+
+
+class Structure(_Plain):
+    """The tensors of a checkpoint or live model, under the architecture's own names."""
+
+    source: Literal["file", "model"]
+    tensors: list[TensorFacts]
+    missing: list[str] = Field(default_factory=list)  # expected by the architecture, absent here
+    unexpected: list[str] = Field(default_factory=list)  # present here, unknown to the architecture
+    misshapen: list[str] = Field(default_factory=list)  # "name: got [..], expected [..]"
+    tied: list[list[str]] = Field(default_factory=list)  # [name, the name that it shares its tensor with]
+    norms: list[str] = Field(default_factory=list)  # normalisation weights
+    embedding_rows: int | None = None
+    output_rows: int | None = None
+
+    def weights_digest(self) -> str:
+        """Return SHA-256 over the tensors' names, shapes and digests, whatever their order or files."""
+        rows = sorted([t.name, *map(str, t.shape), t.digest] for t in self.tensors)
+        return canonical_digest(rows)
+
+
+class ModelFacts(_Plain):
+    """Which model this is. `behaviour` holds the configuration values that change what it computes."""
+
+    id: str
+    adapter: str
+    model_class: str | None = None
+    parameters: int
+    dtype: str | None = None
+    describe: dict[str, Any] = Field(default_factory=dict)
+    behaviour: dict[str, Any] = Field(default_factory=dict)
+    tokenizer_digest: str | None = None
+    tokenizer_size: int | None = None
+
+
+class DataFacts(_Plain):
+    """Where the windows came from; `digest` covers ids, documents and tokens."""
+
+    provider: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    seq_len: int
+    stride: int | None = None
+    seed: int = 42
+    split: str | None = None
+    requested: list[int]
+    digest: str
+    reused: bool = False
+
+
+class WindowRows(_Plain):
+    """One row a window, as columns. `loss`: mean log-loss in nats over `tokens` scored tokens.
+
+    `kl_sum` (nats, of the coarsened distributions), `kl_max` and `flips` compare with the baseline and stand in a
+    subject's evidence only; `correct` stands where the metric is an accuracy.
+    """
+
+    window_ids: list[str]
+    document_ids: list[str]
+    tokens: list[int]
+    loss: list[float | None]
+    kl_sum: list[float | None] | None = None
+    kl_max: list[float | None] | None = None
+    kl_exact_sum: list[float | None] | None = None
+    flips: list[int] | None = None
+    correct: list[float] | None = None
+
+
+class TokenFile(_Plain):
+    """The file beside the report that holds per-token arrays."""
+
+    name: str
+    sha256: str
+    bytes_per_token: float
+
+
+class Runtime(_Plain):
+    """What the numbers depend on besides model and text."""
+
+    device: str
+    dtype: str
+    batch_tokens: int
+    threads: int
+    versions: dict[str, str]
+
+
+class Evidence(_Plain):
+    """What one model showed."""
+
+    format: Literal["invarlock-evidence-v1"] = "invarlock-evidence-v1"
+    metric_kind: str
+    model: ModelFacts
+    data: DataFacts
+    preview: WindowRows
+    final: WindowRows
+    structure: Structure
+    guards: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    sketches: dict[str, Any] = Field(default_factory=dict)
+    kl_histogram: list[int] | None = None
+    contracts: dict[str, str] = Field(default_factory=dict)
+    token_file: TokenFile | None = None
+    runtime: Runtime
+
+    def digest(self) -> str:
+        """Return SHA-256 over all that was recorded."""
+        return canonical_digest(self.model_dump(mode="json"))
