@@ -1,0 +1,167 @@
+"""Which weights a model has, and what each is for: the list that every weight-based guard walks.
+
+Families are `ffn`, `attn`, `embed`, `router` and `other`. A table of name patterns decides; where none fits, the shape
+does, and the entry says so (`by`). An adapter's `module_families` overrules both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["FAMILIES", "WeightMatrix", "classify", "layer_index", "unreadable_weights", "weight_matrices"]
+
+Family = Literal["ffn", "attn", "embed", "router", "other"]
+Role = Literal["head", "embedding", "linear"]
+
+FAMILIES: tuple[Family, ...] = ("ffn", "attn", "embed", "router", "other")
+
+# The first pattern that is found in the dotted name decides, so the order matters: `self_attn_layer_norm` is a norm,
+# `attention.output.dense` is attention although `output.dense` alone is BERT's feed-forward.
+_NAMES: tuple[tuple[str, Family], ...] = (
+    (r"norm|(^|\.)ln_\w+|(^|\.)pooler\.|(^|\.)classifier\.|(^|\.)score\.|qa_outputs|seq_relationship", "other"),
+    (r"(^|\.)(predictions\.transform|vocab_transform|lm_head\.dense)\.", "other"),
+    (r"(^|\.)(router|gate|wg|shared_expert_gate)(\.|$)", "router"),
+    (r"attn|attention|query_key_value|wqkv|qkv_proj|(^|\.)[qkvo](_proj|_lin)?\.(weight|bias)$", "attn"),
+    (r"embed|(^|\.)(wte|wpe|lm_head|output_projection|vocab_projector|shared)(\.|$)", "embed"),
+    (r"predictions\.(decoder|bias)", "embed"),
+    (r"mlp|ffn|feed_?forward|densereludense|experts?(\.|\[|$)|intermediate\.|output\.dense", "ffn"),
+    (r"dense_(h_to_4h|4h_to_h)", "ffn"),
+    (r"(^|\.)(fc\d|fc_in|fc_out|c_fc|lin\d|wi(_\d)?|wo|w[123])(\.|$)|(gate|up|down|gate_up)_proj", "ffn"),
+)
+_PATTERNS = tuple((re.compile(pattern), family) for pattern, family in _NAMES)
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|vocab_projector|predictions\.decoder)\.")
+_LAYER = re.compile(r"(?:^|\.)(?:h|layers?|blocks?|encoder|decoder)\.(\d+)(?:\.|$)")
+_PACKED = ("qweight", "weight_packed", "W_q", "_packed_params")
+
+
+@dataclass(frozen=True)
+class WeightMatrix:
+    """One two-dimensional weight of a model.
+
+    `name` is the parameter's (`h.0.mlp.c_fc.weight`; `...experts.down_proj[3]` within a stack of experts), `module`
+    the path of the module that owns it, `shape` that of `tensor()`: [out, in], or [rows, width] for an embedding.
+    `tied` says that another name holds the same tensor; it is listed under the first name only.
+    """
+
+    name: str
+    module: str
+    family: str
+    by: Literal["name", "shape", "adapter"]
+    layer: int | None
+    role: Role
+    shape: tuple[int, int]
+    tied: bool
+    _parameter: Tensor
+    _expert: int | None = None
+    _transposed: bool = False
+
+    def tensor(self) -> Tensor:
+        """Return the matrix as a detached view, on its own device and in its own dtype."""
+        data = self._parameter.detach()
+        if self._expert is not None:
+            data = data[self._expert]
+        return data.T if self._transposed else data
+
+
+def classify(name: str, shape: Sequence[int]) -> tuple[Family, Literal["name", "shape"]]:
+    """Return the family of a tensor called `name` and whether its name or its shape decided.
+
+    By shape: [rows, columns] with at least 8 rows a column or more is an embedding, a square matrix attention, any
+    other matrix feed-forward; fewer than two dimensions are `other`.
+    """
+    lowered = name.lower()
+    for pattern, family in _PATTERNS:
+        if pattern.search(lowered):
+            return family, "name"
+    if len(shape) < 2 or min(shape) < 2:
+        return "other", "shape"
+    rows, columns = shape[-2:]
+    if rows >= 8 * columns:
+        return "embed", "shape"
+    return ("attn" if rows == columns else "ffn"), "shape"
+
+
+def layer_index(name: str) -> int | None:
+    """Return the number of the layer in a dotted name, or None outside the stack of layers."""
+    found = _LAYER.search(name)
+    return int(found.group(1)) if found else None
+
+
+def weight_matrices(model: Any, adapter: Any = None) -> list[WeightMatrix]:
+    """List every dense 2-D weight in the model's own order, each expert of a stacked 3-D one by itself.
+
+    Tied weights come once. Convolution kernels and quantized weights are left out; `unreadable_weights` lists these.
+    """
+    overrides = dict(adapter.module_families(model)) if hasattr(adapter, "module_families") else {}
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    modules = dict(model.named_modules())
+    found: list[WeightMatrix] = []
+    for name, parameter in model.named_parameters():
+        module_path = name.rpartition(".")[0]
+        owner = modules[module_path]
+        if _is_dense(parameter) and _is_matrix(owner, parameter):
+            names = aliases[id(parameter)]
+            found.extend(_entries(name, names, module_path, owner, parameter, overrides))
+    return found
+
+
+def unreadable_weights(model: Any) -> list[str]:
+    """List the weights that exist only in a packed or quantized form, by the name that the dense one would have."""
+    found: list[str] = []
+    for path, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        packed = any(getattr(module, name, None) is not None for name in _PACKED)
+        if packed or (hasattr(weight, "element_size") and not _is_dense(weight)):
+            found.append(f"{path}.weight")
+    return found
+
+
+def _is_dense(parameter: Any) -> bool:
+    import torch
+
+    # A quantizer's tensor subclass reports the dtype it stands for; 8-bit floats mean nothing without their scales.
+    plain = type(parameter) in (torch.nn.Parameter, torch.Tensor)
+    return plain and parameter.is_floating_point() and parameter.element_size() >= 2
+
+
+def _is_matrix(owner: Any, parameter: Tensor) -> bool:
+    kernel = "Conv" in type(owner).__name__ and not _is_conv1d(owner)
+    return not kernel and parameter.ndim in (2, 3)
+
+
+def _is_conv1d(owner: Any) -> bool:
+    return type(owner).__name__ == "Conv1D"  # GPT-2's linear layer, stored [in, out]
+
+
+def _entries(
+    name: str, names: list[str], module_path: str, owner: Any, parameter: Tensor, overrides: dict[str, str]
+) -> Iterator[WeightMatrix]:
+    transposed = _is_conv1d(owner) and parameter.ndim == 2
+    role = _role(names, owner)
+    for expert in range(parameter.shape[0]) if parameter.ndim == 3 else (None,):
+        entry = name if expert is None else f"{name}[{expert}]"
+        rows, columns = parameter.shape[-2:]
+        shape = (columns, rows) if transposed else (rows, columns)
+        family: str
+        by: Literal["name", "shape", "adapter"]
+        family, by = classify(name, shape)
+        if chosen := overrides.get(entry) or overrides.get(name) or overrides.get(module_path):
+            family, by = chosen, "adapter"
+        layer, tied = layer_index(name), len(names) > 1
+        yield WeightMatrix(entry, module_path, family, by, layer, role, shape, tied, parameter, expert, transposed)
+
+
+def _role(names: list[str], owner: Any) -> Role:
+    import torch
+
+    if isinstance(owner, torch.nn.Embedding):
+        return "embedding"
+    return "head" if any(_HEAD.search(name) for name in names) else "linear"

@@ -1,0 +1,335 @@
+"""Spectral guard: the largest singular value, the stable rank and the row and column norms of every weight matrix.
+
+Growth g = s1/s0 - 1 and z = ln(s1/s0) / tau of the module's family. A module violates when |g| exceeds the deadband,
+|z| exceeds kappa of its family, and its p-value 2 * Phi(-|z|) survives the multiple-testing rule over all modules. Up
+to `max_caps` violations warn, more fail. Fatal by themselves: a ratio of singular values outside [1/2, 2], a stable
+rank under a quarter of the baseline's, a norm ratio of a row or column outside [0.1, 10].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from invarlock.core.exceptions import ConfigError, DataError
+from invarlock.eval.multiplicity import bh, bonferroni
+from invarlock.guards.base import Facts, Policy, Result, Stats, StatsGuard, result
+from invarlock.guards.families import WeightMatrix, unreadable_weights, weight_matrices
+from invarlock.guards.linalg import (
+    SIGMA_CONTRACT,
+    column_norms,
+    finite,
+    pack,
+    row_norms,
+    sigma_max,
+    stable_rank,
+    unpack,
+)
+
+__all__ = ["SpectralGuard"]
+
+_TESTS = {"bh": bh, "bonferroni": bonferroni}
+_TAILS, _MIDDLE = 32, 64  # of a sorted profile of norms: the lowest and highest 32, and 64 evenly spaced between
+_DEAD = 1e-3  # a row under this fraction of the baseline's median norm has no ratio to speak of
+_MAX_SEVERITY = 99.0
+# ratio: (fatal below, warn below, warn above, fatal above)
+_BOUNDS: dict[str, tuple[float, float, float, float]] = {
+    "sigma": (0.5, 0.0, math.inf, 2.0),
+    "stable_rank": (0.25, 0.5, math.inf, math.inf),
+    "row_norm": (0.1, 0.25, 4.0, 10.0),
+    "column_norm": (0.1, 0.25, 4.0, 10.0),
+}
+_REACH = {"sigma": math.log(2), "stable_rank": math.log(4), "row_norm": math.log(10), "column_norm": math.log(10)}
+
+
+class SpectralGuard(StatsGuard):
+    """Compares the spectra of the subject's weights with the baseline's.
+
+    Policy keys and constructor arguments: `deadband` (of |g|), `kappa` and `tau` by family, `max_caps`,
+    `multiple_testing` {method: bh|bonferroni, alpha}, `scope` ("all" or families in which growth is judged),
+    `sigma_quantile` and `correction_enabled`: in a run, an offender that grew past that quantile of its family's
+    baseline singular values is scaled down to it.
+    """
+
+    name = "spectral"
+    defaults: ClassVar[dict[str, Any]] = {
+        "sigma_quantile": 0.95,
+        "deadband": 0.10,
+        "kappa": {"ffn": 3.0, "attn": 3.0, "embed": 3.0, "router": 3.5, "other": 3.5},
+        "tau": {"ffn": 0.02, "attn": 0.02, "embed": 0.02, "router": 0.03, "other": 0.03},
+        "max_caps": 5,
+        "multiple_testing": {"method": "bh", "alpha": 0.05},
+        "correction_enabled": False,
+        "scope": "all",
+    }
+
+    def contract(self) -> dict[str, Any]:
+        return {
+            **SIGMA_CONTRACT,
+            "norms": f"sorted {_TAILS}+{_MIDDLE}+{_TAILS}; rows of embeddings and heads in order",
+            "version": 1,
+        }
+
+    def measure(self, model: Any, adapter: Any, batches: Any = None) -> Stats:
+        modules = [_measure(weight) for weight in weight_matrices(model, adapter)]
+        return {"modules": modules, "unreadable": unreadable_weights(model)}
+
+    def pair(self, baseline: Stats, subject: Stats) -> Facts:
+        before = {module["name"]: module for module in baseline["modules"]}
+        after = {module["name"]: module for module in subject["modules"]}
+        packed = {*baseline["unreadable"], *subject["unreadable"]}
+        lonely = [name for name in (*before, *after) if (name in before) != (name in after)]
+        shared = [name for name in before if name in after]
+        return {
+            "modules": [_pair(before[name], after[name]) for name in shared],
+            "missing": [name for name in lonely if name in before and name not in packed],
+            "extra": [name for name in lonely if name in after and name not in packed],
+            "not_comparable": [name for name in lonely if name in packed],
+        }
+
+    def judge(self, facts: Facts, policy: Policy) -> Result:
+        policy = {**self.defaults, **policy}
+        modules = facts["modules"]
+        errors = [
+            _finding(f"spectral_{kind}", name, f"{name} is {kind} in the subject; expected the baseline's weights")
+            for kind in ("missing", "extra")
+            for name in facts[kind]
+        ]
+        warnings: list[dict[str, Any]] = []
+        severities: dict[str, float] = {name: _MAX_SEVERITY for name in (*facts["missing"], *facts["extra"])}
+        for module in modules:
+            fatal, mild, severity = _judge_module(module)
+            errors.extend(fatal)
+            warnings.extend(mild)
+            severities[module["name"]] = severity
+        violations = _violations(modules, policy)
+        (errors if len(violations) > policy["max_caps"] else warnings).extend(violations)
+        order = sorted(severities, key=lambda name: -severities[name])  # stable: the model's order among equals
+        for findings in (errors, warnings):
+            findings.sort(key=lambda finding: -severities[finding["module"]])
+        if facts["not_comparable"]:
+            warnings.append(_not_comparable(facts["not_comparable"]))
+        growths = [abs(math.exp(x) - 1) for m in modules if (x := _log_ratio(m["sigma"])) is not None]
+        metrics = {
+            "modules": len(modules),
+            "not_comparable": len(facts["not_comparable"]),
+            "max_growth": max(growths, default=None),
+            "violations": len(violations),
+            "max_caps": policy["max_caps"],
+            "worst": [{"module": name, "severity": severities[name]} for name in order[:5] if severities[name] > 0],
+        }
+        if not modules:
+            message = "spectral: no weight matrix could be compared; expected dense 2-D weights on both sides"
+            return result(False, message, metrics=metrics, warnings=warnings, errors=errors, evaluated=False)
+        message = _message(len(modules), errors, violations)
+        return result(not errors, message, metrics=metrics, warnings=warnings, errors=errors)
+
+    def validate(self, model: Any, adapter: Any, context: dict[str, Any]) -> Result:
+        outcome = super().validate(model, adapter, context)
+        if not self.policy["correction_enabled"] or self.baseline is None or self.subject is None:
+            return outcome
+        offenders = {f["module"] for f in (*outcome["errors"], *outcome["warnings"]) if f["code"] == "spectral_growth"}
+        corrections = self.correct(model, adapter, offenders)
+        if not corrections:
+            return outcome
+        self.subject = self.measure(model, adapter)
+        outcome = self.judge(self.pair(self.baseline, self.subject), self.policy)
+        outcome["metrics"]["corrections"] = corrections
+        return outcome
+
+    def correct(self, model: Any, adapter: Any, offenders: Iterable[str]) -> list[dict[str, Any]]:
+        """Scale down, in place, each offender whose sigma exceeds its family's quantile of the baseline; list them."""
+        import torch
+
+        assert self.baseline is not None and self.subject is not None  # validate has measured both
+        wanted = set(offenders)
+        after = {module["name"]: module["sigma"] for module in self.subject["modules"]}
+        done = []
+        for weight in weight_matrices(model, adapter):
+            sigma = after.get(weight.name)
+            peers = [m["sigma"] for m in self.baseline["modules"] if m["family"] == weight.family and m["sigma"]]
+            if weight.name not in wanted or sigma is None or not peers:
+                continue
+            cap = float(np.quantile(peers, self.policy["sigma_quantile"]))
+            if sigma > cap:
+                with torch.no_grad():
+                    weight.tensor().mul_(cap / sigma)
+                done.append({"module": weight.name, "sigma": sigma, "scaled_to": cap})
+        return done
+
+
+def _measure(weight: WeightMatrix) -> dict[str, Any]:
+    tensor = weight.tensor()
+    rows, columns = row_norms(tensor), column_norms(tensor)
+    in_order = weight.role != "linear"
+    return {
+        "name": weight.name,
+        "family": weight.family,
+        "by": weight.by,
+        "role": weight.role,
+        "shape": list(weight.shape),
+        "sigma": finite(sigma_max(tensor)),
+        "frobenius": finite(math.sqrt(float(np.square(rows.astype(np.float64)).sum()))),
+        "rows": pack(rows if in_order else _profile(rows)),
+        "columns": pack(_profile(columns)),
+    }
+
+
+def _profile(norms: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Keep of sorted norms the tails whole and the middle thinned out; at most 128 values."""
+    ordered = np.sort(norms)
+    if len(ordered) <= 2 * _TAILS + _MIDDLE:
+        return ordered
+    middle = np.linspace(_TAILS, len(ordered) - _TAILS - 1, _MIDDLE).astype(np.intp)
+    picked = np.concatenate([np.arange(_TAILS), middle, np.arange(len(ordered) - _TAILS, len(ordered))])
+    return np.asarray(ordered[picked], dtype=np.float32)
+
+
+def _pair(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "name": before["name"],
+        "family": before["family"],
+        "same_shape": before["shape"] == after["shape"],
+        "sigma": [before["sigma"], after["sigma"]],
+        "frobenius": [before["frobenius"], after["frobenius"]],
+        "row_norm": _extremes(before["rows"], after["rows"]),
+        "column_norm": _extremes(before["columns"], after["columns"]),
+        "by_row": before["role"] != "linear",
+    }
+
+
+def _extremes(before: str, after: str) -> dict[str, Any]:
+    """Return the smallest and largest ratio of norms, after over before, and where; None where it has no value.
+
+    A row that is dead in the baseline is left out, unless it rose above the median of the living: then its ratio is
+    taken to that median.
+    """
+    old, new = unpack(before), unpack(after)
+    nothing = {"min": None, "at_min": None, "max": None, "at_max": None}
+    if len(old) != len(new) or not len(old) or not (np.isfinite(old).all() and np.isfinite(new).all()):
+        return nothing
+    living = old[old > 0]
+    if not len(living):
+        same = not new.any()
+        return {"min": 1.0, "at_min": 0, "max": 1.0, "at_max": 0} if same else nothing
+    median = float(np.median(living))
+    dead = old < _DEAD * median
+    ratio = np.where(dead, np.maximum(new / median, 1.0), new / np.where(dead, 1.0, old))
+    low, high = int(ratio.argmin()), int(ratio.argmax())
+    return {"min": float(ratio[low]), "at_min": low, "max": float(ratio[high]), "at_max": high}
+
+
+def _log_ratio(pair: Iterable[float | None]) -> float | None:
+    """ln(after / before); 0 when both are zero; None when a value is missing, not finite or alone zero."""
+    before, after = (finite(value) for value in pair)
+    if before is None or after is None or before < 0 or after < 0:
+        return None
+    if before == after:
+        return 0.0
+    return math.log(after / before) if before > 0 and after > 0 else None
+
+
+def _judge_module(module: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], float]:
+    """Return the fatal findings, the mild ones, and the severity: 1 is at a fatal bound."""
+    name = module["name"]
+    if problem := _unusable(module):
+        return [_finding(f"spectral_{problem[0]}", name, f"{name}: {problem[1]}")], [], _MAX_SEVERITY
+    fatal: list[dict[str, Any]] = []
+    mild: list[dict[str, Any]] = []
+    severity = 0.0
+    for kind, ratio, place in _ratios(module):
+        fatal_low, warn_low, warn_high, fatal_high = _BOUNDS[kind]
+        reach = abs(math.log(ratio)) / _REACH[kind] if ratio > 0 else _MAX_SEVERITY
+        if kind != "stable_rank" or ratio < 1:
+            severity = max(severity, min(reach, _MAX_SEVERITY))
+        what = f"{name}: {kind.replace('_', ' ')} ratio {ratio:.4g}{place}"
+        if not fatal_low <= ratio <= fatal_high:
+            fatal.append(_finding(f"spectral_{kind}", name, f"{what}; expected [{fatal_low:g}, {fatal_high:g}]"))
+        elif not warn_low <= ratio <= warn_high:
+            mild.append(_finding(f"spectral_{kind}", name, f"{what}; expected [{warn_low:g}, {warn_high:g}]"))
+    return fatal, mild, severity
+
+
+def _unusable(module: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Say why a module has no ratios, or None when it has."""
+    before, after = (finite(value) for value in module["sigma"])
+    norms = [module[kind][end] for kind in ("row_norm", "column_norm") for end in ("min", "max")]
+    if module["same_shape"] is not True:
+        return "shape", "the shape changed; expected the baseline's"
+    if before is None or after is None or None in map(finite, module["frobenius"]):
+        side = "baseline" if before is None else "subject"
+        return "nonfinite", f"sigma or a norm is not finite in the {side}; expected finite weights"
+    if before > 0 and after == 0:
+        return "zero", "the matrix is zero in the subject; expected weights"
+    if before == 0 and after > 0:
+        return "zero", "the matrix is zero in the baseline only; expected zero"
+    if before > 0 and not min(module["frobenius"]) > 0:
+        return "nonfinite", "the norm is zero where sigma is not; expected the norm of the same matrix"
+    if None in map(finite, norms):
+        return "nonfinite", "row or column norms are missing or not finite"
+    return None
+
+
+def _ratios(module: Mapping[str, Any]) -> Iterable[tuple[str, float, str]]:
+    (s0, s1), (f0, f1) = module["sigma"], module["frobenius"]
+    if s0 == 0:
+        return  # zero on both sides
+    yield "sigma", s1 / s0, ""
+    yield "stable_rank", stable_rank(f1, s1) / stable_rank(f0, s0), ""
+    for kind in ("row_norm", "column_norm"):
+        in_order = module["by_row"] and kind == "row_norm"
+        for end in ("min", "max"):
+            place = f" at row {module[kind]['at_' + end]}" if in_order else ""
+            yield kind, module[kind][end], place
+
+
+def _violations(modules: list[dict[str, Any]], policy: Policy) -> list[dict[str, Any]]:
+    """List the modules whose growth violates; a module without a ratio counts as tested with p = 1, being fatal."""
+    testing = policy["multiple_testing"]
+    if testing["method"] not in _TESTS:
+        raise ConfigError(f"got multiple_testing.method {testing['method']!r}; expected one of {sorted(_TESTS)}")
+    scope = policy["scope"]
+    judged = []
+    for module in modules:
+        log_ratio = _log_ratio(module["sigma"])
+        if log_ratio is not None and (scope == "all" or module["family"] in scope):
+            judged.append((module, log_ratio, log_ratio / _by_family(policy, "tau", module["family"])))
+    survives = _TESTS[testing["method"]](
+        [math.erfc(abs(z) / math.sqrt(2)) for _, _, z in judged], testing["alpha"], m=len(modules)
+    )
+    found = []
+    for (module, log_ratio, z), rejected in zip(judged, survives, strict=True):
+        growth = math.exp(log_ratio) - 1
+        if rejected and abs(growth) > policy["deadband"] and abs(z) > _by_family(policy, "kappa", module["family"]):
+            text = f"{module['name']}: sigma changed by {growth:+.1%} (z = {z:.1f}, family {module['family']})"
+            found.append(_finding("spectral_growth", module["name"], text))
+    return found
+
+
+def _by_family(policy: Policy, key: str, family: str) -> float:
+    table = {**SpectralGuard.defaults[key], **policy[key]}
+    value = finite(table.get(family, table["other"]))
+    if value is None or value <= 0:
+        raise DataError(f"got spectral.{key} {table.get(family)!r} for {family}; expected a number above 0")
+    return value
+
+
+def _finding(code: str, module: str, message: str) -> dict[str, Any]:
+    return {"code": code, "module": module, "message": message}
+
+
+def _not_comparable(names: list[str]) -> dict[str, Any]:
+    text = f"{len(names)} weights are packed on one side and were not compared, the first {names[0]}"
+    return _finding("spectral_not_comparable", names[0], text)
+
+
+def _message(count: int, errors: list[dict[str, Any]], violations: list[dict[str, Any]]) -> str:
+    if errors:
+        return f"spectral: {errors[0]['message']}" + (f" and {len(errors) - 1} more" if len(errors) > 1 else "")
+    if violations:
+        return f"spectral: {len(violations)} of {count} matrices changed beyond the deadband, within the allowance"
+    return f"spectral: {count} matrices within bounds"
