@@ -20,6 +20,7 @@ from invarlock.eval.bootstrap import Interval, cluster_codes, cluster_sums, line
 
 __all__ = [
     "HYSTERESIS",
+    "MIN_EXAMPLES",
     "POWER",
     "AccuracyComparison",
     "Decision",
@@ -36,6 +37,7 @@ __all__ = [
 
 HYSTERESIS = 0.002
 POWER = 0.8
+MIN_EXAMPLES = 200
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,10 @@ class Decision:
 
     `hysteresis_applied`: the interval lies beyond the limit, but not beyond limit + hysteresis, so FAIL was withheld.
     `mde`: the distance from the limit (as a ratio, or in percentage points) at which this sample decides with 80 %
-    power; None without a standard error. `windows_needed`: the number of windows (examples) whose `mde` is the distance
-    seen; None for a decided gate, and where the estimate sits in the hysteresis band so that no number decides.
+    power, (z of the level + z of the power) * standard error, with the interval's half width for the first product
+    where that is wider (Student's t); None without an interval. `windows_needed`: the number of windows (examples) of
+    the same kind whose `mde` is the distance seen; None for a decided gate, and where the estimate sits in the
+    hysteresis band so that no number decides.
     """
 
     status: Literal["pass", "fail", "inconclusive"]
@@ -123,7 +127,9 @@ def drift(
     centred = delta - np.where(final, mean_final, mean_preview)
     influence = cluster_sums(codes, sign * weights * centred / size)
     blank = replace(whole, estimate=math.nan, lo=math.nan, hi=math.nan, method="none", std_error=math.nan)
-    return linearised_interval(mean_final - mean_preview, influence, like=blank)
+    return linearised_interval(
+        mean_final - mean_preview, influence, cluster_sums(codes, weights / size) / 2.0, like=blank
+    )
 
 
 def accuracy_paired(
@@ -201,7 +207,7 @@ def decide_lower_pp(
     hysteresis_pp: float = 100.0 * HYSTERESIS,
     *,
     n_windows: int,
-    min_examples: int = 0,
+    min_examples: int = MIN_EXAMPLES,
 ) -> Decision:
     """Judge a difference in percentage points against a lower `floor_pp` (-1.0: at most one point worse).
 
@@ -257,10 +263,12 @@ def _decide(
         shown = f"{what} {interval.estimate} against limit {limit} with hysteresis {hysteresis}"
         return Decision("fail", f"{shown}: not finite, or no hysteresis at or above 0", False, None, None)
     if not (math.isfinite(interval.lo) and math.isfinite(interval.hi)):
-        return Decision("inconclusive", f"no interval from {interval.clusters} cluster(s); 2 needed", False, None, None)
+        text = f"{interval.clusters} cluster(s) give no interval: fewer than 2, or one outweighs all others"
+        return Decision("inconclusive", text, False, None, None)
     lo, hi = to_shown(interval.lo), to_shown(interval.hi)
     quantiles = NormalDist()
-    effect = (quantiles.inv_cdf((1.0 + interval.level) / 2.0) + quantiles.inv_cdf(POWER)) * interval.std_error
+    half = max(quantiles.inv_cdf((1.0 + interval.level) / 2.0) * interval.std_error, (interval.hi - interval.lo) / 2.0)
+    effect = half + quantiles.inv_cdf(POWER) * interval.std_error
     mde = to_shown(effect) if math.isfinite(effect) else None
     text = f"{what} {to_shown(interval.estimate):.6g}, interval [{lo:.6g}, {hi:.6g}], limit {limit:g}"
     if hi <= limit:
