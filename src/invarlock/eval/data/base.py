@@ -1,0 +1,333 @@
+"""What every provider shares: documents in, two disjoint sets of windows out.
+
+How windows are chosen, and why:
+
+- Windows of one document are not independent, so intervals are taken over documents; the more documents, the
+  narrower and the more honest they are. Windows are therefore dealt round by round: one of every document, then a
+  second of every document, and so on until there are enough.
+- Documents, and the windows within one, are ordered by SHA-256 of (seed, id). That is a random permutation which no
+  release of any library can change.
+- A window never spans two documents and is never padded. A long document gives full windows first and its remainder
+  last; a document shorter than `seq_len` gives one short window.
+- No special token is added to a window of text. A tokenizer that would put a beginning-of-sequence token before each
+  text (Llama's) does not do so here: it would be scored against text in the middle of which the window starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import islice
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import numpy as np
+
+from invarlock.core import settings
+from invarlock.core.exceptions import DataError
+
+__all__ = [
+    "MIN_SCORED_TOKENS",
+    "Document",
+    "EvaluationWindow",
+    "Pair",
+    "PairProvider",
+    "Provider",
+    "TextProvider",
+    "provider_digest",
+]
+
+MIN_SCORED_TOKENS = 8
+_BATCH = 64  # documents tokenised at once: enough to keep a fast tokenizer busy, few enough to stop early
+
+_T = TypeVar("_T")
+
+
+class Document(NamedTuple):
+    """One text; `document_id` is unique within its provider and split and stays the same from run to run."""
+
+    document_id: str
+    text: str
+
+
+class Pair(NamedTuple):
+    """One source and its target; pairs of one document share its `document_id`, `pair_id` is unique."""
+
+    pair_id: str
+    document_id: str
+    source: str
+    target: str
+
+
+@dataclass(frozen=True)
+class EvaluationWindow:
+    """A set of n windows, each field a list of length n.
+
+    `input_ids` and `attention_masks` are ragged [n][t]; `window_ids` are 16 hexadecimal digits, unique and stable;
+    `document_ids` name the text of each. For pairs `input_ids` are the source and `labels` the target, [n][u].
+    """
+
+    input_ids: list[list[int]] = field(default_factory=list)
+    attention_masks: list[list[int]] = field(default_factory=list)
+    window_ids: list[str] = field(default_factory=list)
+    document_ids: list[str] = field(default_factory=list)
+    labels: list[list[int]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+class _Window(NamedTuple):
+    rank: int  # how many windows of the same document come before this one
+    key: bytes  # its place in the seeded permutation
+    window_id: str
+    document_id: str
+    input_ids: list[int]
+    labels: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class _Request:
+    preview_n: int
+    final_n: int
+    seq_len: int
+    stride: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.preview_n < 0 or self.final_n < 0 or self.total == 0:
+            raise DataError(
+                f"got preview_n={self.preview_n} and final_n={self.final_n}, expected counts >= 0 and at least one "
+                "window in all: correct the counts"
+            )
+        if self.seq_len < 2:
+            raise DataError(f"got seq_len={self.seq_len}, expected at least 2, since the first token is not scored")
+        if self.stride < 1:
+            raise DataError(f"got stride={self.stride}, expected at least 1: leave it out to use seq_len")
+
+    @property
+    def total(self) -> int:
+        return self.preview_n + self.final_n
+
+    def key(self, name: str) -> bytes:
+        return hashlib.sha256(f"{self.seed}\x1f{name}".encode("utf-8", "surrogatepass")).digest()
+
+
+@dataclass(frozen=True)
+class Provider(ABC):
+    """A source of evaluation windows. The dataclass fields of a provider are its options."""
+
+    name: ClassVar[str]
+    kind: ClassVar[str]
+
+    split: str | None = None
+
+    @classmethod
+    def options(cls) -> list[str]:
+        """Names of the options that the constructor takes."""
+        return [item.name for item in fields(cls)]
+
+    def describe(self) -> dict[str, Any]:
+        """The registry name and the options that were set, as plain data for a report."""
+        values = {item: getattr(self, item) for item in self.options()}
+        return {"name": self.name, "options": {key: value for key, value in values.items() if value is not None}}
+
+    @abstractmethod
+    def _rows(self, tokenizer: Any, request: _Request, split: str | None) -> Iterator[list[_Window]]:
+        """Windows document by document, documents in the seeded order."""
+
+    def windows(
+        self,
+        tokenizer: Any,
+        *,
+        preview_n: int,
+        final_n: int,
+        seq_len: int,
+        stride: int | None = None,
+        seed: int = 42,
+        split: str | None = None,
+    ) -> tuple[EvaluationWindow, EvaluationWindow]:
+        """Two disjoint sets of windows, `preview_n` and `final_n` long, of at most `seq_len` tokens each.
+
+        The result depends on the data, the tokenizer, the seed and the counts alone. `stride` is the distance between
+        the starts of neighbouring windows (default `seq_len`); below `seq_len` windows overlap, and then preview and
+        final are drawn from different documents so that they still share no token. `split` overrides the provider's.
+        Raises `DataError` for impossible counts and for too little text, with the counts that would fit.
+        """
+        request = _Request(preview_n, final_n, seq_len, seq_len if stride is None else stride, seed)
+        documents = self._rows(tokenizer, request, split or self.split)
+        if request.stride < request.seq_len and preview_n and final_n:
+            chosen = _deal_by_document(documents, request)
+        else:
+            pool = _deal(documents, request.total)
+            if len(pool) < request.total:
+                raise _too_little(pool, request, len(pool) / request.total)
+            pool.sort(key=lambda row: row.key)
+            chosen = pool[:preview_n], pool[preview_n:]
+        return _pack(chosen[0]), _pack(chosen[1])
+
+
+class TextProvider(Provider):
+    """A provider of running text; a subclass only says what its documents are."""
+
+    kind: ClassVar[str] = "text"
+
+    @abstractmethod
+    def documents(self, split: str | None = None) -> Sequence[Document]:
+        """All documents of a split (None: the default one). Raises `DataError` where there are none to be had."""
+
+    def _rows(self, tokenizer: Any, request: _Request, split: str | None) -> Iterator[list[_Window]]:
+        texts = [document for document in self.documents(split) if document.text.strip()]
+        if not texts:
+            raise DataError(f"the data set is empty: got no text from provider '{self.name}', expected at least one")
+        if settings.flag("INVARLOCK_DEDUP_TEXTS"):
+            texts = list({document.text: document for document in reversed(texts)}.values())
+        texts.sort(key=lambda document: request.key(document.document_id))
+        for batch in _batches(texts):
+            encoded = tokenizer([document.text for document in batch], add_special_tokens=False, verbose=False)
+            for document, ids in zip(batch, encoded["input_ids"], strict=True):
+                yield _cut(document.document_id, ids, request)
+
+
+class PairProvider(Provider):
+    """A provider of (source, target) pairs; a subclass only says what its pairs are.
+
+    Both sides get the special tokens that the tokenizer adds (T5 needs its end-of-sequence token) and are cut off at
+    `seq_len`; `stride` has no meaning here.
+    """
+
+    kind: ClassVar[str] = "pairs"
+
+    @abstractmethod
+    def pairs(self, split: str | None = None) -> Sequence[Pair]:
+        """All pairs of a split (None: the default one). Raises `DataError` where there are none to be had."""
+
+    def _rows(self, tokenizer: Any, request: _Request, split: str | None) -> Iterator[list[_Window]]:
+        pairs = [pair for pair in self.pairs(split) if pair.source.strip() and pair.target.strip()]
+        if not pairs:
+            raise DataError(f"the data set is empty: got no pair from provider '{self.name}', expected at least one")
+        if settings.flag("INVARLOCK_DEDUP_TEXTS"):
+            pairs = list({(pair.source, pair.target): pair for pair in reversed(pairs)}.values())
+        groups: dict[str, list[Pair]] = {}
+        for pair in pairs:
+            groups.setdefault(pair.document_id, []).append(pair)
+        for batch in _batches(sorted(groups, key=request.key)):
+            flat = [pair for document_id in batch for pair in groups[document_id]]
+            limits = {"truncation": True, "max_length": request.seq_len, "verbose": False}
+            sources = tokenizer([pair.source for pair in flat], **limits)["input_ids"]
+            targets = tokenizer(text_target=[pair.target for pair in flat], **limits)["input_ids"]
+            rows: dict[str, list[_Window]] = {document_id: [] for document_id in batch}
+            for pair, source, target in zip(flat, sources, targets, strict=True):
+                window_id = _window_id(pair.document_id, pair.pair_id, source, target)
+                row = _Window(0, request.key(window_id), window_id, pair.document_id, list(source), list(target))
+                rows[pair.document_id].append(row)
+            for group in rows.values():
+                yield _rank(group)
+
+
+def provider_digest(preview: EvaluationWindow, final: EvaluationWindow) -> str:
+    """SHA-256, in hexadecimal, over the window ids, document ids and token ids of both sets, in order."""
+    digest = hashlib.sha256()
+    for name, window in (("preview", preview), ("final", final)):
+        digest.update(f"{name}\x1f{len(window)}\x1e".encode())
+        labels: Iterable[list[int] | None] = window.labels or [None] * len(window)
+        for row in zip(window.window_ids, window.document_ids, window.input_ids, labels, strict=True):
+            digest.update(f"{row[0]}\x1f{row[1]}\x1f".encode("utf-8", "surrogatepass"))
+            digest.update(_token_bytes(row[2]) + b"\x1f" + _token_bytes(row[3] or []) + b"\x1e")
+    return digest.hexdigest()
+
+
+def _token_bytes(ids: Sequence[int]) -> bytes:
+    return np.asarray(ids, dtype="<i8").tobytes()
+
+
+def _window_id(document_id: str, place: int | str, ids: Sequence[int], labels: Sequence[int] = ()) -> str:
+    head = f"{document_id}\x1f{place}\x1f".encode("utf-8", "surrogatepass")
+    return hashlib.sha256(head + _token_bytes(ids) + b"\x1f" + _token_bytes(labels)).hexdigest()[:16]
+
+
+def _batches(items: Sequence[_T]) -> Iterator[list[_T]]:
+    rest = iter(items)
+    while batch := list(islice(rest, _BATCH)):
+        yield batch
+
+
+def _cut(document_id: str, ids: Sequence[int], request: _Request) -> list[_Window]:
+    """Windows of one document, ranked: whole ones in the seeded order, the shorter remainder last."""
+    shortest = min(MIN_SCORED_TOKENS + 1, request.seq_len)
+    rows = []
+    for start in range(0, len(ids), request.stride):
+        piece = list(ids[start : start + request.seq_len])
+        if len(piece) >= shortest:
+            window_id = _window_id(document_id, start, piece)
+            rows.append(_Window(0, request.key(window_id), window_id, document_id, piece))
+        if start + request.seq_len >= len(ids):  # what follows lies within this window
+            break
+    return _rank(rows, request.seq_len)
+
+
+def _rank(rows: list[_Window], seq_len: int = 0) -> list[_Window]:
+    ordered = sorted(rows, key=lambda row: (len(row.input_ids) < seq_len, row.key))
+    return [row._replace(rank=rank) for rank, row in enumerate(ordered)]
+
+
+def _first_rounds(pool: list[_Window], count: int) -> list[_Window]:
+    return sorted(pool, key=lambda row: (row.rank, row.key))[:count]
+
+
+def _deal(documents: Iterable[list[_Window]], count: int) -> list[_Window]:
+    """Up to `count` windows from as many documents as there are; reads no further once each has its own."""
+    pool: list[_Window] = []
+    used = 0
+    for rows in documents:
+        pool += rows
+        used += bool(rows)
+        if used >= count:
+            break
+    return _first_rounds(pool, count)
+
+
+def _deal_by_document(documents: Iterable[list[_Window]], request: _Request) -> tuple[list[_Window], list[_Window]]:
+    """Like `_deal`, but a document serves preview or final and never both, in proportion to the counts."""
+    pools: tuple[list[_Window], list[_Window]] = ([], [])
+    used = 0
+    for rows in documents:
+        if not rows:
+            continue
+        turn_of_preview = (used + 1) * request.preview_n // request.total > used * request.preview_n // request.total
+        pools[0 if turn_of_preview else 1].extend(rows)
+        used += 1
+        if used >= request.total:
+            break
+    preview = _first_rounds(pools[0], request.preview_n)
+    final = _first_rounds(pools[1], request.final_n)
+    if len(preview) < request.preview_n or len(final) < request.final_n:
+        fits = min(len(preview) / request.preview_n, len(final) / request.final_n)
+        raise _too_little(preview + final, request, fits)
+    return preview, final
+
+
+def _too_little(rows: list[_Window], request: _Request, fits: float) -> DataError:
+    """`fits` is the part of the requested counts that the rows would serve, in [0, 1)."""
+    preview_fits, final_fits = int(request.preview_n * fits), int(request.final_n * fits)
+    if preview_fits + final_fits:
+        advice = f"ask for preview_n={preview_fits} and final_n={final_fits}, a shorter seq_len, or give more text"
+    else:
+        advice = "give more text"
+    documents = len({row.document_id for row in rows})
+    return DataError(
+        f"too little text: got {len(rows)} windows from {documents} documents, expected {request.total} "
+        f"({request.preview_n} preview + {request.final_n} final) of up to {request.seq_len} tokens: {advice}"
+    )
+
+
+def _pack(rows: list[_Window]) -> EvaluationWindow:
+    labels = [row.labels for row in rows if row.labels is not None]
+    return EvaluationWindow(
+        input_ids=[row.input_ids for row in rows],
+        attention_masks=[[1] * len(row.input_ids) for row in rows],
+        window_ids=[row.window_id for row in rows],
+        document_ids=[row.document_id for row in rows],
+        labels=labels if rows and len(labels) == len(rows) else None,
+    )

@@ -1,0 +1,125 @@
+"""Text and pairs through the `datasets` library: a data set on the hub, in its cache, or a local folder.
+
+Nothing is downloaded unless the network is allowed; local folders and data sets already in the cache need none.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from invarlock.core.exceptions import ConfigError, DataError, DependencyError, NetworkError
+from invarlock.eval.data.base import Document, Pair, PairProvider, Provider, TextProvider
+
+__all__ = ["HFSeq2SeqProvider", "HFTextProvider", "load_split"]
+
+_PREFERRED_SPLITS = ("validation", "test", "train")
+
+
+@dataclass(frozen=True)
+class _HubData(Provider):
+    """`dataset_name` is a hub id or a local folder; without `split` the first of validation, test, train is read."""
+
+    dataset_name: str | None = None
+    config_name: str | None = None
+
+    def _load(self, split: str | None) -> tuple[str, Any]:
+        if not self.dataset_name:
+            raise ConfigError(f"dataset provider '{self.name}' needs 'dataset_name': give a hub id or a local folder")
+        found, rows = load_split(self.dataset_name, self.config_name, split or self.split)
+        return f"{Path(self.dataset_name).name}:{found}", rows
+
+
+@dataclass(frozen=True)
+class HFTextProvider(_HubData, TextProvider):
+    """One row is one document, its text under `text_field`."""
+
+    name: ClassVar[str] = "hf_text"
+
+    text_field: str = "text"
+
+    def documents(self, split: str | None = None) -> list[Document]:
+        name, rows = self._load(split)
+        return [Document(f"{name}:{i}", text) for i, text in enumerate(_column(rows, self.text_field, name))]
+
+
+@dataclass(frozen=True)
+class HFSeq2SeqProvider(_HubData, PairProvider):
+    """One row is one pair. A dotted field reaches into a nested one, as in `translation.en`."""
+
+    name: ClassVar[str] = "hf_seq2seq"
+
+    src_field: str = "source"
+    tgt_field: str = "target"
+
+    def pairs(self, split: str | None = None) -> list[Pair]:
+        name, rows = self._load(split)
+        columns = zip(_column(rows, self.src_field, name), _column(rows, self.tgt_field, name), strict=True)
+        return [Pair(f"{name}:{i}", f"{name}:{i}", source, target) for i, (source, target) in enumerate(columns)]
+
+
+def load_split(dataset_name: str, config_name: str | None, split: str | None) -> tuple[str, Any]:
+    """The split's name and its rows (a `datasets.Dataset`).
+
+    Raises `DependencyError` without `datasets`, `NetworkError` for what is not cached while offline, `DataError` for
+    what is not there.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise DependencyError(f"reading the data set '{dataset_name}'", "eval") from error
+    from invarlock.core.network import network_allowed
+
+    local = Path(dataset_name).is_dir()
+    allowed = network_allowed()
+    try:
+        if local and any((Path(dataset_name) / file).exists() for file in ("state.json", "dataset_dict.json")):
+            loaded = datasets.load_from_disk(dataset_name)
+        else:
+            access = datasets.DownloadConfig(local_files_only=not allowed)
+            loaded = datasets.load_dataset(dataset_name, config_name, download_config=access)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().partition("\n")[0][:200]
+        if not (local or allowed):
+            raise NetworkError(
+                f"the data set '{dataset_name}' is neither a local folder nor cached, and the network is not allowed: "
+                f"set INVARLOCK_ALLOW_NETWORK=1 to download it ({reason})"
+            ) from error
+        raise DataError(f"cannot read the data set '{dataset_name}': {reason}") from error
+    if isinstance(loaded, datasets.Dataset):  # saved by itself, without the name of a split
+        return split or "data", loaded
+    chosen = split or next((name for name in _PREFERRED_SPLITS if name in loaded), next(iter(loaded), ""))
+    base, _, part = chosen.partition("[")
+    if base not in loaded:
+        there = ", ".join(map(str, loaded))
+        raise DataError(f"the data set '{dataset_name}' has no split '{base}': got {there}; name one of them")
+    return chosen, _slice(loaded[base], part, chosen)
+
+
+def _slice(rows: Any, part: str, split: str) -> Any:
+    """Rows of `split[a:b]` or `split[:n%]`, the notation of the `datasets` library."""
+    if not part:
+        return rows
+    match = re.fullmatch(r"(?:(\d+)(%?))?:(?:(\d+)(%?))?\]", part)
+    if match is None:
+        raise DataError(f"got split '{split}', expected a name, 'name[a:b]' or 'name[a%:b%]'")
+    start, start_percent, end, end_percent = match.groups()
+    first = int(start or 0) * len(rows) // 100 if start_percent else int(start or 0)
+    last = len(rows) if end is None else int(end) * len(rows) // 100 if end_percent else int(end)
+    return rows.select(range(min(first, len(rows)), min(last, len(rows))))
+
+
+def _column(rows: Any, field: str, name: str) -> list[str]:
+    head, _, inner = field.partition(".")
+    if head not in rows.column_names:
+        there = ", ".join(map(repr, rows.column_names))
+        raise DataError(f"the data set {name} has no field '{field}': got fields {there}; name the one to read")
+    values = list(rows[head])
+    if inner:
+        values = [value.get(inner) if isinstance(value, dict) else None for value in values]
+    for number, value in enumerate(values):
+        if not isinstance(value, str):
+            raise DataError(f"row {number} of {name}: field '{field}' is {type(value).__name__}, expected text")
+    return values

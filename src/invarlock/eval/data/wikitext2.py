@@ -1,0 +1,68 @@
+"""WikiText-2 (raw), articles as documents."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from invarlock.core.exceptions import DataError
+from invarlock.eval.data.base import Document, TextProvider
+from invarlock.eval.data.hf import load_split
+
+__all__ = ["Wikitext2Provider"]
+
+_HUB_ID, _CONFIG = "Salesforce/wikitext", "wikitext-2-raw-v1"
+_TITLE = re.compile(r" = (?!=)([^\n]*[^=\n]) = \n?")  # sections have ' = = ', articles a single sign
+
+
+@dataclass(frozen=True)
+class Wikitext2Provider(TextProvider):
+    """The data set has one row a line; rows are put together into the articles that they came from.
+
+    `split` is `validation` (the default), `test` or `train`. `dataset_name` may name a local copy.
+    """
+
+    name: ClassVar[str] = "wikitext2"
+
+    dataset_name: str = _HUB_ID
+
+    def documents(self, split: str | None = None) -> list[Document]:
+        local = Path(self.dataset_name).is_dir()
+        wanted = split or self.split or "validation"
+        _, rows = load_split(self.dataset_name, None if local else _CONFIG, wanted)
+        if "text" not in rows.column_names:
+            raise DataError(f"the data set '{self.dataset_name}' has no field 'text': expected a copy of {_CONFIG}")
+        return _articles(wanted, rows["text"])
+
+    @staticmethod
+    def is_cached() -> bool:
+        """Whether the data set can be read without the network; looks at file names only and imports nothing."""
+        home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+        cache = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets")
+        return any((cache / "Salesforce___wikitext" / _CONFIG).glob("*/*/*validation*.arrow"))
+
+
+def _articles(split: str, rows: Iterable[str]) -> list[Document]:
+    """Rows from one title to the next; a title stands alone between two blank rows."""
+    lines = list(rows)
+    documents: list[Document] = []
+    title, start = "", 0
+    for i in [*(i for i in range(len(lines)) if _is_title(lines, i)), len(lines)]:
+        text = "".join(lines[start:i]).strip()
+        if text:
+            documents.append(Document(f"{split}:{len(documents)}:{title}", text))
+        if i < len(lines) and (match := _TITLE.fullmatch(lines[i])):
+            title, start = match.group(1), i
+    return documents
+
+
+def _is_title(lines: Sequence[str], i: int) -> bool:
+    return (
+        _TITLE.fullmatch(lines[i]) is not None
+        and (i == 0 or not lines[i - 1].strip())
+        and (i + 1 == len(lines) or not lines[i + 1].strip())
+    )
