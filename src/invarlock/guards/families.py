@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FAMILIES", "WeightMatrix", "classify", "layer_index", "unreadable_weights", "weight_matrices"]
+__all__ = [
+    "FAMILIES",
+    "WeightMatrix",
+    "classify",
+    "is_expert_stack",
+    "layer_index",
+    "unreadable_weights",
+    "weight_matrices",
+]
 
 Family = Literal["ffn", "attn", "embed", "router", "other"]
 Role = Literal["head", "embedding", "linear"]
@@ -87,6 +95,11 @@ def classify(name: str, shape: Sequence[int]) -> tuple[Family, Literal["name", "
     return ("attn" if rows == columns else "ffn"), "shape"
 
 
+def is_expert_stack(name: str, ndim: int) -> bool:
+    """Say whether a tensor is a stack of matrices, one an expert, along its first dimension."""
+    return ndim == 3 and "expert" in name.lower()
+
+
 def layer_index(name: str) -> int | None:
     """Return the number of the layer in a dotted name, or None outside the stack of layers."""
     found = _LAYER.search(name)
@@ -107,7 +120,7 @@ def weight_matrices(model: Any, adapter: Any = None) -> list[WeightMatrix]:
     for name, parameter in model.named_parameters():
         module_path = name.rpartition(".")[0]
         owner = modules[module_path]
-        if _is_dense(parameter) and _is_matrix(owner, parameter):
+        if _is_dense(parameter) and _is_matrix(name, owner, parameter):
             names = aliases[id(parameter)]
             found.extend(_entries(name, names, module_path, owner, parameter, overrides))
     return found
@@ -132,9 +145,9 @@ def _is_dense(parameter: Any) -> bool:
     return plain and parameter.is_floating_point() and parameter.element_size() >= 2
 
 
-def _is_matrix(owner: Any, parameter: Tensor) -> bool:
+def _is_matrix(name: str, owner: Any, parameter: Tensor) -> bool:
     kernel = "Conv" in type(owner).__name__ and not _is_conv1d(owner)
-    return not kernel and parameter.ndim in (2, 3)
+    return not kernel and parameter.numel() > 0 and (parameter.ndim == 2 or is_expert_stack(name, parameter.ndim))
 
 
 def _is_conv1d(owner: Any) -> bool:

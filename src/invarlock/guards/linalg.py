@@ -59,9 +59,9 @@ def sigma_max(
 ) -> float:
     """Estimate the largest singular value of a [m, n] matrix on its own device, from a fixed start vector.
 
-    The relative error is at most `tol` unless `iterations` steps did not reach it, and well below it in practice: on
-    Gaussian, power-law and clustered spectra 1e-5 was measured at the default. Never above the true value but for
-    rounding. Exact when the smaller side is at most `exact_below`. 0 for a zero matrix; NaN when an element or an
+    The relative error is at most `tol` unless `iterations` steps did not reach it, and below it in practice: at the
+    default, 1e-5 was measured on Gaussian and power-law spectra and 3e-4 with twenty values within a thousandth of the
+    top. Never above the true value but for rounding. Exact when the smaller side is at most `exact_below`. 0 for a zero matrix; NaN when an element or an
     intermediate product is not finite.
     """
     import torch

@@ -1,0 +1,259 @@
+"""Sketches: a few hundred numbers of each tensor from which two models can be compared without either being present.
+
+The sketch of a matrix W [m, n] is S = A^T W B with k = 16 fixed +-1 vectors a side, kept as k * k float32. Both sides
+take the same vectors (those of the smaller dimension are the beginning of those of the larger), so that
+
+- for i != j, S_ij = a_i^T W b_j has mean 0 and E[S_ij^2] = ||W||_F^2: the mean square off the diagonal is an unbiased
+  estimate, of relative error about sqrt(2 / (k * r)), r the effective rank. On the diagonal the two vectors are the
+  same and the mean is the trace, so the diagonal is left out;
+- sketches of equal shapes are comparable across layers: a swap shows as a match under another name;
+- the sketch of W^T is S^T: a transposition shows too.
+
+Sketches are linear: the difference of two is the sketch of the difference. A vector is projected on 64 such vectors,
+or kept whole when it is no longer than that. A sketch names a culprit; it gates nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from invarlock.guards.families import classify, is_expert_stack
+from invarlock.guards.linalg import finite, pack, sign_vectors, unpack
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "SKETCH_CONTRACT",
+    "Culprits",
+    "compare_all",
+    "compare_sketches",
+    "culprits",
+    "sketch_model",
+    "sketch_stack",
+    "sketch_tensor",
+]
+
+_K = 16
+_VECTORS = 64
+SKETCH_CONTRACT: dict[str, Any] = {"k": _K, "vectors": _VECTORS, "signs": "pcg64-sign-bits", "seed": 0, "version": 1}
+
+_CHUNK = 1 << 25  # elements converted to float32 at once: 128 MB
+_UNCHANGED = 1e-5  # relative; another thread count or device moves a sketch by less
+_MATCH = 0.99
+_OFF_DIAGONAL = ~np.eye(_K, dtype=np.bool_).ravel()
+_MIN_GROUP = 5  # a family with fewer members is compared with all matrices
+_STANDOUT_Z, _STANDOUT_RATIO, _MIN_SPREAD = 5.0, 3.0, 0.1
+
+
+def sketch_tensor(tensor: Tensor, name: str) -> str:
+    """Sketch one tensor of any shape; more than two dimensions are flattened to [first, rest]. NaN stays NaN."""
+    import torch
+
+    data = tensor.detach()
+    if data.ndim > 2:
+        data = data.reshape(data.shape[0], -1)
+    if data.numel() == 0:
+        return pack([])
+    if data.ndim < 2:
+        values = data.reshape(-1).to(torch.float32).cpu().numpy()
+        return pack(values if len(values) <= _VECTORS else sign_vectors(len(values), _VECTORS).T @ values)
+    rows, columns = data.shape
+    signs = torch.from_numpy(np.array(sign_vectors(max(rows, columns), _K))).to(data.device)
+    total = np.zeros((_K, _K))
+    step = max(1, _CHUNK // columns)
+    for start in range(0, rows, step):
+        part = data[start : start + step].to(torch.float32)
+        total += (signs[start : start + len(part)].T @ (part @ signs[:columns])).double().cpu().numpy()
+    return pack(total)
+
+
+def sketch_stack(tensor: Tensor, name: str) -> Iterator[tuple[str, str]]:
+    """Yield (name, sketch) of a tensor; of a stack of experts one pair each, named `name[i]`."""
+    if is_expert_stack(name, tensor.ndim):
+        for index in range(tensor.shape[0]):
+            yield f"{name}[{index}]", sketch_tensor(tensor[index], f"{name}[{index}]")
+    else:
+        yield name, sketch_tensor(tensor, name)
+
+
+def sketch_model(model: Any) -> dict[str, str]:
+    """Sketch every parameter of a model that is plain numbers, tied ones once."""
+    import torch
+
+    found: dict[str, str] = {}
+    for name, parameter in model.named_parameters():
+        if type(parameter) in (torch.nn.Parameter, torch.Tensor):
+            found.update(sketch_stack(parameter, name))
+    return found
+
+
+def compare_sketches(before: str, after: str) -> dict[str, float | None]:
+    """Return `rel_change` ||dW|| / ||W||, `cosine` and `norm_ratio` ||W'|| / ||W||; None where they have no value.
+
+    Unchanged zeros give 0, 1 and 1. Sketches of another length, values that are not finite, and a tensor that was
+    zero and no longer is give None.
+    """
+    return _compare(_values(before), _values(after))
+
+
+def compare_all(
+    baseline: Mapping[str, str], subject: Mapping[str, str], families: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """Compare the tensors that both sides have, in the baseline's order, as rows that `culprits` reads.
+
+    A row holds `name`, `family` (`vector` for fewer than two dimensions), the three figures of `compare_sketches`
+    and, where it was recognised, `matches`: the name of the baseline's tensor that now stands here, or `transposed`.
+    """
+    names = [name for name in baseline if name in subject]
+    old = {name: unpack(baseline[name]) for name in names}
+    rows = []
+    for name in names:
+        new = unpack(subject[name])
+        family = (families or {}).get(name) or classify(name, ())[0]
+        row: dict[str, Any] = {"name": name, "family": family if len(new) == _K * _K else "vector"}
+        row.update(_compare(_informative(old[name]), _informative(new)))
+        if row["cosine"] is not None and row["cosine"] < _MATCH and len(new) == _K * _K:
+            row.update(_recognise(name, new, old))
+        elif row["cosine"] is None and old[name].shape == new.shape and not old[name].any():
+            row["was_zero"] = True
+        rows.append(row)
+    return rows
+
+
+@dataclass(frozen=True)
+class Culprits:
+    """What changed. `named`: the tensors that stand out, worst first, each {name, what, rel_change, cosine, ...}.
+
+    `uniform` is True when tensors changed and none stands out; `text` says either in one line.
+    """
+
+    named: list[dict[str, Any]]
+    uniform: bool
+    text: str
+
+
+def culprits(rows: Sequence[Mapping[str, Any]]) -> Culprits:
+    """Name the tensors whose change stands out from that of their family, or say that the change is uniform.
+
+    A tensor stands out when more than half of its peers are unchanged and it is not; when the logarithm of its
+    relative change lies 5 robust deviations above their median, and the change is 3 times theirs; or when its cosine
+    fell under 0.5 where theirs is above 0.9. Peers are the family, or all matrices where the family is small.
+    """
+    changes = {row["name"]: _size(row) for row in rows}
+    changed = [row for row in rows if changes[row["name"]] >= _UNCHANGED]
+    standing = []
+    for row in changed:
+        peers = [other for other in rows if other["family"] == row["family"]]
+        if len(peers) < _MIN_GROUP and row["family"] != "vector":
+            peers = [other for other in rows if other["family"] != "vector"]
+        if (excess := _excess(row, peers, changes)) is not None:
+            standing.append((excess, row))
+    standing.sort(key=lambda pair: -pair[0])
+    named = [{**row, "what": _what(row)} for _, row in standing]
+    if named:
+        shown = "; ".join(f"{row['name']} ({row['what']})" for row in named[:3])
+        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+        return Culprits(named, False, f"stands out: {shown}{more}")
+    if not changed:
+        return Culprits([], False, "no tensor changed")
+    sizes = sorted(changes[row["name"]] for row in changed)
+    families = ", ".join(sorted({row["family"] for row in changed}))
+    text = f"uniform: {len(changed)} of {len(rows)} tensors ({families}), relative change {_range(sizes)}"
+    return Culprits([], True, text)
+
+
+def _values(sketch: str) -> NDArray[np.float64]:
+    return _informative(unpack(sketch))
+
+
+def _informative(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return values[_OFF_DIAGONAL] if len(values) == _K * _K else values
+
+
+def _compare(old: NDArray[np.float64], new: NDArray[np.float64]) -> dict[str, float | None]:
+    if old.shape != new.shape or not (np.isfinite(old).all() and np.isfinite(new).all()):
+        return {"rel_change": None, "cosine": None, "norm_ratio": None}
+    before, after = float(np.linalg.norm(old)), float(np.linalg.norm(new))
+    if before == 0.0:
+        same = 1.0 if after == 0.0 else None
+        return {"rel_change": 0.0 if same else None, "cosine": same, "norm_ratio": same}
+    cosine = float(old @ new) / (before * after) if after else 0.0
+    return {
+        "rel_change": finite(float(np.linalg.norm(new - old)) / before),
+        "cosine": finite(min(1.0, max(-1.0, cosine))),
+        "norm_ratio": finite(after / before),
+    }
+
+
+def _recognise(name: str, new: NDArray[np.float64], old: Mapping[str, NDArray[np.float64]]) -> dict[str, Any]:
+    turned = old[name].reshape(_K, _K).T.ravel()
+    if _cosine(_informative(turned), _informative(new)) > _MATCH:
+        return {"transposed": True}
+    for other, values in old.items():
+        if other != name and len(values) == len(new) and _cosine(_informative(values), _informative(new)) > _MATCH:
+            return {"matches": other}
+    return {}
+
+
+def _cosine(old: NDArray[np.float64], new: NDArray[np.float64]) -> float:
+    return _compare(old, new)["cosine"] or 0.0
+
+
+def _size(row: Mapping[str, Any]) -> float:
+    """Relative change of a row; infinite where it could not be computed, 1 where zeros became something."""
+    if row.get("was_zero"):
+        return 1.0
+    value = finite(row["rel_change"])
+    return math.inf if value is None else value
+
+
+def _excess(row: Mapping[str, Any], peers: list[Mapping[str, Any]], changes: Mapping[str, float]) -> float | None:
+    """Return how far a row stands out from its peers, or None when it does not."""
+    size = changes[row["name"]]
+    typical = float(np.median([min(changes[peer["name"]], 1e9) for peer in peers]))
+    if typical < _UNCHANGED or math.isinf(size):
+        return size / _UNCHANGED
+    logs = np.log([min(max(changes[peer["name"]], _UNCHANGED), 1e9) for peer in peers])
+    spread = max(1.4826 * float(np.median(np.abs(logs - np.median(logs)))), _MIN_SPREAD)
+    far = math.log(size / typical) / spread
+    if far > _STANDOUT_Z and size > _STANDOUT_RATIO * typical:
+        return size / typical
+    cosines = [peer["cosine"] for peer in peers if peer["cosine"] is not None]
+    cosine = row["cosine"]
+    if cosine is not None and cosine < 0.5 and float(np.median(cosines)) > 0.9 and not row.get("was_zero"):
+        return max(size / typical, 1.0)
+    return None
+
+
+def _what(row: Mapping[str, Any]) -> str:
+    """Say in words what happened to a tensor, from its figures."""
+    cosine, ratio = row["cosine"], row["norm_ratio"]
+    if row.get("was_zero"):
+        return "was zero, is not any more"
+    if cosine is None or ratio is None:
+        return "not finite or of another shape"
+    if row.get("matches"):
+        return f"holds what {row['matches']} held"
+    if row.get("transposed"):
+        return "transposed"
+    if ratio < 1e-6:
+        return "zeroed"
+    if abs(cosine) > 0.9999 and abs(ratio - 1) > 0.005:
+        return f"scaled by {math.copysign(ratio, cosine):.4g}"
+    if cosine < -0.9:
+        return f"sign flipped, cosine {cosine:.2f}"
+    if abs(cosine) < 0.5:
+        return f"shuffled, swapped or re-initialised, cosine {cosine:.2f}"
+    return f"changed by {row['rel_change']:.2%}, cosine {cosine:.4f}"
+
+
+def _range(sizes: Sequence[float]) -> str:
+    low, high = sizes[0], sizes[-1]
+    return f"{low:.2g}" if low == high else f"{low:.2g} to {high:.2g}"
