@@ -9,10 +9,20 @@ over clusters (Efron & Tibshirani 1993, eqs. 14.9, 14.10, 14.15), or a percentil
 has no jackknife variance to work with. Clusters count by their weight: t has K - 1 degrees of freedom, K = (sum w)**2 /
 sum(w_c**2) the effective number of clusters (Kish; K = G for equal ones), and BCa also needs K >= 50.
 
-Coverage is measured by `benchmarks/coverage.py`.
+Coverage measured by `benchmarks/coverage.py` (nominal 0.95, 1000 samples, documents of geometric length); in brackets
+the share of intervals that end below the truth (nominal 0.025), a damage judged too small:
 
-Why K: with one document of 20 times the weight of all others, G - 1 degrees of freedom cover 0.02 to 0.11, K - 1 cover
-at least 0.95; with one that holds half the tokens of 120 documents BCa covers 0.76, cluster-t on K 0.96.
+    values per document            10, cluster-t   40, cluster-t   100, BCa        400, BCa
+    Student, 3 degrees of freedom  0.946 (0.025)   0.954 (0.019)   0.903 (0.052)   0.915 (0.040)
+    lognormal                      0.851 (0.148)   0.883 (0.116)   0.910 (0.064)   0.934 (0.037)
+    one in twenty hit by ~1 nat    0.585 (0.415)   0.700 (0.300)   0.862 (0.122)   0.913 (0.064)
+
+On symmetric heavy tails cluster-t would stay at 0.95 for any number of clusters; where damage is skewed, which is the
+case that matters, BCa misses it less often (0.064 against 0.113 in the last cell). No method sees rare damage in few
+documents: hence the sample floors, and gates of their own for tail and divergence.
+
+Why K: where one document had 20 times the weight of all others, G - 1 degrees of freedom covered 0.02 to 0.11 and K - 1
+over 0.95; where one held half of the windows of 100 documents, BCa covered 0.79 and cluster-t on K 0.97.
 
 **The random stream is part of the contract**: a verifier must find the same interval in any later release, so no
 method of `numpy.random.Generator` is used. Replicate b takes, for its j-th draw out of G clusters, the (b*G + j)-th
