@@ -27,9 +27,9 @@ _WORDS = {
 _CHOICES = {kind: words.split("|" if kind == "place" else " ") for kind, words in _WORDS.items()}
 _TEMPLATES = [
     "The {adjective} {noun} {verb} the {noun} {place}.",
-    "A {noun} {adverb} {verb} the {adjective} {noun}.",
-    "{place}, the {noun} {verb} a {adjective} {noun}.",
-    "Every {noun} that {verb} the {noun} {adverb} {verb} a {adjective} {noun}.",
+    "One {noun} {adverb} {verb} the {adjective} {noun}.",
+    "{place}, the {noun} {verb} some {adjective} {noun}.",
+    "Every {noun} that {verb} the {noun} {adverb} {verb} some {adjective} {noun}.",
 ]
 
 
