@@ -4,7 +4,7 @@
     ├── ConfigError           a setting, flag or file of settings is wrong            exit 2
     ├── DependencyError       an optional extra is missing           DEPENDENCY-MISSING  exit 1
     ├── ModelLoadError        a checkpoint cannot be read
-    │   └── CheckpointDamaged   it reads, but its tensors are damaged; names them
+    │   └── CheckpointDamagedError   it reads, but its tensors are damaged; names them
     ├── AdapterError          an adapter cannot do what it was asked
     ├── EditError             an edit cannot be applied
     ├── GuardError            a guard broke its contract or raised
@@ -12,7 +12,7 @@
     ├── PairingError          the two sides were not measured on the same windows   Ennn  exit 3
     ├── CertificateError      a certificate does not follow the schema, or cannot be made  exit 2
     ├── NetworkError          the network was needed and is not allowed
-    └── RunInterrupted        the run was stopped before it ended
+    └── RunInterruptedError        the run was stopped before it ended
 
 A message is one line: what was got, what was expected, what to do. `code` is set where the contract gives one.
 Only the command line turns errors into exit codes.
@@ -23,7 +23,7 @@ from __future__ import annotations
 __all__ = [
     "AdapterError",
     "CertificateError",
-    "CheckpointDamaged",
+    "CheckpointDamagedError",
     "ConfigError",
     "DataError",
     "DependencyError",
@@ -33,7 +33,7 @@ __all__ = [
     "ModelLoadError",
     "NetworkError",
     "PairingError",
-    "RunInterrupted",
+    "RunInterruptedError",
 ]
 
 
@@ -66,7 +66,7 @@ class ModelLoadError(InvarlockError):
     """A checkpoint cannot be read."""
 
 
-class CheckpointDamaged(ModelLoadError):
+class CheckpointDamagedError(ModelLoadError):
     """A checkpoint reads but must not be used; `findings` names every tensor at fault."""
 
     def __init__(self, message: str, findings: list[dict[str, object]]) -> None:
@@ -102,5 +102,5 @@ class NetworkError(InvarlockError):
     """The network was needed and is not allowed."""
 
 
-class RunInterrupted(InvarlockError):
+class RunInterruptedError(InvarlockError):
     """The run was stopped before it ended."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,10 +26,18 @@ T = TypeVar("T")
 _OWN = "invarlock"
 #: what an entry of ours needs beyond the core: the module to look for and the extra that brings it
 _NEEDS = {
-    "invarlock.adapters": (("torch", "adapters"), ("transformers", "adapters")),
+    "invarlock.adapters": (("transformers", "adapters"), ("torch", "adapters")),
     "invarlock.edits": (("torch", "edits"),),
     "invarlock.guards": (("torch", "guards"),),
 }
+_NAMED_NEEDS = {
+    "hf_causal_onnx": (("onnxruntime", "onnx"),),
+    "hf_bnb": (("bitsandbytes", "gpu"),),
+    "hf_gptq": (("gptqmodel", "gptq"),),
+    "hf_awq": (("compressed_tensors", "awq"),),
+}
+_TORCH_FREE = {"hello_guard"}
+_LINUX_ONLY = {"hf_bnb", "hf_gptq"}
 _DATA_NEEDS = (("datasets", "eval"),)
 _HUB_PROVIDERS = {"wikitext2", "hf_text", "hf_seq2seq"}
 
@@ -41,7 +50,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered name; `target` is `module:attribute`. `needs` are (module, extra) pairs that it cannot do without."""
+    """One registered name; `target` is `module:attribute`.
+
+    `needs` are the (module, extra) pairs that it cannot do without, the most specific first; `platforms` the values of
+    `sys.platform` that it runs on, empty for all.
+    """
 
     name: str
     target: str
@@ -49,6 +62,12 @@ class Entry:
     distribution: str
     version: str
     needs: tuple[tuple[str, str], ...] = ()
+    platforms: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """`adapter`, `guard`, `edit` or `provider`."""
+        return self.group.rpartition(".")[2].rstrip("s")
 
     @property
     def origin(self) -> str:
@@ -58,7 +77,7 @@ class Entry:
     def missing_extra(self) -> str | None:
         """Return the extra that must be installed first, without importing anything."""
         for module, extra in self.needs:
-            if module not in sys.modules and importlib.util.find_spec(module) is None:
+            if sys.modules.get(module) is None and importlib.util.find_spec(module) is None:
                 return extra
         return None
 
@@ -66,7 +85,7 @@ class Entry:
         """Import and return the target. Raises DependencyError or ConfigError, which carry the whole reason."""
         extra = self.missing_extra()
         if extra is not None:
-            raise DependencyError(f"{self.group.rpartition('.')[2].rstrip('s')} {self.name!r}", extra)
+            raise DependencyError(f"{self.kind} {self.name!r}", extra)
         module, _, attribute = self.target.partition(":")
         try:
             return getattr(importlib.import_module(module), attribute)
@@ -82,7 +101,9 @@ class Entry:
 class Registry(Generic[T]):
     """The names of one kind of thing (`kind`, singular) and how to load them."""
 
-    def __init__(self, kind: str, group: str, table: dict[str, str] | None = None, aliases: dict[str, str] | None = None):
+    def __init__(
+        self, kind: str, group: str, table: dict[str, str] | None = None, aliases: dict[str, str] | None = None
+    ):
         self.kind = kind
         self.group = group
         self._table = table or {}
@@ -91,17 +112,21 @@ class Registry(Generic[T]):
     def entries(self) -> dict[str, Entry]:
         """Return every entry by name, sorted. Raises ConfigError where two distributions claim one name."""
         found: dict[str, Entry] = {}
-        for entry in (*self._own_table(), *_installed(self.group)):
-            if settings.flag("INVARLOCK_DISABLE_PLUGIN_DISCOVERY") and entry.origin != "Core":
-                continue
+        for entry in self.claims():
             other = found.get(entry.name)
-            if other is not None and other != entry:
+            if other is not None:
                 raise ConfigError(
                     f"{self.kind} name {entry.name!r} is claimed twice: by {other.distribution} ({other.target}) and "
                     f"{entry.distribution} ({entry.target}); uninstall one of them"
                 )
             found[entry.name] = entry
         return dict(sorted(found.items()))
+
+    def claims(self) -> tuple[Entry, ...]:
+        """Return every entry, also where several distributions claim one name: for listings, which must not fail."""
+        if settings.flag("INVARLOCK_DISABLE_PLUGIN_DISCOVERY"):
+            return tuple(entry for entry in (*self._own_table(), *_installed(self.group)) if entry.origin == "Core")
+        return (*self._own_table(), *_installed(self.group))
 
     def _own_table(self) -> Iterator[Entry]:
         from invarlock import __version__
@@ -127,10 +152,16 @@ class Registry(Generic[T]):
 
     def create(self, name: str, **arguments: Any) -> T:
         """Import the class behind `name` and construct it; arguments that it does not take raise ConfigError."""
-        try:
-            return self.load(name)(**arguments)
-        except TypeError as error:
-            raise ConfigError(f"{self.kind} {name!r} does not take these arguments: {error}") from error
+        factory = self.load(name)
+        taken = inspect.signature(factory).parameters
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+            for argument in arguments:
+                if argument not in taken:
+                    expected = f"expected one of: {', '.join(taken)}" if taken else "it takes none"
+                    raise ConfigError(
+                        f"{self.kind} {name!r} takes no argument {argument!r}{nearest(argument, taken)}; {expected}"
+                    )
+        return factory(**arguments)
 
 
 @cache
@@ -139,8 +170,12 @@ def _installed(group: str) -> tuple[Entry, ...]:
     for point in metadata.entry_points(group=group):
         distribution = point.dist.name if point.dist else "unknown"
         version = point.dist.version if point.dist else "unknown"
-        own = distribution == _OWN
-        entries.append(Entry(point.name, point.value, group, distribution, version, _NEEDS[group] if own else ()))
+        needs: tuple[tuple[str, str], ...] = ()
+        platforms: tuple[str, ...] = ()
+        if distribution == _OWN:
+            needs = () if point.name in _TORCH_FREE else (*_NAMED_NEEDS.get(point.name, ()), *_NEEDS[group])
+            platforms = ("linux",) if point.name in _LINUX_ONLY else ()
+        entries.append(Entry(point.name, point.value, group, distribution, version, needs, platforms))
     return tuple(dict.fromkeys(entries))
 
 

@@ -60,7 +60,9 @@ SETTINGS: tuple[Setting, ...] = (
         False,
         "Turn calibration data that is an iterator into a list instead of refusing it.",
     ),
-    Setting("INVARLOCK_BOOTSTRAP_BCA", "bool", True, "Use BCa from 100 clusters on; 0 uses percentile intervals there."),
+    Setting(
+        "INVARLOCK_BOOTSTRAP_BCA", "bool", True, "Use BCa from 100 clusters on; 0 uses percentile intervals there."
+    ),
     Setting("INVARLOCK_TINY_RELAX", "bool", False, "Lower the sample floors, in the dev profile only; recorded."),
     Setting("INVARLOCK_CI_PREVIEW", "int", None, "Number of preview windows in the ci profiles."),
     Setting("INVARLOCK_CI_FINAL", "int", None, "Number of final windows in the ci profiles."),
@@ -69,15 +71,13 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("INVARLOCK_OMP_THREADS", "int", None, "Number of CPU threads to compute with."),
     Setting("INVARLOCK_DEBUG_TRACE", "bool", False, "Show tracebacks and debug logs."),
     Setting("INVARLOCK_LIGHT_IMPORT", "bool", False, "Refuse to import torch; for tools that only read reports."),
-    Setting(
-        "INVARLOCK_SNAPSHOT_MODE", "str", None, "How snapshots are kept.", choices=("auto", "bytes", "chunked")
-    ),
-    Setting(
-        "INVARLOCK_SNAPSHOT_AUTO_RAM_FRACTION", "float", 0.4, "Largest share of free memory a snapshot may take."
-    ),
+    Setting("INVARLOCK_SNAPSHOT_MODE", "str", None, "How snapshots are kept.", choices=("auto", "bytes", "chunked")),
+    Setting("INVARLOCK_SNAPSHOT_AUTO_RAM_FRACTION", "float", 0.4, "Largest share of free memory a snapshot may take."),
     Setting("INVARLOCK_SNAPSHOT_THRESHOLD_MB", "float", 768.0, "Snapshots above this size go to disk."),
     Setting("INVARLOCK_EXPORT_MODEL", "bool", False, "Save the edited model after a successful run."),
-    Setting("INVARLOCK_EXPORT_DIR", "str", None, "Where to save the edited model; default: `model` in the run's folder."),
+    Setting(
+        "INVARLOCK_EXPORT_DIR", "str", None, "Where to save the edited model; default: `model` in the run's folder."
+    ),
     Setting("INVARLOCK_GUARD_PREPARE_STRICT", "bool", True, "A guard that raises in prepare fails the run."),
     Setting("INVARLOCK_ASSERT_GUARDS", "bool", False, "Raise when a guard returns keys or types outside its contract."),
     Setting("INVARLOCK_EVIDENCE_DEBUG", "bool", False, "Write the guards' full measurements beside the report."),

@@ -48,7 +48,12 @@ class TokenReference:
 
 def contract() -> dict[str, Any]:
     """Return what changes these numbers."""
-    return {"top": TOP, "cells": "top ids, label, tail", "floor": _FLOOR, "histogram": "20 bins a decade, 1e-7..1e2 nats"}
+    return {
+        "top": TOP,
+        "cells": "top ids, label, tail",
+        "floor": _FLOOR,
+        "histogram": "20 bins a decade, 1e-7..1e2 nats",
+    }
 
 
 def reference_rows(logits: torch.Tensor, log_norm: torch.Tensor, label_log_prob: torch.Tensor) -> TokenReference:

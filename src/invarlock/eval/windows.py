@@ -111,7 +111,9 @@ def _rows(columns: Mapping[str, Any]) -> tuple[Window, ...]:
     masks = columns.get("attention_masks") or [None] * count
     labels = columns.get("labels") or [None] * count
     return tuple(
-        Window(id, document, tuple(ids), tuple(mask) if mask is not None else None, tuple(lab) if lab is not None else None)
+        Window(
+            id, document, tuple(ids), tuple(mask) if mask is not None else None, tuple(lab) if lab is not None else None
+        )
         for id, document, ids, mask, lab in zip(
             columns["window_ids"], columns["document_ids"], columns["input_ids"], masks, labels, strict=True
         )
@@ -224,7 +226,9 @@ def _distinct(windows: list[Window]) -> list[Window]:
     return out
 
 
-def mask_tokens(windows: WindowSet, mask_id: int, special: Iterable[int], *, seed: int, share: float = 0.15) -> WindowSet:
+def mask_tokens(
+    windows: WindowSet, mask_id: int, special: Iterable[int], *, seed: int, share: float = 0.15
+) -> WindowSet:
     """Hide about `share` of each window's tokens (at least one) behind `mask_id`, and label just those.
 
     Which positions are hidden depends on (seed, window id, position) alone, through SHA-256, so that both sides and

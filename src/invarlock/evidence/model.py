@@ -61,6 +61,7 @@ class Structure(_Plain):
     misshapen: list[str] = Field(default_factory=list)  # "name: got [..], expected [..]"
     tied: list[list[str]] = Field(default_factory=list)  # [name, the name that it shares its tensor with]
     norms: list[str] = Field(default_factory=list)  # normalisation weights
+    buffers: list[str] = Field(default_factory=list)  # tensors that are no parameters: infinities may belong there
     embedding_rows: int | None = None
     output_rows: int | None = None
 
@@ -148,6 +149,7 @@ class Evidence(_Plain):
     sketches: dict[str, Any] = Field(default_factory=dict)
     kl_histogram: list[int] | None = None
     contracts: dict[str, str] = Field(default_factory=dict)
+    reference_digest: str | None = None  # of the baseline's token file: this side's own, or the one it was held against
     token_file: TokenFile | None = None
     runtime: Runtime
 

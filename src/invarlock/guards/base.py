@@ -89,5 +89,7 @@ class StatsGuard(Guard):
         if self.baseline is None:
             raise GuardError(f"guard {self.name!r} has no baseline: call prepare(...) on the unedited model first")
         ready = context.get("measurements", {}).get(self.name)
-        self.subject = ready if ready is not None else self.measure(model, adapter, context.get("batches", self._batches))
+        self.subject = (
+            ready if ready is not None else self.measure(model, adapter, context.get("batches", self._batches))
+        )
         return self.judge(self.pair(self.baseline, self.subject), self.policy)

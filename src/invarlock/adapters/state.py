@@ -1,0 +1,127 @@
+"""The state of a live model as bytes or files, and back, bit for bit. No pickle: safetensors.
+
+Every parameter and buffer counts, non-persistent buffers too. Tensors that are one object under several names are stored
+once; restoring makes them one object again, whatever an edit did to the tie.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save as save_bytes
+from safetensors.torch import save_file
+
+from invarlock.core.exceptions import AdapterError
+
+__all__ = ["named_state", "restore_bytes", "restore_files", "snapshot_bytes", "snapshot_files", "tie_groups"]
+
+_TIES = "ties"
+_SHARD_BYTES = 256 * 2**20
+
+
+def named_state(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every distinct parameter and buffer with its first name."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def tie_groups(model: torch.nn.Module) -> list[list[str]]:
+    """Return the groups of names, two or more each, that share one parameter."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def snapshot_bytes(model: torch.nn.Module) -> bytes:
+    """Return the whole state as one safetensors blob."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named_state(model)}
+    return bytes(save_bytes(tensors, metadata={_TIES: json.dumps(tie_groups(model))}))
+
+
+def restore_bytes(model: torch.nn.Module, blob: bytes) -> None:
+    """Bring the model back to what `snapshot_bytes` saw."""
+    size = int.from_bytes(blob[:8], "little")
+    header = json.loads(blob[8 : 8 + size])
+    _restore(model, iter(load_bytes(blob).items()), json.loads(header["__metadata__"][_TIES]))
+
+
+def snapshot_files(model: torch.nn.Module, folder: Path) -> Path:
+    """Write the state as shards of about 256 MB into `folder`, so that only one shard is copied at a time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shard: dict[str, torch.Tensor] = {}
+    size = count = 0
+    metadata = {_TIES: json.dumps(tie_groups(model))}
+    for name, tensor in named_state(model):
+        shard[name] = tensor.detach().cpu().contiguous()
+        size += tensor.numel() * tensor.element_size()
+        if size >= _SHARD_BYTES:
+            save_file(shard, folder / f"state-{count:05d}.safetensors", metadata=metadata)
+            shard, size, count = {}, 0, count + 1
+    save_file(shard, folder / f"state-{count:05d}.safetensors", metadata=metadata)
+    return folder
+
+
+def restore_files(model: torch.nn.Module, folder: Path) -> None:
+    """Bring the model back to what `snapshot_files` wrote."""
+    files = sorted(folder.glob("state-*.safetensors"))
+    if not files:
+        raise AdapterError(f"no snapshot files in {folder}; expected state-*.safetensors")
+    with safe_open(files[0], framework="pt") as first:
+        ties = json.loads(first.metadata()[_TIES])
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for path in files:
+            with safe_open(path, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118 - safe_open is no mapping
+                    yield name, shard.get_tensor(name)
+
+    _restore(model, tensors(), ties)
+
+
+def _restore(model: torch.nn.Module, tensors: Iterator[tuple[str, torch.Tensor]], ties: list[list[str]]) -> None:
+    seen = set()
+    with torch.no_grad():
+        for name, saved in tensors:
+            seen.add(name)
+            _put(model, name, saved)
+        for first, *others in ties:
+            module, leaf = _owner(model, first)
+            shared = module._parameters[leaf]
+            for other in others:
+                owner, other_leaf = _owner(model, other)
+                owner._parameters[other_leaf] = shared
+    extra = {name for name, _ in named_state(model)} - seen
+    for name in extra:
+        module, leaf = _owner(model, name)
+        module._parameters.pop(leaf, None)
+        module._buffers.pop(leaf, None)
+
+
+def _owner(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    try:
+        return model.get_submodule(path), leaf
+    except AttributeError as error:
+        raise AdapterError(
+            f"cannot restore {name!r}: the edit removed or replaced its module ({error}); load the model again"
+        ) from None
+
+
+def _put(model: torch.nn.Module, name: str, saved: torch.Tensor) -> None:
+    module, leaf = _owner(model, name)
+    table: Any = module._buffers if leaf in module._buffers else module._parameters
+    current = table.get(leaf)
+    if current is not None and current.shape == saved.shape and current.dtype == saved.dtype and not current.is_meta:
+        current.data.copy_(saved)
+        return
+    device = current.device if current is not None and not current.is_meta else "cpu"
+    fresh = saved.clone().to(device)
+    grad = bool(current is not None and current.requires_grad)
+    table[leaf] = fresh if table is module._buffers else torch.nn.Parameter(fresh, requires_grad=grad)

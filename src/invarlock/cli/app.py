@@ -1,0 +1,139 @@
+"""The `invarlock` command: a table of commands, each imported when it is used."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any, NamedTuple
+
+import typer
+from typer.core import TyperGroup
+
+from invarlock.cli.errors import report_error
+from invarlock.cli.options import plain_typer, remembered_profile
+
+__all__ = ["COMMANDS", "Command", "app", "main"]
+
+
+class Command(NamedTuple):
+    """Where a command lives (`module:attribute`, a function or a `typer.Typer`) and its line in `invarlock --help`."""
+
+    target: str
+    help: str
+
+
+COMMANDS: dict[str, Command] = {
+    "plugins": Command("invarlock.cli.plugins:app", "List adapters, guards, edits and data providers."),
+    "doctor": Command("invarlock.cli.doctor:doctor", "Check the environment, a configuration and stored reports."),
+    "version": Command("invarlock.cli.version:version", "Show the version and the certificate schema."),
+}
+
+
+class _LazyGroup(TyperGroup):
+    """Lists commands from `COMMANDS` without importing them, and is the boundary where errors become exit codes."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        if cmd_name not in self.commands:
+            module, _, attribute = COMMANDS[cmd_name].target.partition(":")
+            target = getattr(importlib.import_module(module), attribute)
+            if not isinstance(target, typer.Typer):
+                function, target = target, plain_typer()
+                target.command(cmd_name)(function)
+            self.commands[cmd_name] = typer.main.get_command(target)
+        return self.commands[cmd_name]
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.help) for name, command in COMMANDS.items()])
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            from invarlock.core.registry import nearest
+
+            ctx.fail(f"no such command {args[0]!r}{nearest(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Prepare the process and run the command; an exception ends as one line on stderr and `typer.Exit`."""
+        try:
+            _start()
+            value = super().invoke(ctx)
+            sys.stdout.flush()
+        except (typer.Exit, typer.Abort, SystemExit):
+            raise
+        except BrokenPipeError:
+            # the reader has gone; what is still buffered must not raise again when the interpreter exits
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the outermost boundary: reported, never lost
+            raise typer.Exit(report_error(error, remembered_profile(ctx))) from None
+        return value
+
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> Any:
+        """As in typer, but errors in the arguments are one line too, and a command may return its exit code."""
+        standalone = extra.pop("standalone_mode", True)
+        try:
+            value = super().main(args, prog_name or "invarlock", standalone_mode=False, **extra)
+            code = value if isinstance(value, int) else 0
+        except typer.Abort:
+            code = report_error(KeyboardInterrupt())
+        except Exception as error:  # noqa: BLE001 - see `invoke`; here it is the parsing of the first arguments
+            code = _show_help(error) or report_error(error)
+        if standalone:
+            sys.exit(code)
+        return code
+
+
+def _show_help(error: Exception) -> int:
+    """Print the help that a bare command asks for and return its exit code; 0 where `error` is something else."""
+    if type(error).__name__ != "NoArgsIsHelpError":
+        return 0
+    sys.stdout.write(f"{error.format_message()}\n")  # type: ignore[attr-defined]  # typer's own click is not public
+    return 2
+
+
+def _start() -> None:
+    """What every command needs first: the network closed, the log on stderr, torch refused where that was asked for."""
+    from invarlock.cli.console import setup_logging
+    from invarlock.core import settings
+    from invarlock.core.network import enforce_network_policy
+
+    setup_logging()
+    enforce_network_policy()
+    if settings.flag("INVARLOCK_LIGHT_IMPORT"):
+        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # None makes an import raise
+
+
+app = plain_typer(cls=_LazyGroup, no_args_is_help=True)
+
+
+@app.callback()
+def _invarlock() -> None:
+    """May this edited model ship? Measure it against its baseline and get a verdict.
+
+    The network is off unless INVARLOCK_ALLOW_NETWORK=1.
+
+    Exit codes: 0 pass, 1 failure, 2 wrong usage or configuration, 3 hard stop, 4 inconclusive.
+    """
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt("terminated; nothing was written")
+
+
+def main() -> None:
+    """Run the command line and exit the process."""
+    signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
+    app()

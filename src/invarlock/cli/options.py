@@ -1,0 +1,39 @@
+"""Options that several commands share, so that they read and behave the same everywhere."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import typer
+
+__all__ = ["DeviceOption", "JsonOption", "Profile", "ProfileOption", "Tier", "TierOption", "plain_typer", "remembered_profile"]
+
+Profile = Literal["dev", "ci", "ci_cpu", "release"]
+Tier = Literal["conservative", "balanced", "aggressive"]
+
+
+def plain_typer(**arguments: Any) -> typer.Typer:
+    """Return a Typer whose help is plain text and whose errors are left to `cli.app`; for groups of commands."""
+    return typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, **arguments)
+
+
+_PROFILE = "invarlock.profile"
+
+
+def _remember(context: typer.Context, value: str | None) -> str | None:
+    context.meta[_PROFILE] = value
+    return value
+
+
+def remembered_profile(context: typer.Context) -> str | None:
+    """Return the profile that the running command was given: the exit code of a pairing error depends on it."""
+    profile: str | None = context.meta.get(_PROFILE)
+    return profile
+
+
+ProfileOption = Annotated[
+    Profile | None, typer.Option("--profile", callback=_remember, help="How much is measured, and what is a hard stop.")
+]
+TierOption = Annotated[Tier | None, typer.Option("--tier", help="How strict the limits are.")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on one line.")]

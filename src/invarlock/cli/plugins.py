@@ -1,0 +1,170 @@
+"""`invarlock plugins`: what is registered, whether it would work, and how to install what is missing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from typing import Annotated, Any, Literal
+
+import typer
+
+from invarlock.cli.console import emit_json, is_terminal, note, say
+from invarlock.cli.options import JsonOption, plain_typer
+
+__all__ = ["app"]
+
+Category = Literal["adapters", "guards", "edits", "datasets", "plugins", "all"]
+
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show module, entry point and distribution.")]
+ExplainOption = Annotated[str | None, typer.Option("--explain", metavar="NAME", help="Show everything about one name.")]
+OnlyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--only",
+        metavar="STATE|ORIGIN",
+        help="Keep one: ready, missing, broken, shadowed, unsupported, core or plugin.",
+    ),
+]
+UnsupportedOption = Annotated[
+    bool, typer.Option("--show-unsupported", help="List also what this platform does not support.")
+]
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="An extra, a registered name, or a distribution.")]
+ApplyOption = Annotated[bool, typer.Option("--apply", help="Run the command; without it, it is only printed.")]
+
+_HEADER = "name | origin | kind | backend | version | status"
+
+app = plain_typer(help="List adapters, guards, edits and data providers, and install what they need.")
+
+
+@app.callback(invoke_without_command=True)
+def plugins(
+    context: typer.Context,
+    json: JsonOption = False,
+    verbose: VerboseOption = False,
+    explain: ExplainOption = None,
+    only: OnlyOption = None,
+    show_unsupported: UnsupportedOption = False,
+) -> int:
+    """List adapters, guards, edits and data providers, and install what they need."""
+    if context.invoked_subcommand is not None:
+        return 0
+    return _show("all", json, verbose, explain, only, show_unsupported)
+
+
+@app.command("list")
+def list_(
+    category: Annotated[Category, typer.Argument(help="What to list.")] = "all",
+    json: JsonOption = False,
+    verbose: VerboseOption = False,
+    explain: ExplainOption = None,
+    only: OnlyOption = None,
+    show_unsupported: UnsupportedOption = False,
+) -> int:
+    """List one category, or all."""
+    return _show(category, json, verbose, explain, only, show_unsupported)
+
+
+def _add(category: Category) -> None:
+    @app.command(category, help=f"List {category}.")
+    def listing(
+        json: JsonOption = False,
+        verbose: VerboseOption = False,
+        explain: ExplainOption = None,
+        only: OnlyOption = None,
+        show_unsupported: UnsupportedOption = False,
+    ) -> int:
+        return _show(category, json, verbose, explain, only, show_unsupported)
+
+
+for _category in ("adapters", "guards", "edits"):
+    _add(_category)
+
+
+@app.command()
+def install(name: NameArgument, apply: ApplyOption = False) -> int:
+    """Install the extra that a name needs (a dry run unless --apply)."""
+    from invarlock.plugins.packages import install_command
+
+    return _pip(install_command(name), apply, needs_network=True)
+
+
+@app.command()
+def uninstall(name: NameArgument, apply: ApplyOption = False) -> int:
+    """Uninstall a plugin, or what an extra alone brought (a dry run unless --apply)."""
+    from invarlock.plugins.packages import uninstall_command
+
+    return _pip(uninstall_command(name), apply, needs_network=False)
+
+
+def _show(category: str, json: bool, verbose: bool, name: str | None, only: str | None, show_unsupported: bool) -> int:
+    from invarlock.core import settings
+    from invarlock.plugins import status
+
+    if name is not None:
+        found = status.explain(name, category)
+    else:
+        found = status.select(status.inventory(category), only, show_unsupported=show_unsupported)
+    if json:
+        items = [item.as_dict() | ({"parameters": item.parameters} if name is not None else {}) for item in found]
+        discovery = not settings.flag("INVARLOCK_DISABLE_PLUGIN_DISCOVERY")
+        envelope: dict[str, Any] = {"format_version": "plugins-v1", "component": "plugins", "category": category}
+        emit_json({**envelope, "discovery": discovery, "items": items, "ts": time.time()})
+    elif name is not None:
+        for item in found:
+            _explain(item)
+    else:
+        _table(found, verbose)
+    return 1 if name is not None and any(item.state in ("broken", "shadowed") for item in found) else 0
+
+
+def _table(found: list[Any], verbose: bool) -> None:
+    if is_terminal(sys.stdout):
+        note(_HEADER)
+    for item in found:
+        say(item.line())
+        if verbose:
+            entry = item.entry
+            say(f"    {entry.target}  [{entry.group}]  {entry.distribution} {entry.version}")
+            if item.hint:
+                say(f"    to do: {item.hint}")
+    if not found:
+        note("nothing to list")
+
+
+def _explain(item: Any) -> None:
+    entry = item.entry
+    module, _, attribute = entry.target.partition(":")
+    package, version = item.backend or ("none", None)
+    rows = {
+        "name": entry.name,
+        "kind": entry.kind,
+        "origin": entry.origin,
+        "module": module,
+        "class": attribute,
+        "entry point": f"{entry.group}: {entry.name} = {entry.target}",
+        "distribution": entry.distribution,
+        "version": entry.version,
+        "backend": f"{package} {version or ''}".rstrip(),
+        "constructor": ", ".join(item.parameters) or ("no parameters" if item.state == "ready" else "not imported"),
+        "status": item.summary(),
+    }
+    if item.hint:
+        rows["to do"] = item.hint
+    for label, value in rows.items():
+        say(f"{label + ':':<14}{value}")
+
+
+def _pip(command: list[str], apply: bool, *, needs_network: bool) -> int:
+    from invarlock.core import settings
+    from invarlock.core.exceptions import NetworkError
+    from invarlock.core.network import network_allowed
+
+    shown = " ".join(f'"{part}"' if "[" in part else part for part in command)
+    if not apply or settings.flag("INVARLOCK_PLUGINS_DRY_RUN"):
+        say(f"dry run: {shown}")
+        return 0
+    if needs_network and not network_allowed():
+        raise NetworkError(f"the network is off; set INVARLOCK_ALLOW_NETWORK=1 to run: {shown}")
+    note(shown)
+    return subprocess.run([sys.executable, "-m", *command], check=False).returncode

@@ -1,0 +1,76 @@
+"""Files appear whole or not at all, and temporary folders go away."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from invarlock.core.exceptions import ConfigError
+
+__all__ = ["private_folder", "read_json", "write_json", "write_together", "write_whole"]
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write `content` under a temporary name in the same folder, then rename it: readers see all of it or nothing."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def write_together(folder: Path, files: Mapping[str, str | bytes]) -> None:
+    """Write several files so that none appears under its name before all are complete on disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=folder, prefix=".staging-"))
+    try:
+        for name, content in files.items():
+            write_whole(staging / name, content)
+        for name in files:
+            os.replace(staging / name, folder / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all. NaN and infinities raise ValueError: what was not measured is null."""
+    write_whole(path, json.dumps(value, allow_nan=False, ensure_ascii=False, indent=1) + "\n")
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Read JSON; ConfigError names `what` and where it does not parse."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no such file: {path}; expected {what}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; expected {what}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); expected {what}") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON (line {error.lineno}: {error.msg}); expected {what}") from None
+
+
+@contextlib.contextmanager
+def private_folder(parent: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary folder that only this user can read (0700); removed at the end, whatever ends it."""
+    folder = Path(tempfile.mkdtemp(prefix="invarlock-", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

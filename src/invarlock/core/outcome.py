@@ -1,0 +1,82 @@
+"""What guard results mean for a run: their contract, the worst of several, and the action that follows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from invarlock.core import settings
+from invarlock.core.exceptions import GuardError
+
+__all__ = ["Consequence", "checked_result", "consequence", "not_evaluated", "worst"]
+
+Consequence = Literal["keep", "warn", "rollback", "abort"]
+_ACTIONS = ("continue", "none", "warn", "rollback", "abort")
+_SEVERITY: dict[Consequence, int] = {"keep": 0, "warn": 1, "rollback": 2, "abort": 3}
+_TYPES: dict[str, type] = {
+    "passed": bool,
+    "action": str,
+    "message": str,
+    "metrics": dict,
+    "warnings": list,
+    "errors": list,
+    "evaluated": bool,
+}
+
+
+def checked_result(name: str, returned: Any) -> dict[str, Any]:
+    """Return a guard's result with every optional key filled. Raises GuardError where it breaks the contract."""
+    if not isinstance(returned, Mapping):
+        raise GuardError(f"guard {name!r} returned {type(returned).__name__}; expected a dict with 'passed'")
+    if "passed" not in returned:
+        keys = ", ".join(sorted(map(str, returned))) or "none"
+        raise GuardError(f"guard {name!r} returned no 'passed' (keys: {keys}); include passed, action and message")
+    if settings.flag("INVARLOCK_ASSERT_GUARDS"):
+        for key, value in returned.items():
+            kind = _TYPES.get(key)
+            if kind is None or not isinstance(value, kind):
+                wanted = kind.__name__ if kind else f"one of the keys {', '.join(_TYPES)}"
+                raise GuardError(f"guard {name!r} returned {key}={value!r}; expected {wanted}")
+    action = returned.get("action")
+    if action is not None and action not in _ACTIONS:
+        raise GuardError(f"guard {name!r} returned action {action!r}; expected one of: {', '.join(_ACTIONS)}")
+    return {
+        "message": "",
+        "metrics": {},
+        "warnings": [],
+        "errors": [],
+        "evaluated": True,
+        **returned,
+        "passed": bool(returned["passed"]),
+        "action": action or "none",
+    }
+
+
+def not_evaluated(name: str, reason: str) -> dict[str, Any]:
+    """Return the result of a guard that could not be evaluated; it never counts as passed."""
+    return {
+        "passed": False,
+        "action": "none",
+        "evaluated": False,
+        "message": f"{name} was not evaluated: {reason}",
+        "metrics": {},
+        "warnings": [reason],
+        "errors": [],
+    }
+
+
+def consequence(outcome: Mapping[str, Any]) -> Consequence:
+    """Return what follows from one result: its explicit action, and rollback for a failure that names none."""
+    if not outcome.get("evaluated", True):
+        return "warn"
+    action = outcome["action"]
+    if action in ("abort", "rollback", "warn"):
+        known: Consequence = action
+        return known
+    return "keep" if outcome["passed"] else "rollback"
+
+
+def worst(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the worst of a guard's results; the single ones stand in `runs` where there were several."""
+    ranked = max(outcomes, key=lambda o: (_SEVERITY[consequence(o)], not o["passed"]))
+    return {**ranked, "runs": list(outcomes)} if len(outcomes) > 1 else ranked

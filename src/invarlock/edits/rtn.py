@@ -1,0 +1,154 @@
+"""Round-to-nearest weight quantization: each weight is replaced by the nearest value of a symmetric b-bit grid.
+
+The model stays in its own type (simulated quantization), so its damage is measured without a special kernel. Rounding is
+symmetric, w ≈ s·clamp(round(w / s), -(2^(b-1) - 1), 2^(b-1) - 1), with one scale s a row (output channel), a group of
+inputs within a row, or the whole matrix. Source: Nagel et al., "A White Paper on Neural Network Quantization", 2021, §2.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+
+from invarlock.core.api import ModelEdit
+from invarlock.core.exceptions import EditError
+
+__all__ = ["RTNQuantEdit", "round_to_nearest"]
+
+_ATTENTION = re.compile(r"(^|\.)(attn|attention|self_attn|selfattention|crossattention|encdecattention)(\.|$)", re.I)
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|classifier|score|cls|predictions)(\.|$)", re.I)
+
+
+def round_to_nearest(
+    weight: torch.Tensor, bitwidth: int, *, per_channel: bool, group_size: int | None, clamp_ratio: float
+) -> torch.Tensor:
+    """Return `weight` [out, in] rounded to `bitwidth` bits, in the same type.
+
+    group_size g gives every g neighbouring inputs of a row a scale of their own; a last, smaller group takes what is
+    left over. clamp_ratio c in [0, 1) takes the scale from the (1 - c) quantile of the magnitudes instead of their
+    maximum, and clips what lies beyond.
+    """
+    levels = 2 ** (bitwidth - 1) - 1
+    work = weight.float()
+    if group_size and group_size < work.shape[1]:
+        cut = work.shape[1] // group_size * group_size
+        body = work[:, :cut].reshape(-1, group_size)
+        parts = [_round_rows(body, levels, clamp_ratio).reshape(work.shape[0], cut)]
+        if cut < work.shape[1]:
+            parts.append(_round_rows(work[:, cut:], levels, clamp_ratio))
+        rounded = torch.cat(parts, dim=1)
+    elif per_channel:
+        rounded = _round_rows(work, levels, clamp_ratio)
+    else:
+        rounded = _round_rows(work.reshape(1, -1), levels, clamp_ratio).reshape(work.shape)
+    return rounded.to(weight.dtype)
+
+
+def _round_rows(rows: torch.Tensor, levels: int, clamp_ratio: float) -> torch.Tensor:
+    sizes = rows.abs()
+    top = sizes.amax(dim=1, keepdim=True)
+    if clamp_ratio > 0:
+        rank = max(1, round((1.0 - clamp_ratio) * sizes.shape[1]))
+        top = sizes.kthvalue(rank, dim=1, keepdim=True).values
+    scale = (top / levels).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.clamp(torch.round(rows / scale), -levels, levels) * scale
+
+
+class RTNQuantEdit(ModelEdit):
+    """Round the weights of linear layers (`torch.nn.Linear` and GPT-2's `Conv1D`) to a few bits.
+
+    bitwidth: 2 to 8. per_channel: one scale an output channel, else one a matrix. group_size: inputs that share a
+    scale, None for whole rows. clamp_ratio: share of each row's or group's largest magnitudes that is clipped, in
+    [0, 0.5). scope: `attn`, `ffn` or `all`; output heads are left alone. max_modules: at most that many, in model order.
+    """
+
+    name = "quant_rtn"
+
+    def __init__(
+        self,
+        bitwidth: int = 8,
+        per_channel: bool = True,
+        group_size: int | None = None,
+        clamp_ratio: float = 0.0,
+        scope: Literal["attn", "ffn", "all"] = "all",
+        max_modules: int | None = None,
+    ) -> None:
+        self.settings: dict[str, Any] = {
+            "bitwidth": bitwidth,
+            "per_channel": per_channel,
+            "group_size": group_size,
+            "clamp_ratio": clamp_ratio,
+            "scope": scope,
+            "max_modules": max_modules,
+        }
+        self._checked({})
+
+    def _checked(self, config: dict[str, Any]) -> dict[str, Any]:
+        unknown = sorted(config.keys() - self.settings.keys())
+        if unknown:
+            raise EditError(f"quant_rtn got {unknown[0]!r}; expected one of: {', '.join(self.settings)}")
+        plan = {**self.settings, **config}
+        group = plan["group_size"]
+        modules = plan["max_modules"]
+        rules = (
+            (
+                "bitwidth",
+                isinstance(plan["bitwidth"], int) and 2 <= plan["bitwidth"] <= 8,
+                "a whole number from 2 to 8",
+            ),
+            ("group_size", group is None or (isinstance(group, int) and group >= 1), "None or 1 and more"),
+            ("clamp_ratio", 0.0 <= plan["clamp_ratio"] < 0.5, "at least 0 and below 0.5"),
+            ("scope", plan["scope"] in ("attn", "ffn", "all"), "attn, ffn or all"),
+            ("max_modules", modules is None or (isinstance(modules, int) and modules >= 1), "None or 1 and more"),
+        )
+        for key, holds, expected in rules:
+            if not holds:
+                raise EditError(f"quant_rtn got {key}={plan[key]!r}; expected {expected}")
+        return plan
+
+    def apply(self, model: Any, adapter: Any, **config: Any) -> dict[str, Any]:
+        """Round the weights in place. `config` overrides the constructor's settings.
+
+        Returns `deltas` with the counts and `modules`, one row a matrix: its relative change ‖ΔW‖/‖W‖ and how many
+        weights moved. Raises EditError where the scope holds no linear layer.
+        """
+        plan = self._checked(config)
+        targets = list(_linear_layers(model, plan["scope"]))[: plan["max_modules"]]
+        if not targets:
+            raise EditError(f"quant_rtn found no linear layer in scope {plan['scope']!r}; expected at least one")
+        rounding = {key: plan[key] for key in ("bitwidth", "per_channel", "group_size", "clamp_ratio")}
+        rows: list[dict[str, Any]] = []
+        with torch.no_grad():
+            for name, module, transposed in targets:
+                weight = module.weight
+                matrix = weight.t() if transposed else weight
+                rounded = round_to_nearest(matrix, **rounding)
+                difference = (rounded.float() - matrix.float()).norm() / matrix.float().norm().clamp_min(1e-30)
+                moved = int((rounded != matrix).sum())
+                weight.copy_(rounded.t() if transposed else rounded)
+                rows.append({"module": name, "relative_change": float(difference), "weights_changed": moved})
+        return {
+            "name": self.name,
+            "plan": plan,
+            "deltas": {
+                "params_changed": sum(row["weights_changed"] for row in rows),
+                "layers_modified": len(rows),
+                "bitwidth": plan["bitwidth"],
+            },
+            "modules": rows,
+        }
+
+
+def _linear_layers(model: Any, scope: str) -> Iterator[tuple[str, Any, bool]]:
+    """Yield (name, module, whether its weight is stored [in, out]) of the layers in scope, output heads excluded."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for name, module in model.named_modules():
+        transposed = type(module).__name__ == "Conv1D"
+        if not (transposed or isinstance(module, torch.nn.Linear)) or module is head or _HEAD.search(name):
+            continue
+        in_attention = bool(_ATTENTION.search(name))
+        if scope == "all" or (scope == "attn") == in_attention:
+            yield name, module, transposed

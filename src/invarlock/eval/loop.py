@@ -1,0 +1,344 @@
+"""The one forward loop: batches of windows in, per-window and per-token numbers out.
+
+- Windows of one length form a batch, so nothing is padded that did not come padded.
+- The output layer is applied to a few hundred tokens at a time, so logits never exist whole. That shortcut (body, then
+  output embedding) is checked against the model's own logits on the first batch, token for token, and dropped for models
+  that do more after the output layer (soft caps, scales, transforms).
+- All sums run in double precision. Baseline and subject see the same batches in the same order, so a model against
+  itself gives the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from invarlock.core.exceptions import DataError
+from invarlock.eval import divergence
+from invarlock.eval.windows import IGNORED, Window
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ActivationSampler", "LoopResult", "Task", "evenly_spaced", "forward_windows", "scored_tokens"]
+
+Task = Literal["causal", "mlm", "seq2seq"]
+Progress = Callable[[int, int], None]
+
+BATCH_TOKENS = 2048
+_CHUNK_BYTES = 48 * 2**20  # of logits held at a time
+_SHORTCUT_TOLERANCE = 1e-4
+
+
+@dataclass
+class ActivationSampler:
+    """Tells activation hooks whether the current batch is wanted (`take`) and which of its windows (`rows` [B])."""
+
+    windows: frozenset[int] = frozenset()
+    take: bool = False
+    rows: np.ndarray[Any, Any] | None = None
+
+    def enter(self, indices: Sequence[int]) -> None:
+        wanted = np.array([i in self.windows for i in indices])
+        self.take = bool(wanted.any())
+        self.rows = wanted if self.take else None
+
+    def leave(self) -> None:
+        self.take, self.rows = False, None
+
+
+@dataclass
+class LoopResult:
+    """Per-window columns, in the order of the windows given; `reference` holds every scored token in that order."""
+
+    loss: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    correct: list[float] = field(default_factory=list)
+    kl_sum: list[float] | None = None
+    kl_max: list[float] | None = None
+    flips: list[int] | None = None
+    kl_histogram: np.ndarray[Any, Any] | None = None
+    reference: divergence.TokenReference | None = None
+    used_shortcut: bool = False
+
+
+def evenly_spaced(count: int, wanted: int) -> list[int]:
+    """Return `wanted` indices (or all) spread evenly over range(count), the first and last included."""
+    if wanted >= count:
+        return list(range(count))
+    return sorted({round(k * (count - 1) / max(wanted - 1, 1)) for k in range(wanted)})
+
+
+def scored_tokens(window: Window, task: Task) -> int:
+    """Return how many tokens of the window the metric scores."""
+    labels = window.labels if window.labels is not None else window.input_ids
+    mask = window.mask if window.mask is not None and task != "seq2seq" else [1] * len(labels)
+    pairs = list(zip(labels, mask, strict=True))
+    return sum(1 for label, seen in (pairs[1:] if task == "causal" else pairs) if seen and label != IGNORED)
+
+
+def _batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[int]]:
+    def shape(window: Window) -> tuple[int, int]:
+        return len(window.input_ids), len(window.labels) if window.labels is not None else 0
+
+    by_shape: dict[tuple[int, int], list[int]] = {}
+    for index, window in enumerate(windows):
+        by_shape.setdefault(shape(window), []).append(index)
+    for key in sorted(by_shape, reverse=True):
+        size = max(1, batch_tokens // sum(key))
+        indices = by_shape[key]
+        for start in range(0, len(indices), size):
+            yield indices[start : start + size]
+
+
+@dataclass
+class _Batch:
+    indices: list[int]
+    inputs: dict[str, Any]
+    labels: torch.Tensor  # [B, T], IGNORED where nothing is scored, aligned with the logits that predict them
+    scored: torch.Tensor  # [B, T] bool
+
+
+def _collate(windows: Sequence[Window], indices: list[int], task: Task, device: str) -> _Batch:
+    import torch
+
+    rows = [windows[i] for i in indices]
+    ids = torch.tensor([w.input_ids for w in rows], device=device)
+    labels = torch.tensor([w.labels if w.labels is not None else w.input_ids for w in rows], device=device)
+    inputs: dict[str, Any] = {"input_ids": ids}
+    masked = any(w.mask is not None for w in rows)
+    if masked:
+        mask = torch.tensor([w.mask or [1] * len(w.input_ids) for w in rows], device=device)
+        inputs["attention_mask"] = mask
+        if task != "seq2seq":
+            labels = labels.masked_fill(mask == 0, IGNORED)
+    if task == "causal":
+        labels = torch.cat([labels[:, 1:], labels.new_full((len(rows), 1), IGNORED)], dim=1)
+    if task == "seq2seq":
+        inputs["labels"] = labels
+    return _Batch(indices, inputs, labels, labels != IGNORED)
+
+
+class _Logits:
+    """Yields the logits of the scored positions of a batch, a chunk of tokens at a time."""
+
+    def __init__(self, model: Any, task: Task) -> None:
+        self.model = model
+        self.task = task
+        self.body = getattr(model, "base_model", None)
+        self.head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        usable = task == "causal" and self.head is not None and self.body is not None and self.body is not model
+        self.shortcut: bool | None = None if usable else False  # None: not yet checked
+
+    def _call(self, batch: _Batch) -> Any:
+        inputs = dict(batch.inputs)
+        if self.task == "seq2seq":
+            inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=inputs.pop("labels"))
+        keywords = {"use_cache": False} if self.task != "mlm" and hasattr(self.model, "config") else {}
+        output = self.model(**inputs, **keywords)
+        return output.logits if hasattr(output, "logits") else output[0] if isinstance(output, tuple) else output
+
+    def _hidden(self, batch: _Batch) -> torch.Tensor:
+        assert self.body is not None
+        hidden: torch.Tensor = self.body(**batch.inputs, use_cache=False).last_hidden_state
+        return hidden
+
+    def _check_shortcut(self, batch: _Batch) -> bool:
+        """Compare both ways on one window; a model whose body has another call signature has no shortcut."""
+        import torch
+
+        probe = _Batch(
+            batch.indices[:1], {k: v[:1] for k, v in batch.inputs.items()}, batch.labels[:1], batch.scored[:1]
+        )
+        try:
+            assert self.head is not None
+            fast = self.head(self._hidden(probe))
+        except (TypeError, AttributeError, RuntimeError):
+            return False
+        full = self._call(probe)
+        if fast.shape != full.shape:
+            return False
+        scale = full.float().abs().max().clamp_min(1.0)
+        close = (fast.float() - full.float()).abs().max() <= _SHORTCUT_TOLERANCE * scale
+        # a wrecked model gives NaN both ways; the shortcut is as good as the long way there
+        return bool(close) or bool(torch.isnan(full).any() and torch.isnan(fast).any())
+
+    def choose_path(self, batch: _Batch) -> None:
+        """Decide, on the first batch and before any activation hook is told to look, whether the shortcut serves."""
+        if self.shortcut is None:
+            self.shortcut = self._check_shortcut(batch)
+
+    def chunks(self, batch: _Batch) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Yield (start, stop, logits float32 [stop - start, V]) over the scored tokens of the batch, row by row."""
+        states = (self._hidden(batch) if self.shortcut else self._call(batch))[batch.scored]
+        if self.shortcut:
+            assert self.head is not None
+            width = int(self.head.weight.shape[0]) if hasattr(self.head, "weight") else 50_000
+        else:
+            width = int(states.shape[-1])
+        step = max(1, _CHUNK_BYTES // (4 * width))
+        for start in range(0, len(states), step):
+            piece = states[start : start + step]
+            logits = self.head(piece) if self.shortcut and self.head is not None else piece
+            yield start, start + len(piece), logits.float()
+
+
+@dataclass
+class _Columns:
+    """Collects per-token numbers, window by window, in the caller's order."""
+
+    count: int
+    want_kl: bool
+    keep_reference: bool
+    loss: list[float] = field(init=False)
+    tokens: list[int] = field(init=False)
+    correct: list[float] = field(init=False)
+    kl: list[Any] = field(init=False)
+    flips: list[int] = field(init=False)
+    references: list[Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.loss = [float("nan")] * self.count
+        self.tokens = [0] * self.count
+        self.correct = [0.0] * self.count
+        self.kl = [None] * self.count
+        self.flips = [0] * self.count
+        self.references = [None] * self.count
+
+
+def forward_windows(
+    model: Any,
+    windows: Sequence[Window],
+    *,
+    task: Task = "causal",
+    device: str = "cpu",
+    batch_tokens: int = BATCH_TOKENS,
+    keep_reference: bool = False,
+    reference: divergence.TokenReference | None = None,
+    sampler: ActivationSampler | None = None,
+    progress: Progress | None = None,
+) -> LoopResult:
+    """Measure `model` on every window.
+
+    keep_reference: also return the compact distribution of each scored token (the baseline's side).
+    reference: compare each scored token with this one (the subject's side); rows follow the order of `windows`.
+    Returns mean log-loss per window in nats (NaN where the model gives NaN). Raises DataError for a window without
+    scored tokens.
+    """
+    import torch
+
+    counts = [scored_tokens(window, task) for window in windows]
+    if not windows or min(counts) < 1:
+        bad = windows[counts.index(0)].id if 0 in counts else "none given"
+        raise DataError(f"a window has no scored token ({bad}); expected at least one in every window")
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    columns = _Columns(len(windows), reference is not None, keep_reference)
+    source = _Logits(model, task)
+    done = 0
+    with torch.inference_mode(), _evaluation_mode(model):
+        for indices in _batches(windows, batch_tokens):
+            batch = _collate(windows, indices, task, device)
+            source.choose_path(batch)
+            if sampler is not None:
+                sampler.enter(indices)
+            try:
+                _measure_batch(source, batch, columns, counts, offsets, reference, sampler)
+            finally:
+                if sampler is not None:
+                    sampler.leave()
+            done += len(indices)
+            if progress is not None:
+                progress(done, len(windows))
+    return _collect(columns, bool(source.shortcut))
+
+
+def _measure_batch(
+    source: _Logits,
+    batch: _Batch,
+    columns: _Columns,
+    counts: list[int],
+    offsets: np.ndarray[Any, Any],
+    reference: divergence.TokenReference | None,
+    sampler: ActivationSampler | None,
+) -> None:
+    import torch
+
+    sizes = [counts[i] for i in batch.indices]
+    compared = None
+    if reference is not None:
+        parts = [reference.rows(int(offsets[i]), int(offsets[i + 1])) for i in batch.indices]
+        device = batch.labels.device
+        compared = divergence.TokenReference(*(torch.cat([getattr(p, f) for p in parts]).to(device) for f in _FIELDS))
+    labels = batch.labels[batch.scored]
+    pieces: dict[str, list[Any]] = {"loss": [], "hit": [], "kl": [], "flip": [], "reference": []}
+    for start, stop, logits in source.chunks(batch):
+        if sampler is not None:
+            sampler.leave()  # the body has run: the output layer's chunks are no activations of a window
+        target = labels[start:stop]
+        log_norm = torch.logsumexp(logits, dim=-1)
+        label_logit = logits.gather(-1, target[:, None])[:, 0]
+        label_log_prob = label_logit - log_norm
+        pieces["loss"].append(-label_log_prob.double())
+        pieces["hit"].append(label_logit >= logits.amax(-1))
+        if columns.keep_reference:
+            pieces["reference"].append(divergence.reference_rows(logits, log_norm, label_log_prob))
+        if compared is not None:
+            kl, flip = divergence.coarsened_kl(compared.rows(start, stop), logits, log_norm, target)
+            pieces["kl"].append(kl)
+            pieces["flip"].append(flip)
+    _file(batch.indices, sizes, pieces, columns)
+
+
+_FIELDS = ("ids", "log_probs", "label_log_prob")
+
+
+def _file(indices: list[int], sizes: list[int], pieces: dict[str, list[Any]], columns: _Columns) -> None:
+    """Cut the batch's tokens into windows again and file the numbers under their windows."""
+    import torch
+
+    losses, hits = (torch.split(torch.cat(pieces[key]).cpu(), sizes) for key in ("loss", "hit"))
+    for index, loss, hit in zip(indices, losses, hits, strict=True):
+        columns.loss[index] = float(loss.mean())
+        columns.tokens[index] = len(loss)
+        columns.correct[index] = float(hit.double().mean())
+    if columns.want_kl:
+        kls, flips = (torch.split(torch.cat(pieces[key]).cpu(), sizes) for key in ("kl", "flip"))
+        for index, kl, flip in zip(indices, kls, flips, strict=True):
+            columns.kl[index] = kl.numpy()
+            columns.flips[index] = int(flip.sum())
+    if columns.keep_reference:
+        whole = [torch.split(torch.cat([getattr(p, f) for p in pieces["reference"]]).cpu(), sizes) for f in _FIELDS]
+        for index, *parts in zip(indices, *whole, strict=True):
+            columns.references[index] = divergence.TokenReference(*parts)
+
+
+def _collect(columns: _Columns, used_shortcut: bool) -> LoopResult:
+    import torch
+
+    out = LoopResult(columns.loss, columns.tokens, columns.correct, used_shortcut=used_shortcut)
+    if columns.want_kl:
+        out.kl_sum = [float(k.sum()) for k in columns.kl]
+        out.kl_max = [float(k.max()) for k in columns.kl]
+        out.flips = columns.flips
+        out.kl_histogram = divergence.histogram(np.concatenate(columns.kl))
+    if columns.keep_reference:
+        joined = (torch.cat([getattr(r, f) for r in columns.references]) for f in _FIELDS)
+        out.reference = divergence.TokenReference(*joined)
+    return out
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: Any) -> Iterator[None]:
+    """Switch dropout and the like off, and back on afterwards where it was on."""
+    training = bool(getattr(model, "training", False))
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()

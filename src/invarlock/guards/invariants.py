@@ -1,0 +1,211 @@
+"""The structural guard: the same tensors, finite, tied as before, under the same configuration and tokenizer.
+
+It compares two tables of tensors (`Structure`), read from safetensors files before any model is loaded, or off a live
+model. Every finding names the tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+from invarlock.evidence.model import Structure
+from invarlock.guards.base import Facts, Policy, Result, Stats, StatsGuard, result
+
+__all__ = ["InvariantsGuard", "baseline_damage"]
+
+Finding = dict[str, Any]
+_MOST_NAMED = 20
+
+
+def _finding(code: str, tensor: str | None, message: str, group: str = "structure") -> Finding:
+    return {"code": code, "tensor": tensor, "module": tensor, "message": message, "group": group}
+
+
+def _missing(old: Structure, new: Structure) -> Iterator[Finding]:
+    known = {t.name for t in old.tensors}
+    here = {t.name for t in new.tensors}
+    absent = (known - here) | set(new.missing)
+    for name in sorted(absent - {alias for alias, _ in new.tied}):
+        yield _finding("tensor_missing", name, f"{name} is missing; the baseline has it")
+
+
+def _unexpected(old: Structure, new: Structure) -> Iterator[Finding]:
+    known = {t.name for t in old.tensors} | {alias for alias, _ in old.tied}
+    for tensor in new.tensors:
+        if tensor.name not in known:
+            yield _finding("tensor_unexpected", tensor.name, f"{tensor.name} is not in the baseline")
+
+
+def _shapes(old: Structure, new: Structure) -> Iterator[Finding]:
+    before = {t.name: t for t in old.tensors}
+    for tensor in new.tensors:
+        was = before.get(tensor.name)
+        if was is not None and was.shape != tensor.shape:
+            yield _finding("tensor_shape", tensor.name, f"{tensor.name} has shape {tensor.shape}; expected {was.shape}")
+
+
+def _non_finite(old: Structure, new: Structure) -> Iterator[Finding]:
+    excused = {t.name for t in old.tensors if t.non_finite}
+    for tensor in new.tensors:
+        if tensor.non_finite and tensor.name not in excused:
+            message = f"{tensor.name} holds {tensor.non_finite} NaN or infinite value(s); expected none"
+            yield _finding("non_finite", tensor.name, message)
+
+
+def _ties(old: Structure, new: Structure) -> Iterator[Finding]:
+    digests = {t.name: t.digest for t in new.tensors}
+    still = {alias for alias, _ in new.tied}
+    for alias, partner in old.tied:
+        if alias in still or alias not in digests:
+            continue
+        if digests[alias] != digests.get(partner):
+            message = f"{alias} is no longer tied to {partner}: their values differ"
+            yield _finding("untied", alias, message)
+
+
+def _norms(old: Structure, new: Structure) -> Iterator[Finding]:
+    lost = set(old.norms) - set(new.norms)
+    if new.norms or not old.norms:  # a checkpoint of an architecture that we cannot build lists none
+        for name in sorted(lost):
+            yield _finding("norm_missing", name, f"normalisation weight {name} is gone", "norms")
+
+
+def _dtypes(old: Structure, new: Structure) -> Iterator[Finding]:
+    before = {t.name: t.dtype for t in old.tensors}
+    types: dict[str, list[str]] = {}
+    for tensor in new.tensors:
+        if tensor.dtype in {"F32", "F16", "BF16", "F64"} and before.get(tensor.name) != tensor.dtype:
+            types.setdefault(tensor.dtype, []).append(tensor.name)
+    changed = sum(len(names) for names in types.values())
+    if changed and (len(types) > 1 or changed < len([t for t in new.tensors if t.dtype.startswith(("F", "BF"))])):
+        for dtype, names in sorted(types.items()):
+            message = f"{len(names)} tensor(s) are {dtype} while the others kept their type, first {names[0]}"
+            yield _finding("dtype_mixed", names[0], message, "dtype")
+
+
+_TABLE_CHECKS: tuple[Callable[[Structure, Structure], Iterator[Finding]], ...] = (
+    _non_finite,
+    _missing,
+    _shapes,
+    _unexpected,
+    _ties,
+    _norms,
+    _dtypes,
+)
+_WARN_GROUPS = {"dtype"}
+
+
+def _config_findings(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Finding]:
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            message = f"configuration {key} is {new.get(key)!r}; the baseline has {old.get(key)!r}"
+            yield {**_finding("config_changed", None, message, "config"), "key": key}
+
+
+def _tokenizer_findings(old: Stats, new: Stats, structure: Structure) -> Iterator[Finding]:
+    ours, theirs = new.get("tokenizer_digest"), old.get("tokenizer_digest")
+    if ours and theirs and ours != theirs:
+        message = (
+            f"the tokenizer differs from the baseline's: {new.get('tokenizer_size')} tokens, digest {ours[:8]}; "
+            f"expected {old.get('tokenizer_size')}, {theirs[:8]}"
+        )
+        yield _finding("E002", None, message, "tokenizer")
+    size = new.get("tokenizer_size")
+    for what, rows in (("embedding", structure.embedding_rows), ("output layer", structure.output_rows)):
+        if size is not None and rows is not None and rows < size:
+            message = f"the {what} has {rows} rows for {size} tokens; expected at least one a token"
+            yield _finding("vocabulary_size", None, message, "tokenizer")
+
+
+def baseline_damage(structure: Structure) -> list[Finding]:
+    """Return why a baseline cannot serve as one: non-finite parameters, missing or mis-shaped tensors."""
+    findings = [
+        _finding("non_finite", t.name, f"{t.name} holds {t.non_finite} NaN or infinite value(s)")
+        for t in structure.tensors
+        if t.non_finite and t.name not in structure.buffers
+    ]
+    findings += [_finding("tensor_missing", name, f"{name} is missing") for name in structure.missing]
+    findings += [_finding("tensor_shape", line.split(":")[0], line) for line in structure.misshapen]
+    return findings
+
+
+class InvariantsGuard(StatsGuard):
+    """Compare structure. Knobs:
+
+    strict_mode: warnings fail too. on_fail: `warn`, `rollback` or `abort`. profile_checks: which of the optional groups
+    of checks run (`norms`, `dtype`, `config`, `tokenizer`; structure always does). intent: under `finetune` a changed
+    configuration warns.
+    """
+
+    name = "invariants"
+    defaults: ClassVar[dict[str, Any]] = {
+        "strict_mode": False,
+        "on_fail": "rollback",
+        "profile_checks": ["norms", "dtype", "config", "tokenizer"],
+        "intent": "preserve",
+    }
+
+    def __init__(
+        self, *, strict_mode: bool | None = None, on_fail: str | None = None, profile_checks: list[str] | None = None
+    ) -> None:
+        given = {"strict_mode": strict_mode, "on_fail": on_fail, "profile_checks": profile_checks}
+        super().__init__(**{key: value for key, value in given.items() if value is not None})
+
+    def contract(self) -> dict[str, Any]:
+        return {"tensors": "names, shapes, types, sha256 digests, non-finite counts"}
+
+    def measure(self, model: Any, adapter: Any, batches: Any = None) -> Stats:
+        """Read the table off a live model; `stats_from` does the same for files."""
+        from invarlock.adapters.checkpoint import behaviour, live_structure
+
+        config = getattr(model, "config", None)
+        facts = behaviour(config) if config is not None and hasattr(config, "to_dict") else {}
+        return self.stats_from(live_structure(model), facts, None, None)
+
+    @staticmethod
+    def stats_from(
+        structure: Structure, behaviour: Mapping[str, Any], tokenizer_digest: str | None, tokenizer_size: int | None
+    ) -> Stats:
+        """Return the measurement made of parts that were read elsewhere."""
+        return {
+            "structure": structure.model_dump(mode="json"),
+            "behaviour": dict(behaviour),
+            "tokenizer_digest": tokenizer_digest,
+            "tokenizer_size": tokenizer_size,
+        }
+
+    def pair(self, baseline: Stats, subject: Stats) -> Facts:
+        """List every difference, each with the check group that it belongs to."""
+        old, new = (Structure.model_validate(side["structure"]) for side in (baseline, subject))
+        findings = [finding for check in _TABLE_CHECKS for finding in check(old, new)]
+        findings += _config_findings(baseline["behaviour"], subject["behaviour"])
+        findings += _tokenizer_findings(baseline, subject, new)
+        return {"findings": findings, "tensors_compared": len(new.tensors)}
+
+    def judge(self, facts: Facts, policy: Policy) -> Result:
+        """Fail on any finding, but for the groups that only warn."""
+        enabled = {"structure", *policy.get("profile_checks", self.defaults["profile_checks"])}
+        soft = set(_WARN_GROUPS)
+        if policy.get("intent") == "finetune":
+            soft.add("config")
+        if policy.get("strict_mode"):
+            soft = set()
+        kept = [f for f in facts["findings"] if f["group"] in enabled]
+        errors = [f for f in kept if f["group"] not in soft]
+        warnings = [f for f in kept if f["group"] in soft]
+        compared = facts["tensors_compared"]
+        if not compared:
+            return result(False, "no tensors to compare", evaluated=False)
+        metrics = {"tensors_compared": compared, "findings": len(kept)}
+        if errors:
+            more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+            return result(
+                False,
+                f"{errors[0]['message']}{more}",
+                action=str(policy.get("on_fail", "rollback")),
+                metrics=metrics,
+                warnings=warnings[:_MOST_NAMED],
+                errors=errors[:_MOST_NAMED],
+            )
+        return result(True, f"{compared} tensors agree", metrics=metrics, warnings=warnings[:_MOST_NAMED])
