@@ -78,17 +78,24 @@ class _LazyGroup(TyperGroup):
             raise typer.Exit(report_error(error, remembered_profile(ctx))) from None
         return value
 
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> Any:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
         """As in typer, but errors in the arguments are one line too, and a command may return its exit code."""
-        standalone = extra.pop("standalone_mode", True)
         try:
-            value = super().main(args, prog_name or "invarlock", standalone_mode=False, **extra)
+            value = super().main(args, prog_name or "invarlock", complete_var, False, windows_expand_args, **extra)
             code = value if isinstance(value, int) else 0
         except typer.Abort:
             code = report_error(KeyboardInterrupt())
         except Exception as error:  # noqa: BLE001 - see `invoke`; here it is the parsing of the first arguments
             code = _show_help(error) or report_error(error)
-        if standalone:
+        if standalone_mode:
             sys.exit(code)
         return code
 

@@ -75,7 +75,7 @@ def progress() -> Iterator[Tick]:
 
 
 def setup_logging() -> None:
-    """Send the library's log to stderr: warnings, or everything under INVARLOCK_DEBUG_TRACE. Calling it again is harmless."""
+    """Send the library's log to stderr: warnings, or everything under INVARLOCK_DEBUG_TRACE. May be called again."""
     logger = logging.getLogger("invarlock")
     handler: logging.Handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))

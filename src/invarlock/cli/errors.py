@@ -1,7 +1,7 @@
 """The one place where exceptions become a line on stderr and an exit code.
 
-    0  pass        1  failure       2  wrong schema, configuration or usage
-    3  hard stop in ci and release  4  inconclusive           130  interrupted
+0  pass        1  failure       2  wrong schema, configuration or usage
+3  hard stop in ci and release  4  inconclusive           130  interrupted
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from invarlock.core.exceptions import (
     DependencyError,
     InvarlockError,
     PairingError,
-    RunInterrupted,
+    RunInterruptedError,
 )
 
 __all__ = ["EXIT_CODES", "INTERRUPTED", "exit_code", "report_error"]
@@ -35,8 +35,8 @@ _HARD_STOP = ("ci", "release")
 
 
 def exit_code(error: BaseException, profile: str | None) -> int:
-    """Return the exit code that an exception stands for. A pairing error is a hard stop in the ci and release profiles."""
-    if isinstance(error, (KeyboardInterrupt, RunInterrupted)):
+    """Return the exit code that an exception stands for. Pairing errors are a hard stop in the ci and release profiles."""
+    if isinstance(error, (KeyboardInterrupt, RunInterruptedError)):
         return INTERRUPTED
     if isinstance(error, (ConfigError, CertificateError, _ClickException)):
         return 2
@@ -46,7 +46,7 @@ def exit_code(error: BaseException, profile: str | None) -> int:
 
 
 def report_error(error: BaseException, profile: str | None = None) -> int:
-    """Write one line about `error` to stderr (the traceback too under INVARLOCK_DEBUG_TRACE) and return the exit code."""
+    """Write one line about `error` to stderr, under INVARLOCK_DEBUG_TRACE its traceback too; return the exit code."""
     code = exit_code(error, profile)
     if _wants_traceback():
         traceback.print_exception(error, file=sys.stderr)
@@ -65,7 +65,7 @@ def _line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, DependencyError):
         return f"DEPENDENCY-MISSING: {text}"
-    if isinstance(error, (KeyboardInterrupt, RunInterrupted)):
+    if isinstance(error, (KeyboardInterrupt, RunInterruptedError)):
         return text or "interrupted; nothing was written"
     if isinstance(error, InvarlockError):
         code = error.code or _default_code(error)
@@ -84,6 +84,7 @@ def _default_code(error: InvarlockError) -> str:
 
 def _usage(error: BaseException) -> str:
     message = " ".join(str(getattr(error, "format_message", lambda: error)()).split()).rstrip(".")
+    message = message.replace(": Value error, ", ": ")
     context = getattr(error, "ctx", None)
     path = getattr(context, "command_path", "invarlock")
     return f"{message}; see `{path} --help`"

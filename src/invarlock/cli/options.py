@@ -6,7 +6,16 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-__all__ = ["DeviceOption", "JsonOption", "Profile", "ProfileOption", "Tier", "TierOption", "plain_typer", "remembered_profile"]
+__all__ = [
+    "DeviceOption",
+    "JsonOption",
+    "Profile",
+    "ProfileOption",
+    "Tier",
+    "TierOption",
+    "plain_typer",
+    "remembered_profile",
+]
 
 Profile = Literal["dev", "ci", "ci_cpu", "release"]
 Tier = Literal["conservative", "balanced", "aggressive"]

@@ -42,7 +42,9 @@ def uninstall_command(name: str) -> list[str]:
         raise _unknown(name)
     packages = sorted(_brought(extras.pop()))
     if not packages:
-        raise ConfigError(f"{name!r} brings no package that nothing else of invarlock needs; there is nothing to uninstall")
+        raise ConfigError(
+            f"{name!r} brings no package that nothing else of invarlock needs; there is nothing to uninstall"
+        )
     return ["pip", "uninstall", "-y", *packages]
 
 
@@ -60,7 +62,7 @@ def _extras() -> set[str]:
 
 def _required(extra: str | None) -> set[str]:
     """Return the packages that an extra asks for itself, or the core for None; those of other extras are not followed."""
-    found = set()
+    found: set[str] = set()
     for text in metadata.requires(_OWN) or []:
         requirement = Requirement(text)
         always = requirement.marker is None or requirement.marker.evaluate({"extra": ""})

@@ -1,10 +1,10 @@
 """What is registered and whether it would work, told without importing any of it.
 
-    ready        its package and everything that it needs are there
-    missing      an extra must be installed first; `hint` is the command
-    broken       its package or module is not there, or (after `explain`) importing it raised
-    shadowed     two distributions claim the name, so asking for it raises
-    unsupported  it does not run on this platform
+ready        its package and everything that it needs are there
+missing      an extra must be installed first; `hint` is the command
+broken       its package or module is not there, or (after `explain`) importing it raised
+shadowed     two distributions claim the name, so asking for it raises
+unsupported  it does not run on this platform
 """
 
 from __future__ import annotations
@@ -51,7 +51,14 @@ class PluginStatus:
     def line(self) -> str:
         """Return `name | origin | kind | backend | backend's version | status`."""
         package, version = self.backend or (None, None)
-        cells = (self.entry.name, self.entry.origin, self.entry.kind.title(), package or "—", version or "—", self.summary())
+        cells = (
+            self.entry.name,
+            self.entry.origin,
+            self.entry.kind.title(),
+            package or "—",
+            version or "—",
+            self.summary(),
+        )
         return " | ".join(cells)
 
     def summary(self) -> str:
@@ -88,7 +95,9 @@ class PluginStatus:
 def inventory(category: str = "all") -> list[PluginStatus]:
     """List what is registered in a category; `plugins` is everything that is not ours. Imports none of it."""
     if category not in CATEGORIES:
-        raise ConfigError(f"unknown category {category!r}{nearest(category, CATEGORIES)}; expected one of: {', '.join(CATEGORIES)}")
+        raise ConfigError(
+            f"unknown category {category!r}{nearest(category, CATEGORIES)}; expected one of: {', '.join(CATEGORIES)}"
+        )
     found: list[PluginStatus] = []
     for name, kind in _registries().items():
         if category in (name, "all", "plugins"):
@@ -96,7 +105,14 @@ def inventory(category: str = "all") -> list[PluginStatus]:
             times = Counter(entry.name for entry in claims)
             found += [_status(entry, claims if times[entry.name] > 1 else ()) for entry in sorted(claims, key=_by_name)]
     for status in found:
-        _LOG.debug("%s %s = %s (%s): %s", status.entry.group, status.entry.name, status.entry.target, status.entry.distribution, status.state)
+        _LOG.debug(
+            "%s %s = %s (%s): %s",
+            status.entry.group,
+            status.entry.name,
+            status.entry.target,
+            status.entry.distribution,
+            status.state,
+        )
     return [status for status in found if category != "plugins" or status.entry.origin == "Plugin"]
 
 
@@ -143,15 +159,21 @@ def _by_name(entry: Entry) -> tuple[str, str]:
 
 def _status(entry: Entry, rivals: Iterable[Entry]) -> PluginStatus:
     backend = _backend(entry)
-    others = [f"{rival.distribution} ({rival.target})" for rival in rivals if rival.name == entry.name and rival != entry]
+    others = [
+        f"{rival.distribution} ({rival.target})" for rival in rivals if rival.name == entry.name and rival != entry
+    ]
     if others:
         reason = f"{entry.distribution} ({entry.target}) and {', '.join(others)}"
         return PluginStatus(entry, "shadowed", reason, "uninstall one of them", backend)
     if entry.platforms and sys.platform not in entry.platforms:
-        return PluginStatus(entry, "unsupported", f"runs on {', '.join(entry.platforms)}, this is {sys.platform}", "", backend)
+        return PluginStatus(
+            entry, "unsupported", f"runs on {', '.join(entry.platforms)}, this is {sys.platform}", "", backend
+        )
     extra = entry.missing_extra()
     if extra is not None:
-        return PluginStatus(entry, "missing", f"the extra {extra!r} is not installed", f'pip install "invarlock[{extra}]"', backend)
+        return PluginStatus(
+            entry, "missing", f"the extra {extra!r} is not installed", f'pip install "invarlock[{extra}]"', backend
+        )
     problem = _absence(entry.target.partition(":")[0])
     if problem:
         return PluginStatus(entry, "broken", problem, f"reinstall {entry.distribution}", backend)
@@ -186,7 +208,13 @@ def _absence(module: str) -> str | None:
 def _imported(status: PluginStatus) -> PluginStatus:
     entry = status.entry
     try:
-        parameters = [str(parameter) for parameter in inspect.signature(entry.load()).parameters.values()]
+        target = entry.load()
     except InvarlockError as error:
         return PluginStatus(entry, "broken", str(error), f"reinstall {entry.distribution}", status.backend)
+    parameters = [
+        str(parameter.replace(annotation=parameter.empty))
+        for parameter in inspect.signature(target).parameters.values()
+    ]
+    if parameters == ["**overrides"]:  # a built-in guard: any key of its policy
+        parameters = [f"{key}={value!r}" for key, value in target.defaults.items()]
     return PluginStatus(entry, "ready", backend=status.backend, parameters=parameters)
