@@ -9,6 +9,7 @@
     ├── EditError             an edit cannot be applied
     ├── GuardError            a guard broke its contract or raised
     ├── DataError             evaluation text is missing, malformed or too little
+    │   └── TooLittleTextError    there is text, but not enough; `fits` says what would do
     ├── PairingError          the two sides were not measured on the same windows   Ennn  exit 3
     ├── CertificateError      a certificate does not follow the schema, or cannot be made  exit 2
     ├── NetworkError          the network was needed and is not allowed
@@ -34,6 +35,7 @@ __all__ = [
     "NetworkError",
     "PairingError",
     "RunInterruptedError",
+    "TooLittleTextError",
 ]
 
 
@@ -88,6 +90,14 @@ class GuardError(InvarlockError):
 
 class DataError(InvarlockError):
     """Evaluation text is missing, malformed or too little."""
+
+
+class TooLittleTextError(DataError):
+    """There is text, but not enough for the windows asked for; `fits` are the (preview, final) counts that would do."""
+
+    def __init__(self, message: str, fits: tuple[int, int]) -> None:
+        super().__init__(message)
+        self.fits = fits
 
 
 class PairingError(InvarlockError):
