@@ -1,4 +1,4 @@
-"""Ways to damage a model, and ways to change it that harm nobody. Each edits in place; the damaging return the names."""
+"""Ways to damage a model in place, each returning the names of what it damaged, and edits that harm nobody."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ def in_family(model: Any, family: str, index: int = 1, *, square: bool = False) 
     return [w for w in found if not square or w.shape[0] == w.shape[1]][index]
 
 
-def _edit(family: str, change: Callable[[torch.Tensor], torch.Tensor], square: bool = False) -> Callable[[Any], set[str]]:
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _edit(family: str, change: Change, square: bool = False) -> Callable[[Any], set[str]]:
     def apply(model: Any) -> set[str]:
         weight = in_family(model, family, square=square)
         tensor = weight.tensor()
@@ -33,7 +36,7 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(11)
 
 
-def _zero_rows(rows: slice) -> Callable[[torch.Tensor], torch.Tensor]:
+def _zero_rows(rows: slice) -> Change:
     def change(tensor: torch.Tensor) -> torch.Tensor:
         tensor[rows] = 0
         return tensor
@@ -50,7 +53,7 @@ def _shuffle_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor[torch.randperm(len(tensor), generator=_generator())]
 
 
-def _embedding(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any], set[str]]:
+def _embedding(change: Change) -> Callable[[Any], set[str]]:
     def apply(model: Any) -> set[str]:
         weight = next(w for w in weight_matrices(model) if w.role != "linear")
         weight.tensor().copy_(change(weight.tensor().clone()))

@@ -7,11 +7,10 @@ import pytest
 
 from invarlock.core.exceptions import DataError
 from invarlock.guards.linalg import (
-    column_norms,
     finite,
     marchenko_pastur_edge,
+    norms,
     pack,
-    row_norms,
     sigma_max,
     sign_vectors,
     stable_rank,
@@ -71,7 +70,7 @@ def test_half_precision_parts_give_the_same_as_the_whole(monkeypatch: pytest.Mon
     matrix = SPECTRA["wide gaussian"]().bfloat16()
     whole = sigma_max(matrix)
     monkeypatch.setattr("invarlock.guards.linalg._WHOLE", 1000)
-    monkeypatch.setattr("invarlock.guards.linalg._CHUNK", 5000)
+    monkeypatch.setattr("invarlock.guards.linalg._CACHED", 5000)
     assert sigma_max(matrix) == pytest.approx(whole, rel=1e-6)
 
 
@@ -96,8 +95,32 @@ def test_stable_rank_of_known_matrices() -> None:
 
 def test_norms_of_rows_and_columns() -> None:
     matrix = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 0.0]])
-    assert row_norms(matrix).tolist() == [5.0, 0.0, 1.0]
-    assert column_norms(matrix.half()).tolist() == pytest.approx([math.sqrt(10), 4.0])
+    rows, columns = norms(matrix)
+    assert rows.tolist() == [5.0, 0.0, 1.0]
+    assert columns.tolist() == pytest.approx([math.sqrt(10), 4.0])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_norms_in_parts_match_those_of_the_whole(monkeypatch: pytest.MonkeyPatch, transposed: bool) -> None:
+    matrix = SPECTRA["gaussian"]().half()
+    matrix = matrix.T if transposed else matrix
+    monkeypatch.setattr("invarlock.guards.linalg._CACHED", 1000)
+    rows, columns = norms(matrix)
+    assert rows == pytest.approx(matrix.double().norm(dim=1).numpy(), rel=1e-5)
+    assert columns == pytest.approx(matrix.double().norm(dim=0).numpy(), rel=1e-5)
+
+
+def test_the_number_of_threads_is_left_as_it_was() -> None:
+    threads = torch.get_num_threads()
+    matrix = SPECTRA["gaussian"]()
+    torch.set_num_threads(2)
+    try:
+        two = sigma_max(matrix)
+        assert torch.get_num_threads() == 2
+        torch.set_num_threads(1)
+        assert sigma_max(matrix) == two
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_gaussian_noise_lies_at_the_marchenko_pastur_edge() -> None:

@@ -1,10 +1,10 @@
 """Linear algebra on weights: the largest singular value, norms, the Marchenko-Pastur edge, and how arrays are stored.
 
-`sigma_max` is a Golub-Kahan bidiagonalisation with full reorthogonalisation (Golub & Van Loan, 4th ed., sec. 10.4).
-After j steps W V = U B and W^T U = V B^T + beta v e_j^T, so that the top Ritz triplet (theta, p, q) of B has the
-residual beta |p_j|, and a singular value of W lies within that residual of theta; where the value is isolated the
-error is of second order in it. Steps go on until residual <= tol * theta. Small matrices are solved exactly through
-their Gram matrix in double precision.
+`sigma_max` is a Lanczos iteration on the Gram matrix of the smaller side, with full reorthogonalisation (Golub & Van
+Loan, 4th ed., sec. 10.1). After j steps G V = V T + beta v e_j^T, so that the top Ritz pair (lambda, y) of T has the
+residual beta |y_j|, and an eigenvalue of G = W^T W lies within that residual of lambda; where it is isolated the error
+is of second order in it. Steps go on until the residual is at most 2 * tol * lambda, which is tol in sigma. Each step
+reads W once. Small matrices are solved exactly through their Gram matrix in double precision.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -25,28 +26,28 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SIGMA_CONTRACT",
-    "column_norms",
     "finite",
     "marchenko_pastur_edge",
+    "norms",
     "pack",
-    "row_norms",
     "sigma_max",
     "sign_vectors",
+    "single_thread",
     "stable_rank",
     "unpack",
 ]
 
 #: everything that changes what `sigma_max` returns by default
 SIGMA_CONTRACT: dict[str, Any] = {
-    "estimator": "golub-kahan",
+    "estimator": "lanczos-gram",
     "iterations": 128,
     "tol": 1e-3,
     "start": "pcg64-sign-bits",
     "seed": 0,
     "exact_below": 128,
 }
-_CHUNK = 1 << 26  # elements converted to float32 at once: 256 MB
-_WHOLE = 1 << 28  # a half-precision matrix up to this size is converted once: 1 GB
+_CACHED = 1 << 18  # elements worked on at once: 1 MB, so that a second use finds them in the cache
+_WHOLE = 1 << 28  # a half-precision matrix up to this size is converted to float32 once: 1 GB
 
 
 def sigma_max(
@@ -61,8 +62,8 @@ def sigma_max(
 
     The relative error is at most `tol` unless `iterations` steps did not reach it, and below it in practice: at the
     default, 1e-5 was measured on Gaussian and power-law spectra and 3e-4 with twenty values within a thousandth of the
-    top. Never above the true value but for rounding. Exact when the smaller side is at most `exact_below`. 0 for a zero matrix; NaN when an element or an
-    intermediate product is not finite.
+    top. Never above the true value but for rounding. Exact when the smaller side is at most `exact_below`. 0 for a
+    zero matrix; NaN when an element or an intermediate product is not finite.
     """
     import torch
 
@@ -70,8 +71,11 @@ def sigma_max(
         raise DataError(f"got a tensor of shape {tuple(matrix.shape)}; expected a matrix with rows and columns")
     if min(matrix.shape) <= exact_below:
         return _exact(matrix)
-    with torch.no_grad():
-        return _golub_kahan(_Operator(matrix), iterations, seed, tol)
+    data = matrix.detach() if matrix.shape[0] >= matrix.shape[1] else matrix.detach().T
+    if data.dtype != torch.float32 and data.numel() <= _WHOLE:
+        data = data.to(torch.float32)
+    with torch.no_grad(), single_thread(data):
+        return _lanczos(data, iterations, seed, tol)
 
 
 def stable_rank(frobenius: float, sigma: float) -> float:
@@ -79,17 +83,36 @@ def stable_rank(frobenius: float, sigma: float) -> float:
     return (frobenius / sigma) ** 2 if sigma > 0 else math.nan
 
 
-def row_norms(matrix: Tensor) -> NDArray[np.float32]:
-    """Euclidean norm of every row of [m, n], shape (m,), in float32."""
+def norms(matrix: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the Euclidean norms of the rows and of the columns of [m, n], shapes (m,) and (n,)."""
     import torch
 
-    norms = torch.linalg.vector_norm(matrix.detach(), dim=1, dtype=torch.float32)
-    return np.asarray(norms.cpu().numpy(), dtype=np.float32)
+    rows = torch.zeros(matrix.shape[0], dtype=torch.float32, device=matrix.device)
+    columns = np.zeros(matrix.shape[1])
+    with torch.no_grad(), single_thread(matrix):
+        for start, part in _parts(matrix.detach()):
+            squares = part.square()
+            rows[start : start + len(part)] = squares.sum(dim=1)
+            columns += squares.sum(dim=0).cpu().numpy()
+    return np.sqrt(rows.cpu().numpy().astype(np.float64)), np.sqrt(columns)
 
 
-def column_norms(matrix: Tensor) -> NDArray[np.float32]:
-    """Euclidean norm of every column of [m, n], shape (n,), in float32."""
-    return row_norms(matrix.T)
+@contextmanager
+def single_thread(tensor: Tensor) -> Iterator[None]:
+    """Work on one CPU thread: matrix-vector products are bound by memory, so that waiting for a second thread costs
+    more than it brings (a hundredfold on a busy machine), and the result does not depend on the number of threads.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    if tensor.device.type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def marchenko_pastur_edge(rows: int, columns: int) -> float:
@@ -137,93 +160,56 @@ def _signs(n: int) -> NDArray[np.float32]:
     return signs
 
 
+def _parts(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Cut [m, n] into float32 pieces of whole rows that fit the cache; on other devices into large ones."""
+    size = _CACHED if matrix.device.type == "cpu" else _WHOLE
+    step = max(1, size // matrix.shape[1])
+    for start in range(0, matrix.shape[0], step):
+        yield start, matrix[start : start + step].float()
+
+
 def _exact(matrix: Tensor) -> float:
     import torch
 
-    wide = matrix.detach() if matrix.shape[0] <= matrix.shape[1] else matrix.detach().T
-    # MPS has no double precision and eigvalsh is needed for a small matrix only, so the Gram matrix moves to the CPU.
-    step = max(1, _CHUNK // 4 // wide.shape[0])
-    gram = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64)
-    for start in range(0, wide.shape[1], step):
-        block = wide[:, start : start + step].cpu().double()
-        gram += block @ block.T
+    tall = matrix.detach() if matrix.shape[0] >= matrix.shape[1] else matrix.detach().T
+    # MPS has no double precision, and the matrix is small: the Gram matrix is solved on the CPU.
+    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64)
+    for _, part in _parts(tall):
+        block = part.cpu().double()
+        gram += block.T @ block
     if not bool(torch.isfinite(gram).all()):
         return math.nan
     return math.sqrt(max(float(torch.linalg.eigvalsh(gram)[-1]), 0.0))
 
 
-class _Operator:
-    """Products with a matrix in float32; what is too large to convert at once is converted part by part."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        import torch
-
-        data = matrix.detach()
-        if data.dtype != torch.float32 and data.numel() <= _WHOLE:
-            data = data.to(torch.float32)
-        self.shape = tuple(data.shape)
-        self.device = data.device
-        rows = data.shape[0] if data.dtype == torch.float32 else max(1, _CHUNK // data.shape[1])
-        self._starts = range(0, data.shape[0], rows)
-        self._data, self._rows = data, rows
-
-    def _floats(self) -> Iterator[Tensor]:
-        for start in self._starts:
-            yield self._data[start : start + self._rows].float()
-
-    def times(self, vector: Tensor) -> Tensor:
-        import torch
-
-        return torch.cat([part @ vector for part in self._floats()])
-
-    def transposed_times(self, vector: Tensor) -> Tensor:
-        import torch
-
-        total = torch.zeros(self.shape[1], dtype=torch.float32, device=self.device)
-        for start, part in zip(self._starts, self._floats(), strict=True):
-            total += part.T @ vector[start : start + self._rows]
-        return total
-
-
-def _golub_kahan(matrix: _Operator, iterations: int, seed: int, tol: float) -> float:
+def _lanczos(matrix: Tensor, iterations: int, seed: int, tol: float) -> float:
+    """Return sqrt of the largest eigenvalue of W^T W for W [m, n], m >= n."""
     import torch
 
-    rows, columns = matrix.shape
-    steps = min(iterations, rows, columns)
-    left = torch.zeros(rows, steps, device=matrix.device)
-    right = torch.zeros(columns, steps, device=matrix.device)
-    bidiagonal = np.zeros((steps, steps))
+    columns = matrix.shape[1]
+    steps = min(iterations, columns)
+    basis = torch.zeros(steps, columns, device=matrix.device)
+    tridiagonal = torch.zeros(steps + 1, steps + 1, dtype=torch.float64)
     # The seed picks one of the 64 fixed sign vectors.
-    start = torch.from_numpy(np.array(sign_vectors(columns, 64)[:, seed % 64])).to(matrix.device)
-    v, theta, beta = start / math.sqrt(columns), 0.0, 0.0
+    start = np.array(sign_vectors(columns, 64)[:, seed % 64]) / math.sqrt(columns)
+    vector, top = torch.from_numpy(start).float().to(matrix.device), 0.0
     for j in range(steps):
-        right[:, j] = v
-        u = matrix.times(v)
-        if j:
-            u = _orthogonal(u - beta * left[:, j - 1], left[:, :j])
-        alpha = float(torch.linalg.vector_norm(u))
-        if not math.isfinite(alpha):
+        basis[j] = vector
+        image = torch.zeros_like(vector)
+        for _, part in _parts(matrix):
+            image += part.T @ (part @ vector)
+        alpha = float(image @ vector)
+        done = basis[: j + 1]
+        for _ in range(2):  # once leaves rounding errors
+            image = image - (done @ image) @ done
+        beta = float(torch.linalg.vector_norm(image))
+        if not (math.isfinite(beta) and math.isfinite(alpha)):
             return math.nan
-        bidiagonal[j, j] = alpha
-        if alpha:
-            u = u / alpha
-        left[:, j] = u
-        v = _orthogonal(matrix.transposed_times(u) - alpha * v, right[:, : j + 1])
-        beta = float(torch.linalg.vector_norm(v))
-        if not math.isfinite(beta):
-            return math.nan
-        p, values, _ = np.linalg.svd(bidiagonal[: j + 1, : j + 1])
-        theta = float(values[0])
-        if beta * abs(p[j, 0]) <= tol * theta or beta == 0.0:
+        tridiagonal[j, j] = alpha
+        values, vectors = torch.linalg.eigh(tridiagonal[: j + 1, : j + 1])
+        top = max(float(values[-1]), 0.0)
+        if beta * abs(float(vectors[j, -1])) <= 2 * tol * top or beta == 0.0:
             break
-        if j + 1 < steps:
-            bidiagonal[j, j + 1] = beta
-            v = v / beta
-    return theta
-
-
-def _orthogonal(vector: Tensor, basis: Tensor) -> Tensor:
-    """Remove the components along the orthonormal columns of `basis`, twice, since once leaves rounding errors."""
-    for _ in range(2):
-        vector = vector - basis @ (basis.T @ vector)
-    return vector
+        tridiagonal[j, j + 1] = tridiagonal[j + 1, j] = beta
+        vector = image / beta
+    return math.sqrt(top)

@@ -21,10 +21,9 @@ from invarlock.guards.base import Facts, Policy, Result, Stats, StatsGuard, resu
 from invarlock.guards.families import WeightMatrix, unreadable_weights, weight_matrices
 from invarlock.guards.linalg import (
     SIGMA_CONTRACT,
-    column_norms,
     finite,
+    norms,
     pack,
-    row_norms,
     sigma_max,
     stable_rank,
     unpack,
@@ -164,7 +163,7 @@ class SpectralGuard(StatsGuard):
 
 def _measure(weight: WeightMatrix) -> dict[str, Any]:
     tensor = weight.tensor()
-    rows, columns = row_norms(tensor), column_norms(tensor)
+    rows, columns = norms(tensor)
     in_order = weight.role != "linear"
     return {
         "name": weight.name,
@@ -173,20 +172,20 @@ def _measure(weight: WeightMatrix) -> dict[str, Any]:
         "role": weight.role,
         "shape": list(weight.shape),
         "sigma": finite(sigma_max(tensor)),
-        "frobenius": finite(math.sqrt(float(np.square(rows.astype(np.float64)).sum()))),
+        "frobenius": finite(math.sqrt(float(np.square(rows).sum()))),
         "rows": pack(rows if in_order else _profile(rows)),
         "columns": pack(_profile(columns)),
     }
 
 
-def _profile(norms: NDArray[np.float32]) -> NDArray[np.float32]:
+def _profile(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Keep of sorted norms the tails whole and the middle thinned out; at most 128 values."""
-    ordered = np.sort(norms)
+    ordered = np.sort(values)
     if len(ordered) <= 2 * _TAILS + _MIDDLE:
         return ordered
     middle = np.linspace(_TAILS, len(ordered) - _TAILS - 1, _MIDDLE).astype(np.intp)
     picked = np.concatenate([np.arange(_TAILS), middle, np.arange(len(ordered) - _TAILS, len(ordered))])
-    return np.asarray(ordered[picked], dtype=np.float32)
+    return np.asarray(ordered[picked], dtype=np.float64)
 
 
 def _pair(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,7 +256,7 @@ def _judge_module(module: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list
 def _unusable(module: Mapping[str, Any]) -> tuple[str, str] | None:
     """Say why a module has no ratios, or None when it has."""
     before, after = (finite(value) for value in module["sigma"])
-    norms = [module[kind][end] for kind in ("row_norm", "column_norm") for end in ("min", "max")]
+    extremes = [module[kind][end] for kind in ("row_norm", "column_norm") for end in ("min", "max")]
     if module["same_shape"] is not True:
         return "shape", "the shape changed; expected the baseline's"
     if before is None or after is None or None in map(finite, module["frobenius"]):
@@ -269,7 +268,7 @@ def _unusable(module: Mapping[str, Any]) -> tuple[str, str] | None:
         return "zero", "the matrix is zero in the baseline only; expected zero"
     if before > 0 and not min(module["frobenius"]) > 0:
         return "nonfinite", "the norm is zero where sigma is not; expected the norm of the same matrix"
-    if None in map(finite, norms):
+    if None in map(finite, extremes):
         return "nonfinite", "row or column norms are missing or not finite"
     return None
 

@@ -1,0 +1,262 @@
+"""RMT guard: how far the leading direction of the activations stands above what independent noise would show.
+
+For each watched module and sampled window, the outputs X [tokens, features] are centred and divided by their own
+deviation, feature by feature; constant features are dropped and counted. The edge ratio is sigma_max(X) / (sqrt(m) +
+sqrt(n)), the denominator being where the Marchenko-Pastur law puts the largest singular value of noise of unit
+variance. A module's ratio is the mean over the windows, a family's the mean over its modules, both weighted by tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from invarlock.core.exceptions import ConfigError
+from invarlock.guards.activations import (
+    Sampler,
+    each_row,
+    forward_sampled,
+    hook_outputs,
+    pick_indices,
+    watched_modules,
+)
+from invarlock.guards.base import Facts, Policy, Result, Stats, StatsGuard, result
+from invarlock.guards.linalg import SIGMA_CONTRACT, finite, marchenko_pastur_edge, sigma_max, single_thread
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["RMTGuard", "edge_ratio"]
+
+_ROWS = 128  # tokens of a window that are looked at, evenly spaced
+_MIN_ROWS = 4
+_CONSTANT = 1e-6  # deviation relative to the largest magnitude of the feature
+
+
+def edge_ratio(outputs: Tensor) -> tuple[float, int]:
+    """Return (edge ratio, constant features) of [tokens, features]; NaN when not finite or nothing varies."""
+    import torch
+
+    with single_thread(outputs):
+        values = outputs.detach().to(torch.float32)
+        if not bool(torch.isfinite(values).all()):
+            return math.nan, 0
+        centred = values - values.mean(dim=0)
+        deviation = centred.square().mean(dim=0).sqrt()
+        varies = deviation > _CONSTANT * values.abs().amax(dim=0)
+        constant = int((~varies).sum())
+        if constant == values.shape[1]:
+            return math.nan, constant
+        standard = centred[:, varies] / deviation[varies]
+        return sigma_max(standard) / marchenko_pastur_edge(*standard.shape), constant
+
+
+@dataclass
+class _Module:
+    """Running sums over the windows of one module."""
+
+    family: str
+    tokens: int = 0
+    weighted: float = 0.0  # sum of tokens * ratio
+    features: int = 0  # over all windows
+    constant: int = 0
+    dead_windows: int = 0  # in which nothing varies
+
+    def add(self, outputs: Tensor) -> None:
+        length = outputs.shape[0]
+        if length < _MIN_ROWS:
+            return
+        rows = pick_indices(length, min(length, _ROWS), "evenly_spaced")
+        ratio, constant = edge_ratio(outputs[rows])
+        self.features += outputs.shape[1]
+        self.constant += constant
+        if constant == outputs.shape[1]:
+            self.dead_windows += 1
+            return
+        self.tokens += length
+        self.weighted += length * ratio
+
+    def stats(self, name: str) -> dict[str, Any]:
+        return {
+            "name": name,
+            "family": self.family,
+            "tokens": self.tokens,
+            "ratio": finite(self.weighted / self.tokens) if self.tokens else None,
+            "features": self.features,
+            "constant": self.constant,
+            "dead_windows": self.dead_windows,
+        }
+
+
+@dataclass
+class Observation:
+    """What the hooks of one forward pass have seen so far."""
+
+    modules: dict[str, _Module] = field(default_factory=dict)
+
+    def receive(self, path: str, outputs: Tensor) -> None:
+        self.modules[path].add(outputs)
+
+
+class RMTGuard(StatsGuard):
+    """Compares activation edge ratios, family by family.
+
+    Policy keys and constructor arguments: `epsilon` by family (accept r1 <= (1 + epsilon) * r0), `two_sided` (also
+    r1 >= r0 / (1 + epsilon)), `activation` {sampling: {windows: {count, indices_policy}}}.
+    """
+
+    name = "rmt"
+    defaults: ClassVar[dict[str, Any]] = {
+        "epsilon": {"ffn": 0.10, "attn": 0.10, "embed": 0.10, "router": 0.10, "other": 0.10},
+        "two_sided": True,
+        "activation": {"sampling": {"windows": {"count": 8, "indices_policy": "evenly_spaced"}}},
+    }
+    _observed: Observation | None = None
+
+    def contract(self) -> dict[str, Any]:
+        return {
+            **SIGMA_CONTRACT,
+            "sees": "outputs",
+            "rows": _ROWS,
+            "min_rows": _MIN_ROWS,
+            "constant_below": _CONSTANT,
+            "windows": self._sampling(),
+            "version": 1,
+        }
+
+    def sample(self, total: int) -> list[int]:
+        """Choose the windows to look at out of `total`."""
+        sampling = self._sampling()
+        return pick_indices(total, sampling["count"], sampling["indices_policy"])
+
+    @contextlib.contextmanager
+    def observe(self, model: Any, adapter: Any, sampler: Sampler) -> Iterator[Observation]:
+        """Watch a forward loop; the next `measure` reads what was seen."""
+        watched = watched_modules(model, adapter)
+        observed = Observation({path: _Module(family) for path, family in watched.items()})
+        with hook_outputs(model, watched, sampler, observed.receive):
+            yield observed
+        self._observed = observed
+
+    def measure(self, model: Any, adapter: Any, batches: Any = None) -> Stats:
+        if self._observed is None and batches is not None and len(batches):
+            windows = list(each_row(batches))
+            chosen = [windows[index] for index in self.sample(len(windows))]
+            with self.observe(model, adapter, SimpleNamespace(take=True, rows=[True])):
+                forward_sampled(model, chosen)
+        observed, self._observed = self._observed, None
+        if observed is None:
+            return {"modules": []}
+        return {"modules": [seen.stats(name) for name, seen in observed.modules.items() if seen.features]}
+
+    def pair(self, baseline: Stats, subject: Stats) -> Facts:
+        before = {module["name"]: module for module in baseline["modules"]}
+        after = {module["name"]: module for module in subject["modules"]}
+        keys = ("tokens", "ratio", "features", "constant", "dead_windows")
+        return {
+            "modules": [
+                {"name": name, "family": old["family"], **{key: [old[key], after[name][key]] for key in keys}}
+                for name, old in before.items()
+                if name in after
+            ],
+            "missing": [name for name in before if name not in after],
+            "extra": [name for name in after if name not in before],
+        }
+
+    def judge(self, facts: Facts, policy: Policy) -> Result:
+        policy = {**self.defaults, **policy}
+        errors = [
+            _finding(f"rmt_{kind}", name, f"{name} was watched in the {side} only; expected the same modules")
+            for kind, side in (("missing", "baseline"), ("extra", "subject"))
+            for name in facts[kind]
+        ]
+        usable: list[Mapping[str, Any]] = []
+        for module in facts["modules"]:
+            problem = _problem(module)
+            if problem == "":
+                usable.append(module)
+            elif problem:
+                errors.append(_finding("rmt_unusable", module["name"], f"{module['name']}: {problem}"))
+        worst = sorted(usable, key=lambda module: -_change(module))
+        families = {}
+        for family in dict.fromkeys(module["family"] for module in usable):
+            members = [module for module in worst if module["family"] == family]
+            families[family] = row = _judge_family(members, _epsilon(policy, family), policy["two_sided"])
+            if not row["accepted"]:
+                top = members[0]["name"]
+                text = f"{family}: edge ratio changed by {row['change']:+.1%}, worst {top}; expected {row['expected']}"
+                errors.append({**_finding("rmt_edge", top, text), "family": family})
+        metrics = {
+            "modules": len(usable),
+            "families": families,
+            "worst": [{"module": m["name"], "change": _signed(m)} for m in worst[:5] if _change(m) > 0],
+        }
+        if not usable and not errors:
+            message = "rmt: no activations were seen; expected evaluation windows, so pass calibration data"
+            return result(False, message, metrics=metrics, evaluated=False)
+        message = f"rmt: {errors[0]['message']}" if errors else f"rmt: {len(families)} families within bounds"
+        return result(not errors, message, metrics=metrics, errors=errors)
+
+    def _sampling(self) -> dict[str, Any]:
+        windows = self.policy["activation"]["sampling"]["windows"]
+        sampling = {"count": 8, "indices_policy": "evenly_spaced", **windows}
+        if sampling["indices_policy"] not in ("evenly_spaced", "first", "last") or not sampling["count"] >= 1:
+            raise ConfigError(
+                f"got activation.sampling.windows {windows!r}; expected count >= 1 and indices_policy evenly_spaced, "
+                "first or last"
+            )
+        return sampling
+
+
+def _problem(module: Mapping[str, Any]) -> str | None:
+    """Return "" for a usable module, None for one without activations on both sides alike, or what is wrong."""
+    (t0, t1), (f0, f1), (d0, d1) = module["tokens"], module["features"], module["dead_windows"]
+    before, after = (finite(value) for value in module["ratio"])
+    if d0 != d1:
+        return f"all features constant in {d0} windows of the baseline, {d1} of the subject; expected no change"
+    if t0 == t1 == 0 and before is None and after is None and d0 > 0:
+        return None  # a module that says nothing on either side, such as an untrained adapter
+    if t0 != t1 or f0 != f1:
+        return f"saw {t0} tokens, {f0} features in the baseline, {t1} and {f1} in the subject; expected the same"
+    if before is None or after is None or before <= 0 or after <= 0:
+        return f"activations are not finite in the {'baseline' if before is None else 'subject'}"
+    return ""
+
+
+def _judge_family(members: list[Mapping[str, Any]], epsilon: float, two_sided: bool) -> dict[str, Any]:
+    tokens = sum(module["tokens"][0] for module in members)
+    before, after = (sum(m["tokens"][side] * m["ratio"][side] for m in members) / tokens for side in (0, 1))
+    accepted = after <= (1 + epsilon) * before and (not two_sided or after >= before / (1 + epsilon))
+    low = f"{1 / (1 + epsilon) - 1:+.1%} to " if two_sided else "at most "
+    return {
+        "baseline": before,
+        "subject": after,
+        "change": after / before - 1,
+        "epsilon": epsilon,
+        "accepted": accepted,
+        "expected": f"{low}{epsilon:+.1%}",
+    }
+
+
+def _epsilon(policy: Policy, family: str) -> float:
+    table = {**RMTGuard.defaults["epsilon"], **policy["epsilon"]}
+    value = finite(table.get(family, table["other"]))
+    if value is None or value < 0:
+        raise ConfigError(f"got rmt.epsilon {table.get(family)!r} for {family}; expected a number of at least 0")
+    return value
+
+
+def _signed(module: Mapping[str, Any]) -> float:
+    return float(module["ratio"][1] / module["ratio"][0] - 1)
+
+
+def _change(module: Mapping[str, Any]) -> float:
+    return abs(math.log(module["ratio"][1] / module["ratio"][0]))
+
+
+def _finding(code: str, module: str, message: str) -> dict[str, Any]:
+    return {"code": code, "module": module, "message": message}
