@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,9 +41,12 @@ class Setting:
         if self.kind == "str":
             return text
         try:
-            return int(text) if self.kind == "int" else float(text)
+            number = int(text) if self.kind == "int" else float(text)
         except ValueError:
             raise self._wrong(text, "a whole number" if self.kind == "int" else "a number") from None
+        if not math.isfinite(number):
+            raise self._wrong(text, "a number that is finite")
+        return number
 
     def _wrong(self, text: str, expected: str) -> ConfigError:
         return ConfigError(f"environment variable {self.name} is {text!r}; expected {expected}")

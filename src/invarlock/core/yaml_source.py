@@ -22,12 +22,19 @@ KeyPath = tuple[str | int, ...]
 
 _MAX_DEPTH = 8
 _MAX_NODES = 100_000  # a file that aliases itself over and over grows without bound
+_PLAIN = "tag:yaml.org,2002:"
+_SCALARS = {_PLAIN + kind for kind in ("str", "int", "float", "bool", "null")}
 _FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader that also reads `1e-3` as a number, which YAML 1.1 takes for a string."""
+    """PyYAML's safe loader, but `1e-3` is a number (YAML 1.1 takes it for text) and a date is text (JSON has no dates)."""
 
+
+_Loader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
@@ -99,11 +106,15 @@ class _Reader:
         active = (*active, id(node))
         if node.tag == "!include":
             return self._include(node, path, files, key, place)
-        if isinstance(node, yaml.SequenceNode):
+        if isinstance(node, yaml.SequenceNode) and node.tag == _PLAIN + "seq":
+            for index, item in enumerate(node.value):
+                self.lines[(*key, index)] = f"{path.name}:{item.start_mark.line + 1}"
             return [self._build(loader, item, path, files, (*key, i), active) for i, item in enumerate(node.value)]
-        if isinstance(node, yaml.MappingNode):
+        if isinstance(node, yaml.MappingNode) and node.tag == _PLAIN + "map":
             return self._mapping(loader, node, path, files, key, active)
-        value: Any = loader.construct_object(node)  # type: ignore[no-untyped-call]
+        if not isinstance(node, yaml.ScalarNode) or node.tag not in _SCALARS:
+            raise ConfigError(f"{place}: tag {node.tag} is not supported; expected plain values, or !include")
+        value: Any = loader.construct_object(node)
         return value
 
     def _mapping(
@@ -120,7 +131,7 @@ class _Reader:
         loader.flatten_mapping(node)
         out: dict[str, Any] = {}
         for name, value in node.value:
-            label = loader.construct_object(name)  # type: ignore[no-untyped-call]
+            label = loader.construct_object(name)
             place = f"{path.name}:{name.start_mark.line + 1}"
             if not isinstance(label, str):
                 raise ConfigError(f"{place}: key {label!r} is not text; put it in quotes")
