@@ -27,6 +27,10 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
+    "certify": Command("invarlock.cli.certify:certify", "Certify an edited checkpoint against its baseline."),
+    "verify": Command("invarlock.cli.verify:verify", "Re-check certificates offline, without the models."),
+    "report": Command("invarlock.cli.report:app", "Show certificates and runs in other forms."),
+    "demo": Command("invarlock.cli.demo:demo", "Certify a good and a bad edit of a small model, offline."),
     "plugins": Command("invarlock.cli.plugins:app", "List adapters, guards, edits and data providers."),
     "doctor": Command("invarlock.cli.doctor:doctor", "Check the environment, a configuration and stored reports."),
     "version": Command("invarlock.cli.version:version", "Show the version and the certificate schema."),

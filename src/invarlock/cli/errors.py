@@ -40,7 +40,7 @@ def exit_code(error: BaseException, profile: str | None) -> int:
         return INTERRUPTED
     if isinstance(error, (ConfigError, CertificateError, _ClickException)):
         return 2
-    if isinstance(error, PairingError) and str(profile or "").startswith(_HARD_STOP):
+    if isinstance(error, PairingError) and (profile or "ci").startswith(_HARD_STOP):
         return 3
     return 1
 

@@ -1,0 +1,31 @@
+# Everything that a developer or CI runs. Each target makes its own virtual environment and installs what it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check bench docs clean
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+demo: $(READY)  ## certify a good and a bad edit of the packaged model
+	$(BIN)/invarlock demo
+
+test: $(READY)  ## run the tests
+	$(BIN)/python -m pytest -q
+
+check: $(READY)  ## lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## measure cost, as ratios in one run
+	$(BIN)/python benchmarks/cost.py
+
+clean:
+	rm -rf $(VENV) build dist demo-out
