@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 from invarlock.core.api import Guard
-from invarlock.core.exceptions import GuardError
+from invarlock.core.exceptions import ConfigError, GuardError
 
 __all__ = ["HelloGuard"]
 
@@ -31,7 +31,7 @@ class HelloGuard(Guard):
 
     def __init__(self, message: str = "hello", tolerance: float = 0.0) -> None:
         if not 0 <= tolerance < 1:
-            raise GuardError(f"hello_guard: tolerance is {tolerance!r}; expected a share from 0 to below 1")
+            raise ConfigError(f"hello_guard: tolerance is {tolerance!r}; expected a share from 0 to below 1")
         self.message = message
         self.tolerance = tolerance
         self._before: int | None = None

@@ -1,0 +1,1 @@
+"""Guards and an adapter for InvarLock."""
