@@ -126,10 +126,15 @@ def test_precedence_is_command_line_profile_file_defaults(write: Write) -> None:
     assert (called.model.device, called.dataset.preview_n, called.output.dir) == ("mps", 3, "high")
 
 
+def test_a_wrong_value_of_the_command_line_is_said_to_come_from_there(write: Write) -> None:
+    message = _refused(write("model: {id: gpt2}"), cli_overrides={"auto.probes": 11})
+    assert message == "command line: auto.probes is 11; expected less than or equal to 10"
+
+
 def test_a_profile_outranks_the_limits_that_it_sets(write: Write) -> None:
     path = write("model: {id: gpt2}\nmetrics: {guard_overhead: {required: false}, drift: {max: 1.1}}\n")
     settings = load_config(path, profile="release")
-    assert settings.policy_overrides() == {"metrics": {"guard_overhead": {}, "drift": {"max": 1.1}}}
+    assert settings.policy_overrides() == {"metrics": {"drift": {"max": 1.1}}}
     policy = resolve_policy(profile="release", overrides=settings.policy_overrides())
     assert policy.values["metrics"]["guard_overhead"]["required"] is True
 

@@ -262,7 +262,9 @@ def load_config(
     data, notes = _lay_profile(data, profile)
     for key, value in (cli_overrides or {}).items():
         if value is not None:
-            data = merge(data, _nested(key.split("."), value))
+            parts = key.split(".")
+            data = merge(data, _nested(parts, value))
+            document.lines[tuple(parts)] = "command line"
     resolved = _parse(RunSettings, data, document)
     _check_names(resolved, document)
     if require_model and resolved.model.id is None:
@@ -340,7 +342,11 @@ def _without(data: Mapping[str, Any], key: list[str]) -> tuple[dict[str, Any], A
         return out, out.pop(key[0], None)
     if not isinstance(out.get(key[0]), Mapping):
         return out, None
-    out[key[0]], old = _without(out[key[0]], key[1:])
+    rest, old = _without(out[key[0]], key[1:])
+    if rest or old is None:
+        out[key[0]] = rest
+    else:  # what is emptied is no wish any more
+        del out[key[0]]
     return out, old
 
 
