@@ -27,6 +27,18 @@ MISSING = e.DependencyError("adapter 'hf_causal'", "adapters")
         (e.DataError("two\nlines"), None, 1, "ERROR [DATA] two lines"),
         (e.NetworkError("no"), None, 1, "ERROR [NETWORK] no"),
         (MISSING, "release", 1, f"DEPENDENCY-MISSING: {MISSING}"),
+        (
+            ModuleNotFoundError("No module named 'torch'", name="torch.nn"),
+            None,
+            1,
+            'DEPENDENCY-MISSING: torch needs the extra "hf", which is not installed: pip install "invarlock[hf]"',
+        ),
+        (
+            ModuleNotFoundError("No module named 'my_own'", name="my_own"),
+            None,
+            1,
+            "ERROR [ModuleNotFoundError] No module named 'my_own'; set INVARLOCK_DEBUG_TRACE=1 for the traceback",
+        ),
         (e.RunInterruptedError("stopped"), None, 130, "stopped"),
         (KeyboardInterrupt(), None, 130, "interrupted; nothing was written"),
         (

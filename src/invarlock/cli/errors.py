@@ -32,6 +32,19 @@ INTERRUPTED = 130
 _UsageError, _ClickException = typer.BadParameter.__mro__[1:3]
 _CONTRACT_CODE = re.compile(r"E\d{3}$")
 _HARD_STOP = ("ci", "release")
+#: the extra that brings an optional module, for imports that nothing checked beforehand
+_EXTRAS = {
+    "torch": "hf",
+    "transformers": "adapters",
+    "accelerate": "adapters",
+    "tokenizers": "adapters",
+    "datasets": "eval",
+    "onnxruntime": "onnx",
+    "bitsandbytes": "gpu",
+    "gptqmodel": "gptq",
+    "compressed_tensors": "awq",
+    "gguf": "gguf",
+}
 
 
 def exit_code(error: BaseException, profile: str | None) -> int:
@@ -50,6 +63,8 @@ def report_error(error: BaseException, profile: str | None = None) -> int:
     code = exit_code(error, profile)
     if _wants_traceback():
         traceback.print_exception(error, file=sys.stderr)
+    if isinstance(error, ModuleNotFoundError) and (missing := str(error.name).partition(".")[0]) in _EXTRAS:
+        error = DependencyError(missing, _EXTRAS[missing])
     sys.stderr.write(_line(error) + "\n")
     return code
 
