@@ -176,9 +176,7 @@ def test_padding_of_a_batch_is_not_seen(make_model) -> None:
     model = make_model("bert")
     guard = RMTGuard()
     plain = [{"input_ids": [row["input_ids"]]} for row in batches(4)]
-    padded = [
-        {"input_ids": [row["input_ids"][0] + [0] * 9], "attention_mask": [[1] * 40 + [0] * 9]} for row in plain
-    ]
+    padded = [{"input_ids": [row["input_ids"][0] + [0] * 9], "attention_mask": [[1] * 40 + [0] * 9]} for row in plain]
     assert guard.measure(model, None, plain) == guard.measure(model, None, padded)
 
 

@@ -9,8 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tests.guards import faults  # noqa: E402
-
+from guards import faults  # noqa: E402
 from invarlock.guards.sketch import (  # noqa: E402 - torch is needed first
     compare_all,
     compare_sketches,

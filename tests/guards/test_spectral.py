@@ -9,8 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tests.guards import faults  # noqa: E402
-
+from guards import faults  # noqa: E402
 from invarlock.core.exceptions import ConfigError  # noqa: E402 - torch is needed first
 from invarlock.guards.spectral import SpectralGuard  # noqa: E402
 
@@ -33,9 +32,7 @@ def test_a_model_against_itself_has_no_findings(model) -> None:
     assert result["metrics"]["max_growth"] == 0.0
 
 
-@pytest.mark.parametrize(
-    "fault", ["zeroed", "scaled x8", "scaled /8", "one head zeroed", "embedding rows zeroed"]
-)
+@pytest.mark.parametrize("fault", ["zeroed", "scaled x8", "scaled /8", "one head zeroed", "embedding rows zeroed"])
 def test_each_fault_of_magnitude_fails_with_its_module_on_top(model, fault: str) -> None:
     result, expected = compare(model, faults.FAULTS[fault])
     assert not result["passed"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -59,9 +59,7 @@ def watched_modules(model: Any, adapter: Any = None) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def hook_outputs(
-    model: Any, paths: Sequence[str] | Mapping[str, str], sampler: Sampler, receive: Receiver
-) -> Iterator[None]:
+def hook_outputs(model: Any, paths: Iterable[str], sampler: Sampler, receive: Receiver) -> Iterator[None]:
     """Call `receive(path, output [T, F])` for every sampled window while the context is open.
 
     Outputs that are not one row of tokens a window (those of a single expert that saw some tokens) are passed over.

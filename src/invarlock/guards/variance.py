@@ -1,0 +1,284 @@
+"""Variance guard: would scaling a few outputs back to the baseline's spread help, and by how much?
+
+The spread of a tap (the last projection of a feed-forward or attention block) is the root mean square, over features,
+of the deviation of its outputs over the tokens of the sampled windows. The proposed scale of a tap is the ratio of the
+baseline's spread to the subject's, filtered and limited. In a run the scales are tried: the log-loss of every
+calibration window with them and without, and they stay only if the confidence interval of the weighted mean difference
+lies wholly beyond -min_effect_lognll. Off is a normal outcome. In a certificate the proposal only advises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from invarlock.core.exceptions import ConfigError
+from invarlock.eval.bootstrap import weighted_mean_interval
+from invarlock.guards.activations import Sampler, each_row, forward_sampled, hook_outputs, pick_indices
+from invarlock.guards.base import Facts, Policy, Result, Stats, StatsGuard, result
+from invarlock.guards.linalg import finite
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["VarianceGuard", "propose"]
+
+_TAPS = {
+    "ffn": re.compile(
+        r"(mlp\.(c_proj|fc_out|fc2|down_proj|dense_4h_to_h)|down_proj|dense_4h_to_h|(^|\.)fc2|feed_forward\.w2"
+        r"|(?<!attention\.)output\.dense|DenseReluDense\.wo|ffn\.lin2)$"
+    ),
+    "attn": re.compile(
+        r"(attn\.(c_proj|out_proj|o_proj)|attention\.(output\.)?dense|(Self|EncDec)Attention\.o|attention\.out_lin"
+        r"|self_attention\.dense)$"
+    ),
+}
+_SAMPLED = 8  # windows in which the spread is measured, evenly spaced
+_TRIED = 64  # windows on which a proposal is tried
+_REPLICATES, _SEED = 1200, 42
+
+
+class VarianceGuard(StatsGuard):
+    """Proposes, tries and judges scales at the taps.
+
+    Policy keys and constructor arguments: `tap` (ffn, attn, both, or a pattern of module names), `deadband` (a scale
+    nearer to 1 is not proposed), `max_scale_step` (its distance from 1 is cut to this; None: no limit),
+    `min_abs_adjust` (a smaller distance is dropped then), `max_adjusted_modules` (the largest are kept; None: all),
+    `topk_backstop` (where nothing leaves the deadband, so many of the largest are proposed still),
+    `min_effect_lognll` in nats a token, `predictive_one_sided` (the interval is one-sided 95 % instead of two-sided).
+    """
+
+    name = "variance"
+    defaults: ClassVar[dict[str, Any]] = {
+        "tap": "ffn",
+        "deadband": 0.02,
+        "min_abs_adjust": 0.012,
+        "max_scale_step": 0.03,
+        "max_adjusted_modules": None,
+        "topk_backstop": 0,
+        "min_effect_lognll": 0.0,
+        "predictive_one_sided": True,
+    }
+    _observed: dict[str, _Spread] | None = None
+
+    def contract(self) -> dict[str, Any]:
+        return {"tap": self.policy["tap"], "sampled": _SAMPLED, "spread": "rms over features", "version": 1}
+
+    @contextlib.contextmanager
+    def observe(self, model: Any, adapter: Any, sampler: Sampler) -> Iterator[dict[str, _Spread]]:
+        """Watch a forward loop; the next `measure` reads what was seen."""
+        seen = {path: _Spread() for path in _taps(model, self.policy["tap"])}
+        with hook_outputs(model, seen, sampler, lambda path, outputs: seen[path].add(outputs)):
+            yield seen
+        self._observed = seen
+
+    def measure(self, model: Any, adapter: Any, batches: Any = None) -> Stats:
+        if self._observed is None and batches is not None and len(batches):
+            windows = list(each_row(batches))
+            chosen = [windows[index] for index in pick_indices(len(windows), _SAMPLED, "evenly_spaced")]
+            with self.observe(model, adapter, SimpleNamespace(take=True, rows=[True])):
+                forward_sampled(model, chosen)
+        observed, self._observed = self._observed or {}, None
+        modules = dict(model.named_modules())
+        return {
+            "taps": [
+                {"name": n, "tokens": seen.tokens, "spread": seen.spread(), "scalable": _scalable(modules[n])}
+                for n, seen in observed.items()
+                if seen.tokens
+            ]
+        }
+
+    def pair(self, baseline: Stats, subject: Stats) -> Facts:
+        before = {tap["name"]: tap for tap in baseline["taps"]}
+        after = {tap["name"]: tap for tap in subject["taps"]}
+        return {
+            "taps": [
+                {
+                    "name": name,
+                    "tokens": [old["tokens"], after[name]["tokens"]],
+                    "spread": [old["spread"], after[name]["spread"]],
+                    "scalable": after[name]["scalable"],
+                }
+                for name, old in before.items()
+                if name in after
+            ],
+            "unpaired": [name for name in (*before, *after) if (name in before) != (name in after)],
+            "trial": None,
+        }
+
+    def judge(self, facts: Facts, policy: Policy) -> Result:
+        policy = {**self.defaults, **policy}
+        taps = facts["taps"]
+        errors = [
+            _finding(name, f"{name} was seen on one side only; expected the same taps") for name in facts["unpaired"]
+        ]
+        errors += [_finding(tap["name"], f"{tap['name']}: {why}") for tap in taps if (why := _problem(tap))]
+        metrics: dict[str, Any] = {"enabled": False, "taps": len(taps), "proposed": {}, "reason": "", "interval": None}
+        if errors:
+            metrics["reason"] = "taps are damaged"
+            return result(False, f"variance: {errors[0]['message']}", metrics=metrics, errors=errors)
+        if not taps:
+            metrics["reason"] = "no activations were seen at any tap"
+            return result(True, "variance: off, no activations were seen", metrics=metrics, evaluated=False)
+        metrics["proposed"] = scales = propose(taps, policy)
+        trial = facts.get("trial")
+        if not scales:
+            metrics["reason"] = "every tap is within the deadband or its adjustment too small"
+        elif trial is None:
+            metrics["reason"] = "advice only: the scales were not tried"
+        elif trial["scales"] != scales:
+            text = "the scales tried are not those that follow from the spreads; expected the same"
+            errors = [_finding(next(iter(scales)), text)]
+            return result(False, f"variance: {text}", metrics=metrics, errors=errors)
+        else:
+            metrics.update(_verdict(trial, policy))
+        state = "on" if metrics["enabled"] else "off"
+        return result(True, f"variance: {state}, {metrics['reason']}", metrics=metrics)
+
+    def validate(self, model: Any, adapter: Any, context: dict[str, Any]) -> Result:
+        outcome = super().validate(model, adapter, context)
+        batches = context.get("batches", self._batches)
+        scales = outcome["metrics"]["proposed"]
+        if not outcome["passed"] or not scales or context.get("advise_only") or not batches:
+            return outcome
+        assert self.baseline is not None and self.subject is not None  # super().validate has measured both
+        facts = self.pair(self.baseline, self.subject)
+        kept = {name: _tensors(model, name) for name in scales}
+        plain, tokens = _losses(model, batches)
+        saved = {name: [tensor.clone() for tensor in tensors] for name, tensors in kept.items()}
+        enabled = False
+        try:
+            for name, tensors in kept.items():
+                for tensor in tensors:
+                    tensor.mul_(scales[name])
+            scaled, _ = _losses(model, batches)
+            delta = [finite(after - before) for before, after in zip(plain, scaled, strict=True)]
+            facts["trial"] = {"scales": scales, "delta": delta, "tokens": tokens}
+            outcome = self.judge(facts, self.policy)
+            enabled = outcome["metrics"]["enabled"]
+        finally:
+            if not enabled:
+                for name, tensors in kept.items():
+                    for tensor, copy in zip(tensors, saved[name], strict=True):
+                        tensor.copy_(copy)
+        return outcome
+
+
+def propose(taps: list[Mapping[str, Any]], policy: Policy) -> dict[str, float]:
+    """Map taps to scales, the largest adjustment first. Pure; `taps` as in the facts."""
+    wanted = []
+    for tap in taps:
+        before, after = tap["spread"]
+        if tap["scalable"] and before > 0 and after > 0:
+            wanted.append((tap["name"], before / after - 1))
+    wanted.sort(key=lambda pair: -abs(pair[1]))
+    outside = [pair for pair in wanted if abs(pair[1]) > policy["deadband"]]
+    chosen = outside or wanted[: policy["topk_backstop"]]
+    step = math.inf if policy["max_scale_step"] is None else policy["max_scale_step"]
+    cut = [(name, max(-step, min(step, change))) for name, change in chosen]
+    large = [(name, change) for name, change in cut if abs(change) >= (policy["min_abs_adjust"] or 0.0)]
+    return {name: 1 + change for name, change in large[: policy["max_adjusted_modules"]] if change}
+
+
+class _Spread:
+    """Running sums of the outputs of one tap, in double precision."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.total: Any = 0.0
+        self.squares: Any = 0.0
+
+    def add(self, outputs: Tensor) -> None:
+        values = outputs.detach().double() if outputs.device.type != "mps" else outputs.detach().cpu().double()
+        self.tokens += len(values)
+        self.total = self.total + values.sum(dim=0).cpu().numpy()
+        self.squares = self.squares + values.square().sum(dim=0).cpu().numpy()
+
+    def spread(self) -> float | None:
+        mean = self.total / self.tokens
+        with np.errstate(invalid="ignore"):
+            variance = np.maximum(self.squares / self.tokens - np.square(mean), 0.0)
+        return finite(float(np.sqrt(variance.mean())))
+
+
+def _taps(model: Any, tap: str) -> list[str]:
+    patterns = list(_TAPS.values()) if tap == "both" else [_TAPS[tap]] if tap in _TAPS else [_custom(tap)]
+    return [path for path, _ in model.named_modules() if any(pattern.search(path) for pattern in patterns)]
+
+
+def _custom(tap: str) -> re.Pattern[str]:
+    try:
+        return re.compile(tap)
+    except (re.error, TypeError) as error:
+        raise ConfigError(f"got variance.tap {tap!r}; expected ffn, attn, both or a pattern of module names") from error
+
+
+def _scalable(module: Any) -> bool:
+    """A module scales when its weight is a plain parameter: the outputs are linear in weight and bias."""
+    import torch
+
+    weight = getattr(module, "weight", None)
+    return type(weight) is torch.nn.Parameter and weight.is_floating_point() and weight.element_size() >= 2
+
+
+def _tensors(model: Any, path: str) -> list[Tensor]:
+    module = model.get_submodule(path)
+    return [tensor.data for tensor in (module.weight, getattr(module, "bias", None)) if tensor is not None]
+
+
+def _problem(tap: Mapping[str, Any]) -> str | None:
+    (t0, t1), (before, after) = tap["tokens"], (finite(value) for value in tap["spread"])
+    if t0 != t1:
+        return f"saw {t0} tokens in the baseline, {t1} in the subject; expected the same"
+    if before is None or after is None:
+        return f"outputs are not finite in the {'baseline' if before is None else 'subject'}"
+    if before > 0 and after == 0:
+        return "outputs no longer vary in the subject; expected the baseline's spread"
+    return None
+
+
+def _verdict(trial: Mapping[str, Any], policy: Policy) -> dict[str, Any]:
+    """Decide from the paired differences of log-loss, scaled minus plain."""
+    level = 0.90 if policy["predictive_one_sided"] else 0.95
+    delta = [math.nan if finite(value) is None else float(value) for value in trial["delta"]]
+    interval = weighted_mean_interval(
+        delta, trial["tokens"], list(range(len(delta))), level=level, replicates=_REPLICATES, seed=_SEED
+    )
+    limit = -float(policy["min_effect_lognll"])
+    enabled = bool(interval.hi < limit)  # False for NaN
+    figures = {"estimate": interval.estimate, "lo": interval.lo, "hi": interval.hi}
+    reason = (
+        f"scaling changes log-loss by {interval.estimate:+.5f} nats, interval up to {interval.hi:+.5f}; "
+        f"expected below {limit:+.5f}"
+    )
+    return {
+        "enabled": enabled,
+        "reason": reason,
+        "interval": {**{k: finite(v) for k, v in figures.items()}, "level": level, "method": interval.method},
+    }
+
+
+def _losses(model: Any, batches: Any) -> tuple[list[float], list[int]]:
+    """Mean log-loss and scored tokens of up to 64 evenly spaced calibration windows."""
+    from invarlock.eval.loop import Task, forward_windows
+    from invarlock.eval.windows import windows_from_calibration
+
+    windows = windows_from_calibration(batches, None, None).all
+    chosen = [windows[index] for index in pick_indices(len(windows), _TRIED, "evenly_spaced")]
+    config = getattr(model, "config", None)
+    task: Task = "mlm" if type(model).__name__.endswith("MaskedLM") else "causal"
+    if getattr(config, "is_encoder_decoder", False):
+        task = "seq2seq"
+    device = str(next(model.parameters()).device)
+    measured = forward_windows(model, chosen, task=task, device=device)
+    return measured.loss, measured.tokens
+
+
+def _finding(module: str, message: str) -> dict[str, Any]:
+    return {"code": "variance_tap", "module": module, "message": message}
