@@ -75,9 +75,11 @@ def _cells(log_probs: torch.Tensor, label: torch.Tensor, label_is_apart: torch.T
 
 
 def coarsened_kl(
-    reference: TokenReference, logits: torch.Tensor, log_norm: torch.Tensor, labels: torch.Tensor
+    reference: TokenReference, logits: torch.Tensor, top: torch.Tensor, log_norm: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (KL in nats [n] float64, flipped [n] bool) of the subject's `logits` [n, V] against the reference.
+
+    `top` [n] is each row's largest logit, `log_norm` [n] its logsumexp, `labels` [n] the tokens that came.
 
     A token flips when the baseline's most likely id is not among the subject's most likely ones (ties do not flip).
     Non-finite logits give NaN and count as flipped.
@@ -93,7 +95,7 @@ def coarsened_kl(
     terms = torch.where(p > 0, p * (p / q.clamp_min(1e-300)).log(), 0.0)
     kl = terms.sum(-1)
     kl = torch.where(torch.isnan(q).any(-1), torch.nan, kl.clamp_min(0.0))
-    flipped = ~(picked[:, 0] >= logits.amax(-1))
+    flipped = ~(picked[:, 0] >= top)
     return kl, flipped
 
 

@@ -279,15 +279,16 @@ def _measure_batch(
         if sampler is not None:
             sampler.leave()  # the body has run: the output layer's chunks are no activations of a window
         target = labels[start:stop]
-        log_norm = torch.logsumexp(logits, dim=-1)
+        top = logits.amax(-1)
+        log_norm = top + (logits - top[:, None]).exp_().sum(-1).log_()  # logsumexp, with its maximum at hand
         label_logit = logits.gather(-1, target[:, None])[:, 0]
         label_log_prob = label_logit - log_norm
         pieces["loss"].append(-label_log_prob.double())
-        pieces["hit"].append(label_logit >= logits.amax(-1))
+        pieces["hit"].append(label_logit >= top)
         if columns.keep_reference:
             pieces["reference"].append(divergence.reference_rows(logits, log_norm, label_log_prob))
         if compared is not None:
-            kl, flip = divergence.coarsened_kl(compared.rows(start, stop), logits, log_norm, target)
+            kl, flip = divergence.coarsened_kl(compared.rows(start, stop), logits, top, log_norm, target)
             pieces["kl"].append(kl)
             pieces["flip"].append(flip)
     _file(batch.indices, sizes, pieces, columns)
