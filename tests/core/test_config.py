@@ -184,6 +184,7 @@ def test_a_profile_outranks_the_limits_that_it_sets(write: Write) -> None:
         ("eval: {metric: {ci_level: 1}}", "config.yaml:1: eval.metric.ci_level is 1; expected less than 1"),
         ("assurance: {mode: strict}", "config.yaml:1: assurance is refused: "),
         ("guards:\n  spectral:\n    mode: x", "config.yaml:3: guards.spectral.mode is refused: "),
+        ("guards: {invariants: {intent: finetune}}", "config.yaml:1: guards.invariants.intent is refused: "),
         ("guards: {rmt: {mode: x}}", "config.yaml:1: guards.rmt.mode is refused: "),
         ("guards: {spectral: {kapa: {}}}", "config.yaml:1: unknown key 'guards.spectral.kapa' (did you mean 'kappa'?)"),
         (

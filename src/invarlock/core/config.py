@@ -39,6 +39,7 @@ BUILTIN_GUARDS = ("invariants", "spectral", "rmt", "variance")
 _REFUSED = {
     "assurance": "assurance levels do not exist: the tier and the profile alone decide; choose one with auto.tier",
     "guards.spectral.mode": "spectral is always measured in the same way; set deadband, kappa or max_caps instead",
+    "guards.invariants.intent": "the intent is said on the command line, where the certificate records it: --intent finetune",
     "guards.rmt.mode": "rmt is always measured in the same way; set epsilon or two_sided instead",
 }
 #: what a profile sets, and the keys of a configuration that mean the same
