@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from invarlock.certificate.make import derive, recall
-from invarlock.certificate.schema import Certificate
+from invarlock.certificate.schema import Certificate, PairedRows
 from invarlock.core.exceptions import CertificateError, InvarlockError
 from invarlock.core.policy import resolve_policy
 from invarlock.eval.divergence import HISTOGRAM_EDGES
@@ -25,11 +25,14 @@ __all__ = ["SIGNATURE_ONLY", "STEPS", "Verification", "validate_certificate", "v
 #: changes them together with everything that follows
 SIGNATURE_ONLY = (
     "meta (names of models, tool, device, time)",
-    "edit, plugins, telemetry, system_overhead",
-    "per-window losses, KL sums and flips, as measured",
-    "tensor digests, spectra, activation statistics and sketches, as measured",
-    "results of plugin guards",
-    "window ids, documents and the provider digest (the text itself is not in the certificate)",
+    "the choice of tier, profile, overrides, intent and metric kind (the limits that follow from it are resolved again)",
+    "edit, auto, plugins, telemetry, system_overhead, baseline_ref, versions, environment and evidence digests",
+    "per-window losses, token counts, correctness, KL sums and flips, as measured",
+    "that the divergence was measured against this baseline (reference_matches)",
+    "tables of tensors, configurations, spectra, activation statistics and sketches, as measured",
+    "results of plugin guards and guard_overhead, as measured",
+    "digests of the measurement contracts, where both sides agree",
+    "window ids, documents, counts asked for and the provider digest (the text itself is not in the certificate)",
 )
 _TOLERANCE = 1e-9
 
@@ -81,22 +84,33 @@ def _differences(given: Any, derived: Any, path: str, tolerance: float) -> Itera
     """Yield `path: got, expected` for every value that differs beyond the tolerance (relative, for floats)."""
     if isinstance(given, Mapping) and isinstance(derived, Mapping):
         for key in sorted(given.keys() | derived.keys()):
-            yield from _differences(given.get(key), derived.get(key), f"{path}.{key}", tolerance)
+            if key not in given or key not in derived:
+                yield f"{path}.{key} is {'missing' if key in derived else 'not part of it'}"
+            else:
+                yield from _differences(given[key], derived[key], f"{path}.{key}", tolerance)
     elif isinstance(given, list) and isinstance(derived, list):
         if len(given) != len(derived):
             yield f"{path} has {len(given)} entries; the evidence gives {len(derived)}"
         for index, (left, right) in enumerate(zip(given, derived, strict=False)):
             yield from _differences(left, right, f"{path}[{index}]", tolerance)
-    elif isinstance(given, float) and isinstance(derived, float):
+    elif _are_numbers(given, derived):  # JSON has one kind of number: 1 and 1.0 are the same
         if not math.isclose(given, derived, rel_tol=tolerance, abs_tol=tolerance * 1e-3):
             yield f"{path} is {given!r}; the evidence gives {derived!r}"
     elif type(given) is not type(derived) or given != derived:
         yield f"{path} is {given!r}; the evidence gives {derived!r}"
 
 
+def _are_numbers(given: Any, derived: Any) -> bool:
+    """Say whether the two compare as floats: both numbers and not both whole, for whole ones must be equal."""
+    kinds = {type(given), type(derived)}
+    return kinds <= {int, float} and kinds != {int}
+
+
 def _compared(*sections: str) -> Callable[[_Case], Iterator[str]]:
     def check(case: _Case) -> Iterator[str]:
         for section in sections:
+            if (section in case.given) != (section in case.derived):
+                yield f"{section} is {'missing' if section in case.derived else 'not part of it'}"
             yield from _differences(case.given.get(section), case.derived.get(section), section, case.tolerance)
 
     return check
@@ -113,9 +127,20 @@ def _pairing(case: _Case) -> Iterator[str]:
             yield f"evaluation_windows.{name}.window_ids repeat"
         if any(n < 1 for n in rows.tokens):
             yield f"evaluation_windows.{name}.tokens has a window without scored tokens"
+        yield from _possible(name, rows)
     yield from _compared("dataset")(case)
     if case.baseline is not None:
         yield from _baseline_rows(case)
+
+
+def _possible(name: str, rows: PairedRows) -> Iterator[str]:
+    """No window's KL sum lies under its largest token's or above as many of them; scores are shares."""
+    for total, top, tokens in zip(rows.kl_sum or (), rows.kl_max or (), rows.tokens, strict=False):
+        if total is not None and top is not None and not 0.0 <= top <= total * (1 + 1e-9) <= tokens * top * (1 + 2e-9):
+            yield f"evaluation_windows.{name}: {tokens} tokens of KL {top:.6g} at most cannot sum to {total:.6g}"
+    for side, scores in (("baseline", rows.baseline_correct), ("subject", rows.subject_correct)):
+        if any(not 0.0 <= score <= 1.0 for score in scores or ()):
+            yield f"evaluation_windows.{name}.{side}_correct has a score outside [0, 1]"
 
 
 def _baseline_rows(case: _Case) -> Iterator[str]:
@@ -177,7 +202,7 @@ def _policy(case: _Case) -> Iterator[str]:
     except KeyError as error:
         yield f"policy_provenance lacks {error}"
         return
-    except InvarlockError as error:
+    except (InvarlockError, TypeError, AttributeError) as error:  # the last two: values of another type
         yield f"policy_provenance does not resolve: {error}"
         return
     if where.get("tiers_digest") != again.tiers_digest or where.get("tiers_version") != again.tiers_version:
@@ -203,12 +228,20 @@ def _weights(case: _Case) -> Iterator[str]:
 def _names(case: _Case) -> Iterator[str]:
     """Facts that stand in two places must agree; the run id covers all that was recorded."""
     c = case.parsed
-    doubles = (
+    models = {"baseline": c.meta.baseline_model, "subject": c.meta.subject_model}
+    tokenizers = {"baseline": c.structure.baseline_tokenizer, "subject": c.structure.subject_tokenizer}
+    doubles: list[tuple[str, Any, Any]] = [
         ("meta.baseline_model.behaviour", c.meta.baseline_model.behaviour, c.structure.baseline_behaviour),
         ("meta.subject_model.behaviour", c.meta.subject_model.behaviour, c.structure.subject_behaviour),
         ("baseline_ref.evidence_digest", c.baseline_ref.evidence_digest, c.provenance.evidence_digests.get("baseline")),
         ("data.digest", c.data.digest, c.provenance.provider_digest),
-    )
+        ("meta.adapter", c.meta.adapter, c.meta.subject_model.adapter),
+    ]
+    for side, model in models.items():
+        facts = (model.tokenizer_digest, model.tokenizer_size)
+        doubles.append((f"structure.{side}_tokenizer", tuple(tokenizers[side]), facts))
+        if side in c.provenance.runtime:
+            doubles.append((f"provenance.runtime.{side}.device", c.provenance.runtime[side].device, c.meta.device))
     for path, left, right in doubles:
         if left != right:
             yield f"{path} disagrees with what stands elsewhere in the certificate"

@@ -32,7 +32,7 @@ def verify(
     """
     weights = _digests(baseline_model, subject_model)
     results = [_check(path, baseline, weights, tolerance, profile) for path in certificates]
-    code = max((result["exit_code"] for result in results), key=_SEVERITY.index)
+    code: int = max((result["exit_code"] for result in results), key=_SEVERITY.index)
     if json:
         passed = sum(result["exit_code"] == 0 for result in results)
         emit_json(
@@ -113,6 +113,8 @@ def _check(
 
 
 def _lines(result: dict[str, Any]) -> list[str]:
+    if result["verdict"] is None:
+        return [f"INVALID  {result['path']}: {result['problems'][0]}"]
     if not result["intact"]:
         head = f"ALTERED  {result['path']}: step '{result['failed_step']}' failed"
         return [head, *(f"  {problem}" for problem in result["problems"])]

@@ -28,6 +28,14 @@ _TINY: dict[str, Any] = {
     "sample": {"preview": 1, "final": 1, "min_tokens": 0, "shortfall": "warn"},
     "metrics": {"pm_tail": {"min_windows": 1}, "accuracy": {"min_examples": 1}},
 }
+#: variable -> the value of the policy that it sets; counts of windows in the ci profiles only
+_ENVIRONMENT = {
+    "INVARLOCK_CI_PREVIEW": ("sample", "preview"),
+    "INVARLOCK_CI_FINAL": ("sample", "final"),
+    "INVARLOCK_BOOTSTRAP_BCA": ("bootstrap", "bca"),
+    "INVARLOCK_PM_ACCEPTANCE_MIN": ("metrics", "pm_ratio", "min"),
+    "INVARLOCK_PM_ACCEPTANCE_MAX": ("metrics", "pm_ratio", "limit"),
+}
 
 
 @dataclass(frozen=True)
@@ -106,12 +114,21 @@ def _known(name: str, known: tuple[str, ...], what: str) -> str:
 
 def profile_values(profile: str) -> dict[str, Any]:
     """Return what a profile sets, its `device` included."""
-    values = copy.deepcopy(_parse(_read(f"profiles/{_known(profile, PROFILES, 'profile')}.yaml"), f"profile {profile}"))
-    for key, name in (("preview", "INVARLOCK_CI_PREVIEW"), ("final", "INVARLOCK_CI_FINAL")):
-        wanted = settings.get(name)
-        if wanted is not None and profile.startswith("ci"):
-            values["sample"][key] = int(wanted)
-    return values
+    return copy.deepcopy(_parse(_read(f"profiles/{_known(profile, PROFILES, 'profile')}.yaml"), f"profile {profile}"))
+
+
+def _environment_overrides(profile: str) -> dict[str, Any]:
+    """Return what environment variables ask of the policy, in the shape of explicit overrides."""
+    found: dict[str, Any] = {}
+    for name, path in _ENVIRONMENT.items():
+        value = settings.get(name)
+        said = value is not None and value is not True  # BCa is on where nothing is said
+        if said and (path[0] != "sample" or profile.startswith("ci")):
+            layer: Any = value
+            for key in reversed(path):
+                layer = {key: layer}
+            found = merge(found, layer)
+    return found
 
 
 def resolve_policy(
@@ -124,14 +141,16 @@ def resolve_policy(
 ) -> ResolvedPolicy:
     """Resolve the policy. `overrides` follows the shape of a tier; unknown sections raise ConfigError.
 
-    `relaxed` defaults to INVARLOCK_TINY_RELAX and counts in the dev profile only.
+    `relaxed` defaults to INVARLOCK_TINY_RELAX and counts in the dev profile only. Left at its default, the other
+    variables that touch the policy are read too and recorded as overrides, under explicit ones; given, the environment
+    is left alone, so that a recorded policy resolves alike anywhere.
     """
     text = _read("tiers.yaml")
     document = _parse(text, "tiers.yaml")
     values: dict[str, Any] = copy.deepcopy(document["tiers"][_known(tier, TIERS, "tier")])
     sections = set(values)
     chosen = {key: value for key, value in profile_values(profile).items() if key not in _PROFILE_ONLY}
-    explicit = merge({}, overrides or {})
+    explicit = merge(_environment_overrides(profile) if relaxed is None else {}, overrides or {})
     adjusted = merge({}, edit_adjustments or {})
     for key in (*explicit, *adjusted):
         _known(key, tuple(sorted(sections)), "policy section")
