@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from invarlock.core.exceptions import ConfigError
 
@@ -101,7 +101,7 @@ SETTINGS: tuple[Setting, ...] = (
 _BY_NAME = {setting.name: setting for setting in SETTINGS}
 
 
-def get(name: str) -> Value:
+def get(name: str) -> Any:
     """Return the value of the declared variable `name`, or its default where it is unset. Raises KeyError if undeclared."""
     setting = _BY_NAME[name]
     text = os.environ.get(name)
