@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import tempfile
@@ -37,7 +38,7 @@ def plan_snapshot(context: Mapping[str, Any]) -> SnapshotPlan:
     unknown = sorted(given.keys() - known)
     if unknown:
         raise ConfigError(f"context.snapshot.{unknown[0]} is unknown; expected one of: {', '.join(sorted(known))}")
-    mode = given.get("mode") or settings.get("INVARLOCK_SNAPSHOT_MODE") or "auto"
+    mode: Any = given.get("mode") or settings.get("INVARLOCK_SNAPSHOT_MODE") or "auto"
     if mode not in _MODES:
         raise ConfigError(f"context.snapshot.mode is {mode!r}; expected one of: {', '.join(_MODES)}")
     fraction = given.get("ram_fraction", settings.get("INVARLOCK_SNAPSHOT_AUTO_RAM_FRACTION"))
@@ -52,6 +53,40 @@ def plan_snapshot(context: Mapping[str, Any]) -> SnapshotPlan:
     )
 
 
+class _Objects:
+    """Which modules, tensors, hooks and settings each module and configuration held: what an edit may replace as objects.
+
+    The values of tensors are the adapter's part. An edit that puts new parameters or modules in place of old ones keeps
+    the old ones alive until the snapshot is released.
+    """
+
+    def __init__(self, model: Any) -> None:
+        modules = list(model.modules()) if hasattr(model, "modules") else []
+        configs = {id(c): c for c in (vars(m).get("config") for m in modules) if hasattr(c, "__dict__")}
+        self._kept = [
+            (item, type(item), {name: (value, _copied(value)) for name, value in vars(item).items()})
+            for item in (*modules, *configs.values())
+        ]
+
+    def restore(self) -> None:
+        for item, kind, attributes in self._kept:
+            if type(item) is not kind:
+                item.__class__ = kind  # a parametrized module has a class of its own
+            for name in vars(item).keys() - attributes.keys():
+                del vars(item)[name]
+            for name, (value, copied) in attributes.items():
+                if isinstance(value, (dict, set)):
+                    value.clear()
+                    value.update(copied)
+                elif isinstance(value, list):
+                    value[:] = copied
+                vars(item)[name] = value
+
+
+def _copied(value: Any) -> Any:
+    return copy.copy(value) if isinstance(value, (dict, list, set)) else None
+
+
 @dataclass
 class Snapshot:
     """A kept state. `release` frees it; safe to call twice."""
@@ -62,9 +97,12 @@ class Snapshot:
     _blob: bytes | None = None
     _path: Path | None = None
     _folder: Path | None = None
+    _objects: _Objects | None = None
 
     def restore(self, model: Any) -> None:
-        """Bring `model` back, bit for bit."""
+        """Bring `model` back, bit for bit; modules, hooks and settings that the edit put in place are taken out again."""
+        if self._objects is not None:
+            self._objects.restore()
         if self._blob is not None:
             self.adapter.restore(model, self._blob)
         else:
@@ -72,7 +110,7 @@ class Snapshot:
 
     def release(self) -> None:
         """Forget the state and remove its files."""
-        self._blob = None
+        self._blob = self._objects = None
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
@@ -105,7 +143,7 @@ def take_snapshot(model: Any, adapter: Any, plan: SnapshotPlan) -> Snapshot:
     size = _state_bytes(model)
     mode = _choose(plan, size) if hasattr(adapter, "snapshot_chunked") else "bytes"
     if mode == "bytes":
-        return Snapshot(adapter, "bytes", size, _blob=adapter.snapshot(model))
+        return Snapshot(adapter, "bytes", size, _blob=adapter.snapshot(model), _objects=_Objects(model))
     folder = Path(tempfile.mkdtemp(prefix="invarlock-snapshot-", dir=plan.temp_dir))  # 0700
     try:
         free = shutil.disk_usage(folder).free
@@ -114,7 +152,8 @@ def take_snapshot(model: Any, adapter: Any, plan: SnapshotPlan) -> Snapshot:
                 f"{folder.parent} has {free >> 20} MB free for a snapshot of {size >> 20} MB; expected "
                 f"{plan.disk_free_margin_ratio:g} times that: set context.snapshot.temp_dir to a larger disk"
             )
-        return Snapshot(adapter, "chunked", size, _path=adapter.snapshot_chunked(model, folder), _folder=folder)
+        path = adapter.snapshot_chunked(model, folder)
+        return Snapshot(adapter, "chunked", size, _path=path, _folder=folder, _objects=_Objects(model))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
