@@ -151,10 +151,12 @@ def test_missing_and_extra_modules_fail_and_packed_ones_are_left_out(make_model)
     assert [(f["code"], f["module"]) for f in result["errors"]] == [("spectral_missing", gone)]
     result = guard.judge(guard.pair(after, before), guard.policy)
     assert [(f["code"], f["module"]) for f in result["errors"]] == [("spectral_extra", gone)]
-    after["unreadable"] = [gone]
+    after["unreadable"] = [gone]  # packed in the subject only
     result = guard.judge(guard.pair(before, after), guard.policy)
     assert result["passed"] and result["metrics"]["not_comparable"] == 1
     assert [finding["code"] for finding in result["warnings"]] == ["spectral_not_comparable"]
+    result = guard.judge(guard.pair(after, after), guard.policy)  # packed on both sides: counted, no finding
+    assert result["passed"] and result["metrics"]["not_comparable"] == 1 and not result["warnings"]
 
 
 def test_nothing_to_compare_never_passes() -> None:
@@ -162,6 +164,12 @@ def test_nothing_to_compare_never_passes() -> None:
     empty = {"modules": [], "unreadable": []}
     result = guard.judge(guard.pair(empty, empty), guard.policy)
     assert not result["passed"] and not result["evaluated"]
+
+
+def test_a_model_without_weights_is_not_evaluated() -> None:
+    guard = SpectralGuard()
+    stats = guard.measure(object(), None)
+    assert not guard.judge(guard.pair(stats, stats), guard.policy)["evaluated"]
 
 
 def test_a_dead_row_may_stay_dead_or_wake_but_not_explode(make_model) -> None:

@@ -42,6 +42,8 @@ def watched_modules(model: Any, adapter: Any = None) -> dict[str, str]:
     """Map the modules whose outputs are watched to their families: linear-like layers, stacks of experts and the
     input embedding, in the model's order. The output layer is left out: the loop applies it piece by piece.
     """
+    if not hasattr(model, "named_modules"):
+        return {}  # an inference session and the like: there is nothing to hook
     overrides = dict(adapter.module_families(model)) if hasattr(adapter, "module_families") else {}
     head = _accessor(model, "get_output_embeddings")
     embedding = getattr(_accessor(model, "get_input_embeddings"), "weight", None)
@@ -64,7 +66,7 @@ def hook_outputs(model: Any, paths: Iterable[str], sampler: Sampler, receive: Re
 
     Outputs that are not one row of tokens a window (those of a single expert that saw some tokens) are passed over.
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules()) if hasattr(model, "named_modules") else {}
 
     def hook_for(path: str) -> Callable[[Any, Any, Any], None]:
         def hook(module: Any, inputs: Any, output: Any) -> None:
@@ -103,6 +105,8 @@ def forward_sampled(model: Any, windows: Sequence[Mapping[str, list[int]]]) -> N
     """Run the model over windows, one by one, for the sake of the hooks on it."""
     import torch
 
+    if not hasattr(model, "named_modules"):
+        return
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     pairs = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     training = bool(model.training)

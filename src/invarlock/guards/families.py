@@ -111,6 +111,8 @@ def weight_matrices(model: Any, adapter: Any = None) -> list[WeightMatrix]:
 
     Tied weights come once. Convolution kernels and quantized weights are left out; `unreadable_weights` lists these.
     """
+    if not hasattr(model, "named_parameters"):
+        return []  # an inference session and the like: there are no weights to look at
     overrides = dict(adapter.module_families(model)) if hasattr(adapter, "module_families") else {}
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -127,9 +129,10 @@ def weight_matrices(model: Any, adapter: Any = None) -> list[WeightMatrix]:
 
 
 def unreadable_weights(model: Any) -> list[str]:
-    """List the weights that exist only in a packed or quantized form, by the name that the dense one would have."""
+    """List the weights that exist only in a packed or quantized form, or were left on disk by an offloading loader, by
+    the name that the dense one would have."""
     found: list[str] = []
-    for path, module in model.named_modules():
+    for path, module in model.named_modules() if hasattr(model, "named_modules") else ():
         weight = getattr(module, "weight", None)
         packed = any(getattr(module, name, None) is not None for name in _PACKED)
         if packed or (hasattr(weight, "element_size") and not _is_dense(weight)):
@@ -141,7 +144,7 @@ def _is_dense(parameter: Any) -> bool:
     import torch
 
     # A quantizer's tensor subclass reports the dtype it stands for; 8-bit floats mean nothing without their scales.
-    plain = type(parameter) in (torch.nn.Parameter, torch.Tensor)
+    plain = type(parameter) in (torch.nn.Parameter, torch.Tensor) and not parameter.is_meta
     return plain and parameter.is_floating_point() and parameter.element_size() >= 2
 
 

@@ -162,7 +162,7 @@ def _signs(n: int) -> NDArray[np.float32]:
 
 def _parts(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Cut [m, n] into float32 pieces of whole rows that fit the cache; on other devices into large ones."""
-    size = _CACHED if matrix.device.type == "cpu" else _WHOLE
+    size = _CACHED if matrix.device.type == "cpu" else 256 * _CACHED
     step = max(1, size // matrix.shape[1])
     for start in range(0, matrix.shape[0], step):
         yield start, matrix[start : start + step].float()

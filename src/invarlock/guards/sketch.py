@@ -70,7 +70,7 @@ def sketch_tensor(tensor: Tensor, name: str) -> str:
     step = max(1, _CHUNK // columns)
     for start in range(0, rows, step):
         part = data[start : start + step].to(torch.float32)
-        total += (signs[start : start + len(part)].T @ (part @ signs[:columns])).double().cpu().numpy()
+        total += (signs[start : start + len(part)].T @ (part @ signs[:columns])).cpu().numpy()
     return pack(total)
 
 
@@ -89,7 +89,7 @@ def sketch_model(model: Any) -> dict[str, str]:
 
     found: dict[str, str] = {}
     for name, parameter in model.named_parameters():
-        if type(parameter) in (torch.nn.Parameter, torch.Tensor):
+        if type(parameter) in (torch.nn.Parameter, torch.Tensor) and not parameter.is_meta:
             found.update(sketch_stack(parameter, name))
     return found
 

@@ -80,14 +80,16 @@ class SpectralGuard(StatsGuard):
     def pair(self, baseline: Stats, subject: Stats) -> Facts:
         before = {module["name"]: module for module in baseline["modules"]}
         after = {module["name"]: module for module in subject["modules"]}
-        packed = {*baseline["unreadable"], *subject["unreadable"]}
+        sides = (set(baseline["unreadable"]), set(subject["unreadable"]))
+        packed = sides[0] | sides[1]
         lonely = [name for name in (*before, *after) if (name in before) != (name in after)]
         shared = [name for name in before if name in after]
         return {
             "modules": [_pair(before[name], after[name]) for name in shared],
             "missing": [name for name in lonely if name in before and name not in packed],
             "extra": [name for name in lonely if name in after and name not in packed],
-            "not_comparable": [name for name in lonely if name in packed],
+            "not_comparable": sorted(packed),
+            "packed_differently": sorted(sides[0] ^ sides[1]),
         }
 
     def judge(self, facts: Facts, policy: Policy) -> Result:
@@ -110,8 +112,8 @@ class SpectralGuard(StatsGuard):
         order = sorted(severities, key=lambda name: -severities[name])  # stable: the model's order among equals
         for findings in (errors, warnings):
             findings.sort(key=lambda finding: -severities[finding["module"]])
-        if facts["not_comparable"]:
-            warnings.append(_not_comparable(facts["not_comparable"]))
+        if facts["packed_differently"]:
+            warnings.append(_not_comparable(facts["packed_differently"]))
         growths = [abs(math.exp(x) - 1) for m in modules if (x := _log_ratio(m["sigma"])) is not None]
         metrics = {
             "modules": len(modules),

@@ -85,10 +85,9 @@ class VarianceGuard(StatsGuard):
             with self.observe(model, adapter, SimpleNamespace(take=True, rows=[True])):
                 forward_sampled(model, chosen)
         observed, self._observed = self._observed or {}, None
-        modules = dict(model.named_modules())
         return {
             "taps": [
-                {"name": n, "tokens": seen.tokens, "spread": seen.spread(), "scalable": _scalable(modules[n])}
+                {"name": n, "tokens": seen.tokens, "spread": seen.spread(), "scalable": _scalable(model, n)}
                 for n, seen in observed.items()
                 if seen.tokens
             ]
@@ -209,7 +208,8 @@ class _Spread:
 
 def _taps(model: Any, tap: str) -> list[str]:
     patterns = list(_TAPS.values()) if tap == "both" else [_TAPS[tap]] if tap in _TAPS else [_custom(tap)]
-    return [path for path, _ in model.named_modules() if any(pattern.search(path) for pattern in patterns)]
+    modules = model.named_modules() if hasattr(model, "named_modules") else ()
+    return [path for path, _ in modules if any(pattern.search(path) for pattern in patterns)]
 
 
 def _custom(tap: str) -> re.Pattern[str]:
@@ -219,11 +219,11 @@ def _custom(tap: str) -> re.Pattern[str]:
         raise ConfigError(f"got variance.tap {tap!r}; expected ffn, attn, both or a pattern of module names") from error
 
 
-def _scalable(module: Any) -> bool:
+def _scalable(model: Any, path: str) -> bool:
     """A module scales when its weight is a plain parameter: the outputs are linear in weight and bias."""
     import torch
 
-    weight = getattr(module, "weight", None)
+    weight = getattr(model.get_submodule(path), "weight", None)
     return type(weight) is torch.nn.Parameter and weight.is_floating_point() and weight.element_size() >= 2
 
 
