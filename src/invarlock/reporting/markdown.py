@@ -1,0 +1,89 @@
+"""A certificate, and a table of several, as Markdown."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from invarlock.certificate.schema import Certificate
+from invarlock.reporting.view import Badge, parse, view
+from invarlock.reporting.wording import MISSING, clean, interval, nats, percent, points, ratio
+
+__all__ = ["compare", "render_markdown"]
+
+_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
+
+
+def _escape(value: Any) -> Any:
+    """Escape what Markdown or HTML would read as markup; text of the template itself is no value and stays."""
+    if isinstance(value, Markup):
+        return value
+    text = value.word if isinstance(value, Badge) else str(value)
+    return _SPECIAL.sub(r"\\\1", html.escape(text, quote=False))
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("invarlock.reporting", "templates"),
+        finalize=_escape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # Markdown, escaped by `finalize`
+    )
+    environment.filters["plainly"] = Markup  # for the commands, which are ours
+    return environment
+
+
+def render_markdown(certificate: Mapping[str, Any]) -> str:
+    """Return the certificate as Markdown. Raises CertificateError where it does not follow the schema."""
+    text = _environment().get_template("certificate.md").render(view=view(parse(certificate)))
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def compare(certificates: Sequence[Mapping[str, Any]]) -> str:
+    """Return a Markdown table, one row a certificate, and a note where they do not compare like with like.
+
+    Raises CertificateError where one does not follow the schema.
+    """
+    parsed = [parse(certificate) for certificate in certificates]
+    shown = [_compared(c) for c in parsed]
+    differing = [
+        what
+        for what, values in (
+            ("baseline weights", {c.weights.baseline_digest for c in parsed}),
+            ("evaluation text", {c.provenance.provider_digest for c in parsed}),
+            ("policies", {c.policy_digest for c in parsed}),
+            ("metrics", {c.primary_metric.kind for c in parsed}),
+        )
+        if len(values) > 1
+    ]
+    text = _environment().get_template("compare.md").render(rows=shown, columns=_COLUMNS, differing=differing)
+    return text.strip() + "\n"
+
+
+_COLUMNS = ("Subject", "Baseline", "Verdict", "Primary metric", "Interval", "KL", "Flips", "Not passed", "Confidence")
+
+
+def _compared(c: Certificate) -> list[str]:
+    pm, d = c.primary_metric, c.divergence
+    accuracy = pm.unit == "accuracy"
+    form, value = (points, pm.delta_pp) if accuracy else (ratio, pm.ratio_vs_baseline)
+    open_gates = [gate.name for gate in c.gates if gate.decision not in ("pass", "warn", "off")]
+    return [
+        clean(c.meta.subject_model.id, 120),
+        clean(c.meta.baseline_model.id, 120),
+        c.verdict.status,
+        form(value),
+        interval(pm.display_ci, form),
+        nats(d.kl_mean) if d else MISSING,
+        percent(d.flip_rate) if d else MISSING,
+        clean(", ".join(open_gates)) or "none",
+        c.confidence.label,
+    ]

@@ -1,0 +1,307 @@
+"""The figures of a certificate as inline SVG. Deterministic; colours follow the page's light or dark scheme.
+
+matplotlib draws with placeholder colours, which become CSS variables of the page; text stays text.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from markupsafe import Markup
+
+from invarlock.certificate.schema import Certificate
+from invarlock.eval.divergence import HISTOGRAM_EDGES
+from invarlock.reporting.view import growth_rows
+from invarlock.reporting.wording import family_order, interval, middle_cut, nats, number, percent, points, ratio
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["draw"]
+
+_WIDTH = 540  # px, the width of half a page; the SVG scales
+_INK, _MUTED, _GRID, _ONE, _TWO, _BAD = (f"#0{n}0{n}0{n}" for n in range(1, 7))
+_VARIABLES = {
+    _INK: "--ink", _MUTED: "--muted", _GRID: "--line", _ONE: "--series-1", _TWO: "--series-2", _BAD: "--bad",
+}  # fmt: skip
+_FAR = 1e30  # no axis reaches further; the figures in words are not cut
+_MARKERS = ("o", "s", "^", "D", "v")
+_STYLE: dict[str, Any] = {
+    "svg.hashsalt": "invarlock",
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 11,
+    "text.color": _INK,
+    "axes.labelcolor": _MUTED,
+    "axes.edgecolor": _GRID,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "path.simplify": False,
+}
+
+
+def draw(c: Certificate) -> dict[str, Markup]:
+    """Return the figures by name, those left out for which nothing was measured: interval, windows, divergence, growth."""
+    import matplotlib
+
+    found: dict[str, Markup] = {}
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # a user's own style must not change a certificate's page
+        matplotlib.rcParams.update(_STYLE)
+        for name, make in _FIGURES.items():
+            svg = make(c, name)
+            if svg is not None:
+                found[name] = svg
+    return found
+
+
+@contextmanager
+def _figure(height: int) -> Iterator[Figure]:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH / 72, height / 72), dpi=72, layout="constrained")
+    FigureCanvasSVG(figure)
+    yield figure
+
+
+def _svg(figure: Figure, name: str, title: str, description: str) -> Markup:
+    """Return the figure as an <svg> element with title and description, its ids made unique to the page."""
+    buffer = io.StringIO()
+    empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", metadata=empty)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
+    text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
+    text = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', text)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, f"var({variable})")
+    text = re.sub(r"font: ([0-9.]+px) [^;\"]*", r"font: \1 var(--sans)", text)
+    text = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"(?=[^>]*>)', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"(?=[^>]*>)', r"\1", text, count=1)
+    head = Markup('<svg role="img" aria-labelledby="{0}-title {0}-desc"').format(name)
+    labels = Markup('<title id="{0}-title">{1}</title><desc id="{0}-desc">{2}</desc>').format(name, title, description)
+    opened = text.index(">") + 1
+    return Markup(head + Markup(text[4:opened]) + labels + Markup(text[opened:].strip()))
+
+
+def _quiet(axes: Axes, *, left: bool = False) -> None:
+    axes.spines["left"].set_visible(left)
+    axes.tick_params(length=3, width=0.8)
+
+
+def _plain_ticks(axes: Axes) -> None:
+    """Label powers of ten without the markup of formulas, which is switched off as names could hold it."""
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _interval(c: Certificate, name: str) -> Markup | None:
+    """The interval against the limit: a line with a dot, the region beyond the limit shaded."""
+    pm = c.primary_metric
+    accuracy = pm.unit == "accuracy"
+    value = number(pm.delta_pp if accuracy else pm.ratio_vs_baseline)
+    bounds = [number(x) for x in pm.display_ci]
+    limit, neutral = number(pm.limit), 0.0 if accuracy else 1.0
+    if value is None or limit is None:
+        return None
+    lo, hi = (min(max(value if bound is None else bound, -_FAR), _FAR) for bound in bounds)
+    value = min(value, _FAR)
+    logarithmic = not accuracy and hi > 3 * limit and lo > 0
+    ends = [lo, hi, value, limit, neutral]
+    if logarithmic:
+        first, last = min(ends) / 1.2, max(ends) * 1.5
+    else:
+        room = max(0.12 * (max(ends) - min(ends)), 1e-3)
+        first, last = min(ends) - room, max(ends) + 2 * room
+    form = points if accuracy else ratio
+    with _figure(128) as figure:
+        axes = figure.add_subplot()
+        if logarithmic:
+            axes.set_xscale("log")
+            _plain_ticks(axes)
+        axes.set_xlim(first, last)
+        axes.set_ylim(-1, 1.5)
+        axes.axvspan(*((first, limit) if accuracy else (limit, last)), color=_BAD, alpha=0.12, linewidth=0)
+        axes.axvline(limit, color=_BAD, linewidth=1.6)
+        axes.axvline(neutral, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        axes.plot([lo, hi], [0, 0], color=_ONE, linewidth=3, solid_capstyle="butt")
+        axes.plot([lo, hi], [0, 0], color=_ONE, linewidth=0, marker="|", markersize=16, markeredgewidth=2)
+        axes.plot([value], [0], color=_ONE, marker="o", markersize=9)
+        side = -1 if accuracy else 1
+        axes.annotate(
+            f"{'floor' if accuracy else 'limit'} {form(limit)}", (limit, 1.5), (-6 * side, -4), va="top",
+            textcoords="offset points", ha="left" if accuracy else "right", color=_BAD,
+        )  # fmt: skip
+        axes.annotate(f"{form(value)}", (value, 0), (0, -13), textcoords="offset points", ha="center", va="top")
+        axes.set_yticks([])
+        axes.set_xlabel("change of accuracy, percentage points" if accuracy else "perplexity ratio, 1 = unchanged")
+        _quiet(axes)
+        description = (
+            f"{form(value)}, {pm.ci_level:.0%} interval {interval(pm.display_ci, form)}, "
+            f"{'floor' if accuracy else 'limit'} {form(limit)}; {form(neutral)} would be unchanged."
+        )
+        return _svg(figure, name, "Primary metric with its interval against the limit", description)
+
+
+def _deltas(c: Certificate) -> tuple[list[float], list[float]]:
+    """Return the finite differences of log-loss of the preview and of the final windows, in nats."""
+    found: dict[str, list[float]] = {}
+    for split, rows in c.evaluation_windows.items():
+        pairs = zip(map(number, rows.subject_loss), map(number, rows.baseline_loss), strict=False)
+        found[split] = [min(max(s - b, -_FAR), _FAR) for s, b in pairs if s is not None and b is not None]
+    return found.get("preview", []), found.get("final", [])
+
+
+def _windows(c: Certificate, name: str) -> Markup | None:
+    """Every window's change in order, beside their histogram."""
+    preview, final = _deltas(c)
+    deltas = np.array(preview + final)
+    if c.primary_metric.unit == "accuracy" or not deltas.size:
+        return None
+    tail = c.primary_metric_tail
+    with _figure(270) as figure:
+        strip, bars = figure.subplots(1, 2, sharey=True, width_ratios=[2.4, 1])
+        strip.scatter(range(len(preview)), preview, s=9, color=_ONE, linewidths=0, alpha=0.75, label="preview")
+        numbers = range(len(preview), deltas.size)
+        strip.scatter(numbers, final, s=11, color=_TWO, linewidths=0, alpha=0.75, marker="D", label="final")
+        spread = float(np.ptp(deltas))
+        edges = np.histogram_bin_edges(deltas, 30, None if spread > 1e-9 else (deltas[0] - 0.01, deltas[0] + 0.01))
+        bars.hist([preview, final], edges, orientation="horizontal", stacked=True, color=[_ONE, _TWO])
+        for axes in (strip, bars):
+            axes.axhline(0, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
+            if tail is not None and tail.value is not None:
+                axes.axhline(tail.value, color=_INK, linewidth=1)
+            _quiet(axes, left=axes is strip)
+        quantile = f"q{100 * tail.quantile:g}" if tail is not None else ""
+        if tail is not None and tail.value is not None:
+            bars.annotate(quantile, (1, tail.value), (0, 3), xycoords=("axes fraction", "data"),
+                          textcoords="offset points", ha="right", va="bottom")  # fmt: skip
+        strip.set_xlabel("window")
+        strip.set_ylabel("change of log-loss, nats")
+        bars.set_xlabel("windows")
+        strip.legend(loc="upper center", ncols=2, bbox_to_anchor=(0.5, 1.14), handletextpad=0.2, markerscale=1.8)
+        description = (
+            f"{deltas.size} windows, median {nats(float(np.median(deltas)))}, from {nats(float(deltas.min()))} to "
+            f"{nats(float(deltas.max()))} nats{f', {quantile} {nats(tail.value)}' if tail is not None else ''}."
+        )
+        return _svg(figure, name, "Change of log-loss in every window", description)
+
+
+def _kl(c: Certificate, name: str) -> Markup | None:
+    """How many tokens moved how far, in five bins a decade."""
+    d = c.divergence
+    if d is None or len(d.histogram) != len(HISTOGRAM_EDGES) or not sum(d.histogram):
+        return None
+    zero, counts = d.histogram[0], np.array(d.histogram[1:181], dtype=float).reshape(45, 4).sum(1)
+    counts[-1] += d.histogram[181]
+    edges = np.array(HISTOGRAM_EDGES[1::4])
+    limit = next((number(g.limit) for g in c.gates if g.name == "divergence_kl"), None)
+    with _figure(230) as figure:
+        axes = figure.add_subplot()
+        axes.set_xscale("log")
+        used = np.flatnonzero(counts)
+        axes.set_xlim(edges[used[0] if used.size else 0] / 2, edges[used[-1] + 1 if used.size else -1] * 2)
+        axes.bar(edges[:-1], counts, np.diff(edges) * 0.94, align="edge", color=_ONE, linewidth=0)
+        first = "right" if (d.kl_mean or 0.0) <= (limit or 0.0) else "left"
+        second = "left" if first == "right" else "right"
+        for value, label, colour, side in ((d.kl_mean, "mean", _INK, first), (limit, "limit", _BAD, second)):
+            if value is not None and value > 0:
+                axes.axvline(value, color=colour, linewidth=1.4)
+                axes.annotate(f"{label} {nats(value)}", (value, 1), (4 if side == "left" else -4, 0), ha=side, va="bottom",
+                              xycoords=("data", "axes fraction"), textcoords="offset points", color=colour)  # fmt: skip
+        _plain_ticks(axes)
+        axes.set_xlabel("KL of a token, nats")
+        axes.set_ylabel("tokens")
+        _quiet(axes, left=True)
+        description = (
+            f"{d.tokens} tokens: mean {nats(d.kl_mean)}, median {nats(d.kl_q50)}, q99 {nats(d.kl_q99)}, largest "
+            f"{nats(d.kl_max)} nats; {zero} tokens under 1e-7; limit of the mean {nats(limit)}."
+        )
+        return _svg(figure, name, "How far the next-token distributions moved", description)
+
+
+def _growth(c: Certificate, name: str) -> Markup | None:
+    """Growth of the largest singular value of every matrix, in the model's order."""
+    rows = growth_rows(c.spectral)
+    if not rows:
+        return None
+    factors = [min(max(1 + growth, 1e-3), 1e3) for _, _, growth in rows]
+    deadband = number((c.spectral.policy if c.spectral else {}).get("deadband"))
+    with _figure(250) as figure:
+        axes = figure.add_subplot()
+        extreme = max(abs(math.log(factor)) for factor in factors)
+        reach = max(1.3 * extreme, 1.4 * math.log1p(deadband or 0.1))
+        axes.set_ylim(math.exp(-reach), math.exp(reach))
+        axes.set_yscale("log")
+        if deadband:
+            axes.axhspan(1 / (1 + deadband), 1 + deadband, color=_MUTED, alpha=0.12, linewidth=0)
+        axes.axhline(1, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        for index, family in enumerate(family_order(row[1] for row in rows)):
+            places = [i for i, row in enumerate(rows) if row[1] == family]
+            axes.scatter(places, [factors[i] for i in places], s=26, marker=_MARKERS[index % len(_MARKERS)], linewidths=0,
+                         color=(_ONE, _TWO, _INK, _MUTED)[index % 4], label=_ascii(family, 16))  # fmt: skip
+        _name_the_worst(axes, rows, factors, deadband or 0.1)
+        _growth_ticks(axes, reach)
+        axes.set_xlim(-1, len(rows))
+        axes.set_xlabel("weight matrix, in the model's order")
+        axes.set_ylabel("singular value, ratio")
+        axes.legend(loc="lower center", ncols=5, bbox_to_anchor=(0.5, 1.0), handletextpad=0.1, columnspacing=1.2)
+        _quiet(axes, left=True)
+        worst = max(rows, key=lambda row: abs(row[2]))
+        description = f"{len(rows)} matrices; the largest change is {worst[0]}, {percent(worst[2])}."
+        return _svg(figure, name, "Growth of the largest singular value by weight matrix", description)
+
+
+def _growth_ticks(axes: Axes, reach: float) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+    steps = [0.01, 0.1, 0.2, 0.5, 0.8, 0.9, 1, 1.1, 1.25, 2, 5, 10, 100]
+    ticks = [step for step in steps if abs(math.log(step)) <= reach]
+    if reach > math.log(2):  # keep those apart that would touch
+        ticks = [step for step in ticks if step not in (0.9, 1.1) and (reach < 1.5 or step not in (0.8, 1.25))]
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _name_the_worst(axes: Axes, rows: list[tuple[str, str, float]], factors: list[float], deadband: float) -> None:
+    order = sorted(range(len(rows)), key=lambda i: -abs(math.log(factors[i])))
+    for i in order[:3]:
+        if abs(factors[i] - 1) > deadband:
+            right = i > len(rows) / 2
+            axes.annotate(_ascii(rows[i][0], 34), (i, factors[i]), (-7 if right else 7, 0), textcoords="offset points",
+                          ha="right" if right else "left", va="center", fontsize=10)  # fmt: skip
+
+
+def _ascii(text: str, width: int) -> str:
+    """Return a label that every font can draw."""
+    shown = text.encode("ascii", "backslashreplace").decode("ascii")
+    return middle_cut(shown, width).replace("…", "...")
+
+
+_FIGURES: dict[str, Callable[[Certificate, str], Markup | None]] = {
+    "interval": _interval,
+    "windows": _windows,
+    "divergence": _kl,
+    "growth": _growth,
+}

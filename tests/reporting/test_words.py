@@ -1,0 +1,131 @@
+"""Plain words: explanations, the summary for a terminal, Markdown and comparisons."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from invarlock.reporting import compare, explain, explanations, render_markdown, summary_lines
+from invarlock.reporting.wording import change, clean, count, interval, middle_cut, nats, percent, plain, points, ratio
+
+Cert = Callable[[str], dict[str, Any]]
+
+
+def _by_gate(certificate: dict[str, Any]) -> dict[str, Any]:
+    return {item.gate: item for item in explanations(certificate)}
+
+
+def test_every_gate_has_words_and_every_bad_one_a_next_step(each: dict[str, Any]) -> None:
+    found = explanations(each)
+    assert len(found) == len(each["gates"])
+    for item in found:
+        assert item.title and item.meaning and item.why and item.basis
+        assert bool(item.next_step) == (item.decision not in ("pass", "off"))
+
+
+def test_inconclusive_names_the_detectable_effect_and_the_windows_needed(cert: Cert) -> None:
+    undecided = cert("inconclusive")
+    pm = undecided["primary_metric"]
+    assert pm["decision"] == "inconclusive" and pm["windows_needed"] > 120
+    step = _by_gate(undecided)["primary_metric"].next_step
+    assert f"a factor of {pm['minimum_detectable_effect']:.4f}" in step
+    assert f"{pm['windows_needed']:,}" in step and "dataset.preview_n" in step
+
+
+def test_inconclusive_accuracy_speaks_in_points(cert: Cert) -> None:
+    undecided = cert("accuracy")
+    assert undecided["primary_metric"]["decision"] == "inconclusive"
+    assert re.search(r"\d\.\d\d pp or more from the limit", _by_gate(undecided)["primary_metric"].next_step)
+
+
+def test_inconclusive_without_a_number_that_decides_says_so(cert: Cert) -> None:
+    undecided = cert("inconclusive")
+    undecided["primary_metric"]["windows_needed"] = None
+    assert "no number of windows" in _by_gate(undecided)["primary_metric"].next_step
+
+
+def test_failed_gates_name_the_weights_that_stand_out(cert: Cert) -> None:
+    item = _by_gate(cert("fail"))["divergence_kl"]
+    assert "h.2.mlp.c_fc.weight" in item.why
+    assert "--intent finetune" in item.next_step
+
+
+def test_explanation_fits_a_terminal_of_80_columns(each: dict[str, Any]) -> None:
+    assert max(map(len, explain(each).splitlines())) <= 80
+
+
+def test_summary_is_plain_short_lines_with_all_that_matters(each: dict[str, Any]) -> None:
+    lines = summary_lines(each)
+    assert lines[0].startswith(each["verdict"]["status"])
+    assert max(map(len, lines)) <= 80
+    assert all(line.isprintable() for line in lines)
+    labels = {line.split()[0] for line in lines if not line.startswith(" ")}
+    metric = "accuracy" if each["primary_metric"]["unit"] == "accuracy" else "ratio"
+    assert {"subject", "baseline", metric, "windows", "confidence", "guards", "culprits"} <= labels
+
+
+def test_summary_of_a_failure_names_reasons_and_culprits(cert: Cert) -> None:
+    text = "\n".join(summary_lines(cert("fail")))
+    assert "spectral FAIL" in text and "culprits      h.1.attn.c_proj.weight, h.2.mlp.c_fc.weight" in text
+    assert "why           PRIMARY_METRIC" in text
+
+
+def test_markdown_holds_no_markup_from_the_certificate(cert: Cert) -> None:
+    text = render_markdown(cert("hostile"))
+    assert "<" not in text
+    assert not re.search(r"(?<!\\)\[l", text) and not re.search(r"(?<![\\*])\*\*b", text)
+
+
+def test_markdown_tables_have_as_many_cells_as_headers(each: dict[str, Any]) -> None:
+    widths: list[int] = []
+    for line in render_markdown(each).splitlines():
+        if line.startswith("|"):
+            widths.append(len(re.findall(r"(?<!\\)\|", line)))
+            assert widths[-1] == widths[0], line
+        else:
+            widths = []
+
+
+def test_comparison_has_a_row_each_and_names_what_differs(cert: Cert) -> None:
+    text = compare([cert(kind) for kind in ("pass", "fail", "refused")])
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == 5
+    assert [row.split("|")[3].strip() for row in rows[2:]] == ["PASS", "FAIL", "FAIL"]
+    assert "differ in" not in text
+    assert "differ in evaluation text" in compare([cert("pass"), cert("inconclusive")])
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "text"),
+    [
+        (ratio, 1.00324, "1.0032"),
+        (ratio, 1e20, "1e+20"),
+        (percent, 0.0225, "2.25%"),
+        (change, -0.5, "-50.00%"),
+        (nats, 0.0, "0"),
+        (nats, 0.00012, "1.2e-04"),
+        (nats, 0.12345, "0.1235"),
+        (points, -0.25, "-0.25 pp"),
+        (count, 51200, "51,200"),
+        (plain, {"a": [1, None, True]}, "a: 1, —, yes"),
+        (plain, float("nan"), "not finite"),
+    ],
+)
+def test_numbers_have_one_form(form: Callable[[Any], str], value: Any, text: str) -> None:
+    assert form(value) == text
+
+
+@pytest.mark.parametrize("form", [ratio, percent, change, nats, points, count])
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "7", True])
+def test_what_is_no_finite_number_is_a_dash(form: Callable[[Any], str], value: Any) -> None:
+    assert form(value) == "—"
+    assert interval((1.0, value), form) == "—"
+
+
+def test_clean_text_is_one_visible_line() -> None:
+    assert clean("a\nb\x00\u202e\u200b\ud800") == "a b\\x00\\u202e\\u200b\\ud800"
+    assert clean("x" * 700).endswith("… (100 more characters)")
+    assert middle_cut("abcdefghij", 5) == "ab…ij"
