@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_OLD_NAMES = ((r"\bgamma$", "weight"), (r"\bbeta$", "bias"))
 #: configuration keys that do not change what the network computes
 _INERT = re.compile(
     r"^(_.*|architectures|dtype|torch_dtype|transformers_version|use_cache|.*dropout.*|.*_pdrop|initializer_.*|"
@@ -69,8 +70,8 @@ class Layout:
     buffers: tuple[str, ...]
     embedding: str | None
     output: str | None
-    converted: bool  # the library rewrites names while loading; only the loaded model tells what is missing
-    renames: tuple[tuple[str, str], ...] = field(default=((r"\bgamma$", "weight"), (r"\bbeta$", "bias")))
+    converted: bool  # the library rewrites tensors while loading; only the loaded model tells what is missing
+    renames: tuple[tuple[str, str], ...]  # patterns of names in files and what the library makes of them
 
     def canonical(self, name: str) -> str:
         """Return the model's own name for a name found in a file."""
@@ -88,7 +89,10 @@ class Layout:
 
 def resolve_folder(model_id: str, revision: str | None = None) -> Path:
     """Return the local folder of a checkpoint: the path itself, or the hub's cached (or downloaded) copy."""
+    model_id = str(model_id)
     path = Path(model_id).expanduser()
+    if not model_id.strip():
+        raise ModelLoadError("the model id is empty; expected a checkpoint folder or a hub id such as org/name")
     if path.is_dir():
         if not any(path.iterdir()):
             raise ModelLoadError(f"folder {path} is empty; expected config.json and *.safetensors")
@@ -154,6 +158,7 @@ def _layout_of_model(model: Any) -> Layout:
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in alias}
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    steps = _loading_steps(model)
     return Layout(
         shapes=shapes,
         alias=alias,
@@ -163,18 +168,27 @@ def _layout_of_model(model: Any) -> Layout:
         buffers=tuple(name for name, _ in model.named_buffers()),
         embedding=_name_of(model, inputs),
         output=_name_of(model, outputs),
-        converted=_is_converted(model),
+        converted="converts" in steps,
+        renames=(*_OLD_NAMES, *(step for step in steps if isinstance(step, tuple))),
     )
 
 
-def _is_converted(model: Any) -> bool:
+def _loading_steps(model: Any) -> list[tuple[str, str] | str]:
+    """Return what the library does to names while loading, (pattern, replacement), and "converts" for tensors."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
     except ImportError:  # transformers 4 never rewrites tensors
-        return False
-    from transformers.core_model_loading import WeightConverter
+        return []
+    from transformers.core_model_loading import WeightRenaming
 
-    return any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(model))
+    found: list[tuple[str, str] | str] = []
+    for step in get_model_conversion_mapping(model):
+        if isinstance(step, WeightRenaming):
+            targets = step.target_patterns
+            found += zip(step.source_patterns, targets * len(step.source_patterns), strict=False)
+        else:
+            found.append("converts")
+    return found
 
 
 def _name_of(model: Any, module: Any) -> str | None:
@@ -284,11 +298,15 @@ def _rows_of(rows: dict[str, TensorFacts], name: str | None, alias: dict[str, st
     return row.shape[0] if row is not None and row.shape else None
 
 
-def live_structure(model: Any) -> Structure:
-    """Read the same facts off a live model: parameters and persistent buffers under the model's own names."""
+def live_structure(model: Any, *, all_buffers: bool = False) -> Structure:
+    """Read the same facts off a live model: parameters and persistent buffers under the model's own names.
+
+    all_buffers: list also the buffers that no checkpoint stores, such as the frequencies of rotary positions.
+    """
     first: dict[int, str] = {}
     tied, rows = [], {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    extra = dict(model.named_buffers()) if all_buffers else {}
+    for name, tensor in {**extra, **model.state_dict(keep_vars=True)}.items():
         other = first.setdefault(id(tensor), name)
         if other != name:
             tied.append([name, other])

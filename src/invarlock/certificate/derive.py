@@ -113,9 +113,31 @@ def _common(interval: Interval) -> dict[str, Any]:
     }
 
 
-def primary_metric(kind: str, rows: Rows, policy: Policy) -> PrimaryMetric:
-    """Compare the two sides over all windows, preview and final, and decide."""
-    return _accuracy(kind, rows, policy) if is_accuracy(kind) else _perplexity(kind, rows, policy)
+def primary_metric(kind: str, rows: Rows, policy: Policy, *, same_weights: bool = False) -> PrimaryMetric:
+    """Compare the two sides over all windows, preview and final, and decide.
+
+    A model against itself passes on any sample: with the same weights and the same value in every window there is
+    nothing to estimate, so that too few documents for an interval, or too few examples, do not count.
+    """
+    accuracy = is_accuracy(kind)
+    metric = _accuracy(kind, rows, policy) if accuracy else _perplexity(kind, rows, policy)
+    before, after = (rows.baseline_correct, rows.subject_correct) if accuracy else (rows.baseline, rows.subject)
+    same_values = before is not None and after is not None and np.array_equal(before, after)  # NaN equals nothing
+    if metric.decision != "inconclusive" or not (same_weights and same_values):
+        return metric
+    return metric.model_copy(
+        update={
+            "ci": (0.0, 0.0),
+            "display_ci": (0.0, 0.0) if accuracy else (1.0, 1.0),
+            "method": "identity",
+            "degenerate": True,
+            "std_error": 0.0,
+            "minimum_detectable_effect": None,
+            "windows_needed": None,
+            "decision": "pass",
+            "reason": f"the weights are the baseline's and every one of {len(rows.tokens)} windows gave the same value",
+        }
+    )
 
 
 def _perplexity(kind: str, rows: Rows, policy: Policy) -> PrimaryMetric:
@@ -124,6 +146,8 @@ def _perplexity(kind: str, rows: Rows, policy: Policy) -> PrimaryMetric:
     decision = decide_upper(interval, limits["limit"], limits["hysteresis"], n_windows=len(rows.tokens))
     ratio = safe_exp(interval.estimate)
     status, reason = decision.status, decision.reason
+    if not math.isfinite(interval.estimate):
+        reason = _not_finite(rows)
     if limits.get("min") is not None and status == "pass" and not ratio >= limits["min"]:
         status, reason = "fail", f"ratio {ratio:.4f} is below the lowest acceptable {limits['min']}"
     final = rows.is_final
@@ -150,6 +174,15 @@ def _perplexity(kind: str, rows: Rows, policy: Policy) -> PrimaryMetric:
         windows_needed=decision.windows_needed,
         **_common(interval),
     )
+
+
+def _not_finite(rows: Rows) -> str:
+    """Say on which side and in how many windows the loss is no number."""
+    lost = {
+        side: int((~np.isfinite(values)).sum()) for side, values in (("subject", rows.subject), ("baseline", rows.baseline))
+    }
+    found = " and ".join(f"{n} of {len(rows.tokens)} windows of the {side}" for side, n in lost.items() if n)
+    return f"the ratio is not finite: the loss is NaN or infinite in {found or 'no window, their sum overflows'}"
 
 
 def _accuracy(kind: str, rows: Rows, policy: Policy) -> PrimaryMetric:

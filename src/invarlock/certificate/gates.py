@@ -115,6 +115,8 @@ def _tail(m: Measured) -> Iterator[Gate]:
 
 
 def _divergence(m: Measured) -> Iterator[Gate]:
+    if is_accuracy(m.primary_metric.kind):  # answers are scored there, not next tokens
+        return
     limits = m.policy["metrics"]["divergence"]
     mode = "warn" if limits["mode"] == "fail" and m.intent == "finetune" else limits["mode"]
     rows = (("divergence_kl", "kl_mean", "kl_max", "nats per token"), ("token_flips", "flip_rate", "flip_max", "flips"))

@@ -168,6 +168,7 @@ def record(baseline: Evidence, subject: Evidence, policy: ResolvedPolicy, facts:
     """Put two pieces of evidence side by side. Raises PairingError where they are not about the same windows."""
     _check_pairing(baseline, subject)
     reference = baseline.reference_digest
+    compared = not stats.is_accuracy(baseline.metric_kind) and subject.kl_histogram is not None
     families = {
         row["name"]: row["family"] for row in baseline.guards.get("spectral", {}).get("modules", ()) if "family" in row
     }
@@ -181,8 +182,8 @@ def record(baseline: Evidence, subject: Evidence, policy: ResolvedPolicy, facts:
         },
         structure=_structure(baseline, subject),
         guard_facts=guard_facts(baseline, subject, policy.values["guards"]["order"]),
-        histogram=subject.kl_histogram,
-        reference_matches=reference is not None and reference == subject.reference_digest,
+        histogram=subject.kl_histogram if compared else None,
+        reference_matches=compared and reference is not None and reference == subject.reference_digest,
         changes=sketch.compare_all(baseline.sketches, subject.sketches, families),
         policy=policy.values,
         policy_provenance=policy.provenance(),
@@ -320,13 +321,18 @@ class _Figures:
     divergence: Divergence | None
 
 
+def _same_weights(r: Recorded) -> bool:
+    old, new = r.structure.baseline, r.structure.subject
+    return bool(old.tensors) and old.weights_digest() == new.weights_digest()
+
+
 def _figures(r: Recorded) -> _Figures:
     if r.refused is not None:
         return _Figures(stats.not_evaluated_metric(r.metric_kind, r.policy, r.refused), None, None, None)
     rows = stats.Rows.of(r.rows["preview"], r.rows["final"])
     language = not stats.is_accuracy(r.metric_kind)
     return _Figures(
-        metric=stats.primary_metric(r.metric_kind, rows, r.policy),
+        metric=stats.primary_metric(r.metric_kind, rows, r.policy, same_weights=_same_weights(r)),
         drift=stats.drift_interval(rows, r.policy) if language else None,
         tail=stats.tail_section(rows, r.policy) if language else None,
         divergence=stats.divergence_section(rows, r.histogram, r.reference_matches, r.policy) if language else None,
