@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -21,7 +20,7 @@ from invarlock.core.exceptions import AdapterError
 
 __all__ = ["named_state", "restore_bytes", "restore_files", "snapshot_bytes", "snapshot_files", "tie_groups"]
 
-_TIES = "ties"
+_TIES, _BUFFERS = "ties", "buffers"
 _SHARD_BYTES = 256 * 2**20
 
 
@@ -39,17 +38,30 @@ def tie_groups(model: torch.nn.Module) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
+def _stored(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what is written. Two views of one storage are written as two tensors: the format refuses shared memory."""
+    seen: set[int] = set()
+    for name, tensor in named_state(model):
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage().data_ptr()
+        yield name, plain.clone() if storage in seen else plain
+        seen.add(storage)
+
+
+def _metadata(model: torch.nn.Module) -> dict[str, str]:
+    return {_TIES: json.dumps(tie_groups(model)), _BUFFERS: json.dumps([name for name, _ in model.named_buffers()])}
+
+
 def snapshot_bytes(model: torch.nn.Module) -> bytes:
     """Return the whole state as one safetensors blob."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named_state(model)}
-    return bytes(save_bytes(tensors, metadata={_TIES: json.dumps(tie_groups(model))}))
+    return bytes(save_bytes(dict(_stored(model)), metadata=_metadata(model)))
 
 
 def restore_bytes(model: torch.nn.Module, blob: bytes) -> None:
     """Bring the model back to what `snapshot_bytes` saw."""
     size = int.from_bytes(blob[:8], "little")
     header = json.loads(blob[8 : 8 + size])
-    _restore(model, iter(load_bytes(blob).items()), json.loads(header["__metadata__"][_TIES]))
+    _restore(model, iter(load_bytes(blob).items()), header["__metadata__"])
 
 
 def snapshot_files(model: torch.nn.Module, folder: Path) -> Path:
@@ -57,9 +69,9 @@ def snapshot_files(model: torch.nn.Module, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     shard: dict[str, torch.Tensor] = {}
     size = count = 0
-    metadata = {_TIES: json.dumps(tie_groups(model))}
-    for name, tensor in named_state(model):
-        shard[name] = tensor.detach().cpu().contiguous()
+    metadata = _metadata(model)
+    for name, tensor in _stored(model):
+        shard[name] = tensor
         size += tensor.numel() * tensor.element_size()
         if size >= _SHARD_BYTES:
             save_file(shard, folder / f"state-{count:05d}.safetensors", metadata=metadata)
@@ -74,7 +86,7 @@ def restore_files(model: torch.nn.Module, folder: Path) -> None:
     if not files:
         raise AdapterError(f"no snapshot files in {folder}; expected state-*.safetensors")
     with safe_open(files[0], framework="pt") as first:
-        ties = json.loads(first.metadata()[_TIES])
+        metadata = first.metadata()
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for path in files:
@@ -82,15 +94,16 @@ def restore_files(model: torch.nn.Module, folder: Path) -> None:
                 for name in shard.keys():  # noqa: SIM118 - safe_open is no mapping
                     yield name, shard.get_tensor(name)
 
-    _restore(model, tensors(), ties)
+    _restore(model, tensors(), metadata)
 
 
-def _restore(model: torch.nn.Module, tensors: Iterator[tuple[str, torch.Tensor]], ties: list[list[str]]) -> None:
+def _restore(model: torch.nn.Module, tensors: Iterator[tuple[str, torch.Tensor]], metadata: dict[str, str]) -> None:
     seen = set()
+    ties, buffers = json.loads(metadata[_TIES]), set(json.loads(metadata[_BUFFERS]))
     with torch.no_grad():
         for name, saved in tensors:
             seen.add(name)
-            _put(model, name, saved)
+            _put(model, name, saved, name in buffers)
         for first, *others in ties:
             module, leaf = _owner(model, first)
             shared = module._parameters[leaf]
@@ -114,9 +127,10 @@ def _owner(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
         ) from None
 
 
-def _put(model: torch.nn.Module, name: str, saved: torch.Tensor) -> None:
+def _put(model: torch.nn.Module, name: str, saved: torch.Tensor, is_buffer: bool) -> None:
     module, leaf = _owner(model, name)
-    table: Any = module._buffers if leaf in module._buffers else module._parameters
+    table, other = (module._buffers, module._parameters) if is_buffer else (module._parameters, module._buffers)
+    other.pop(leaf, None)
     current = table.get(leaf)
     if current is not None and current.shape == saved.shape and current.dtype == saved.dtype and not current.is_meta:
         current.data.copy_(saved)
@@ -124,4 +138,7 @@ def _put(model: torch.nn.Module, name: str, saved: torch.Tensor) -> None:
     device = current.device if current is not None and not current.is_meta else "cpu"
     fresh = saved.clone().to(device)
     grad = bool(current is not None and current.requires_grad)
-    table[leaf] = fresh if table is module._buffers else torch.nn.Parameter(fresh, requires_grad=grad)
+    if is_buffer:
+        module._buffers[leaf] = fresh
+    else:
+        module._parameters[leaf] = torch.nn.Parameter(fresh, requires_grad=grad)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from invarlock.core.exceptions import AdapterError, ConfigError
+from invarlock.core.files import plain
 
 __all__ = [
     "EditLike",
@@ -73,7 +74,7 @@ class RunReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain, JSON-ready copy."""
-        return asdict(self)
+        return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RunReport:

@@ -8,24 +8,30 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+from invarlock.core.files import plain
+
 __all__ = ["EventLog", "redact"]
 
-_SECRET_KEY = re.compile(r"token$|secret|password|passwd|api_?key|authorization|credential", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{8,}|gh[pousr]_[A-Za-z0-9]{8,})|(?<=Bearer )\S+")
+_SECRET_KEY = re.compile(
+    r"token$|secret|passw(or)?d|passphrase|(api|access|private)[_-]?key|authorization|credential", re.IGNORECASE
+)
+_SECRET_VALUE = re.compile(
+    r"\b(hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{8,}|gh[pousr]_[A-Za-z0-9]{8,}|github_pat_\w{8,}|AKIA[A-Z0-9]{12,})"
+    r"|(?<=Bearer )\S+|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+)
 _HIDDEN = "[redacted]"
 
 
 def redact(value: Any, key: str = "") -> Any:
     """Return a JSON-ready copy of `value` without secrets: by key name, and by the shape of common access tokens."""
+    value = plain(value)
+    if value is not None and not isinstance(value, bool) and _SECRET_KEY.search(key):
+        return _HIDDEN
     if isinstance(value, dict):
-        return {str(k): redact(v, str(k)) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [redact(item, key) for item in value]
-    if isinstance(value, str):
-        return _HIDDEN if _SECRET_KEY.search(key) else _SECRET_VALUE.sub(_HIDDEN, value)
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
-    return redact(str(value), key)
+        return {k: redact(v, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [redact(item) for item in value]
+    return _SECRET_VALUE.sub(_HIDDEN, value) if isinstance(value, str) else value
 
 
 class EventLog:

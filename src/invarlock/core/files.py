@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -13,7 +14,28 @@ from typing import Any
 
 from invarlock.core.exceptions import ConfigError
 
-__all__ = ["private_folder", "read_json", "write_json", "write_together", "write_whole"]
+__all__ = ["plain", "private_folder", "read_json", "write_json", "write_together", "write_whole"]
+
+
+def plain(value: Any) -> Any:
+    """Return a JSON-ready copy of what a plugin or caller handed in. NaN and infinities become None, arrays and tensors
+    lists, and objects without a text of their own the name of their type, so that two runs record the same."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if type(value) in (int, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((plain(item) for item in value), key=str)
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, (int, float)):
+        return plain(float(value) if isinstance(value, float) else int(value))
+    text = str(value)
+    return f"<{getattr(value, '__qualname__', type(value).__qualname__)}>" if " at 0x" in text else text
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

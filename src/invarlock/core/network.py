@@ -19,7 +19,9 @@ __all__ = ["enforce_network_policy", "network_allowed"]
 _SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 _connect = socket.socket.connect
 _connect_ex = socket.socket.connect_ex
-_getaddrinfo = socket.getaddrinfo
+_sendto = socket.socket.sendto
+_LOOKUPS = ("getaddrinfo", "gethostbyname", "gethostbyname_ex", "gethostbyaddr")
+_look_up = {name: getattr(socket, name) for name in _LOOKUPS}
 
 
 def network_allowed() -> bool:
@@ -53,9 +55,18 @@ def _guarded(original: Any) -> Any:
     return connect
 
 
-def _guarded_getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
-    _refuse(host)
-    return _getaddrinfo(host, *args, **kwargs)
+def _guarded_sendto(self: socket.socket, data: Any, *args: Any) -> Any:
+    if self.family in (socket.AF_INET, socket.AF_INET6):
+        _refuse(args[-1][0])
+    return _sendto(self, data, *args)
+
+
+def _guarded_look_up(original: Any) -> Any:
+    def look_up(host: Any, *args: Any, **kwargs: Any) -> Any:
+        _refuse(host)
+        return original(host, *args, **kwargs)
+
+    return look_up
 
 
 def enforce_network_policy() -> None:
@@ -69,4 +80,6 @@ def enforce_network_policy() -> None:
         os.environ.setdefault(switch, "1")
     socket.socket.connect = _guarded(_connect)  # type: ignore[method-assign]
     socket.socket.connect_ex = _guarded(_connect_ex)  # type: ignore[method-assign]
-    socket.getaddrinfo = _guarded_getaddrinfo
+    socket.socket.sendto = _guarded_sendto  # type: ignore[assignment]
+    for name, original in _look_up.items():
+        setattr(socket, name, _guarded_look_up(original))

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from invarlock.core import settings
 from invarlock.core.exceptions import GuardError
+from invarlock.core.files import plain
 
 __all__ = ["Consequence", "checked_result", "consequence", "not_evaluated", "worst"]
 
@@ -31,10 +32,13 @@ def checked_result(name: str, returned: Any) -> dict[str, Any]:
     if "passed" not in returned:
         keys = ", ".join(sorted(map(str, returned))) or "none"
         raise GuardError(f"guard {name!r} returned no 'passed' (keys: {keys}); include passed, action and message")
+    passed = plain(returned["passed"])
+    if not isinstance(passed, bool):  # NaN, None or a text would read as passed or as failed by accident
+        raise GuardError(f"guard {name!r} returned passed={returned['passed']!r}; expected True or False")
     if settings.flag("INVARLOCK_ASSERT_GUARDS"):
         for key, value in returned.items():
             kind = _TYPES.get(key)
-            if kind is None or not isinstance(value, kind):
+            if kind is None or not isinstance(value if key != "passed" else passed, kind):
                 wanted = kind.__name__ if kind else f"one of the keys {', '.join(_TYPES)}"
                 raise GuardError(f"guard {name!r} returned {key}={value!r}; expected {wanted}")
     action = returned.get("action")
@@ -46,8 +50,8 @@ def checked_result(name: str, returned: Any) -> dict[str, Any]:
         "warnings": [],
         "errors": [],
         "evaluated": True,
-        **returned,
-        "passed": bool(returned["passed"]),
+        **plain(returned),
+        "passed": passed,
         "action": action or "none",
     }
 
@@ -77,6 +81,12 @@ def consequence(outcome: Mapping[str, Any]) -> Consequence:
 
 
 def worst(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the worst of a guard's results; the single ones stand in `runs` where there were several."""
+    """Return the worst of a guard's results; the single ones stand in `runs` where there were several.
+
+    Whatever action was the gravest, the whole counts as passed and evaluated only where every single result does.
+    """
     ranked = max(outcomes, key=lambda o: (_SEVERITY[consequence(o)], not o["passed"]))
-    return {**ranked, "runs": list(outcomes)} if len(outcomes) > 1 else ranked
+    if len(outcomes) == 1:
+        return ranked
+    whole = {key: all(o.get(key, True) for o in outcomes) for key in ("passed", "evaluated")}
+    return {**ranked, **whole, "runs": list(outcomes)}

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import math
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from invarlock.core import settings
 from invarlock.core.api import EditLike, Guard, GuardWithContext, GuardWithPrepare, RunConfig, RunReport
 from invarlock.core.events import EventLog
 from invarlock.core.exceptions import ConfigError, GuardError, InvarlockError
-from invarlock.core.files import write_json
+from invarlock.core.files import plain, write_json
 from invarlock.core.outcome import checked_result, consequence, not_evaluated, worst
 from invarlock.core.policy import ResolvedPolicy, merge, resolve_policy
 from invarlock.core.snapshot import Snapshot, plan_snapshot, take_snapshot
@@ -127,11 +126,11 @@ class CoreRunner:
                         phase(run)
             with self._phase(run, "finalize"):
                 self._finalize(run)
-        except KeyboardInterrupt:
-            self._restore(run, "interrupted")
-            raise
         except Exception as error:  # noqa: BLE001 - whatever ended the run, the report says so and the model is as it was
             self._fail(run, error)
+        except BaseException:  # Ctrl-C, or an edit that calls sys.exit
+            self._restore(run, "interrupted")
+            raise
         finally:
             if run.snapshot is not None:
                 run.snapshot.release()
@@ -165,10 +164,11 @@ class CoreRunner:
             windows = calibration_data if given else windows_from_calibration(calibration_data, preview_n, final_n)
         policy = _resolve(auto, config.context, guards)
         run_id = str(config.context.get("run_id") or uuid.uuid4().hex[:12])
-        report = RunReport(status="pending", context=copy.deepcopy(config.context))
+        context = plain({key: value for key, value in config.context.items() if key != "baseline"})
+        report = RunReport(status="pending", context=context)
         report.meta = {
             "run_id": run_id,
-            "config": {**asdict(config), "event_path": str(config.event_path) if config.event_path else None},
+            "config": {**plain({f.name: getattr(config, f.name) for f in fields(config)}), "context": context},
             "auto": auto,
             "policy": {**policy.provenance(), "values": policy.values, "digest": policy.digest},
             "intent": config.context.get("intent", "preserve"),
@@ -221,6 +221,8 @@ class CoreRunner:
             threads=thread_count(),
             model=run.adapter.describe(run.model),
         )
+        if run.config.checkpoint_interval and not run.config.event_path:
+            self._warn(run, "checkpoint_interval is set without event_path: no checkpoints are written")
         if run.windows is None:
             self._warn(run, _NO_DATA)
         else:
@@ -238,27 +240,31 @@ class CoreRunner:
         windows = run.windows.all if run.windows is not None else ()
         calib = CalibrationBatches(windows, run.baseline.guard_stats if run.baseline else None)
         for index, guard in enumerate(run.guards):
-            if isinstance(guard, GuardWithContext):
-                guard.set_run_context(run.report)
-            if not isinstance(guard, GuardWithPrepare):
-                continue
+            policy = {**run.policy.values["guards"].get(guard.name, {}), "intent": run.report.meta["intent"]}
             try:
-                guard.prepare(run.model, run.adapter, calib, run.policy.values["guards"].get(guard.name, {}))
+                if isinstance(guard, GuardWithContext):
+                    guard.set_run_context(run.report)
+                if not isinstance(guard, GuardWithPrepare):
+                    continue
+                guard.prepare(run.model, run.adapter, calib, policy)
             except Exception as error:  # the plugin boundary: a guard's prepare may raise anything
                 if settings.flag("INVARLOCK_GUARD_PREPARE_STRICT"):
                     raise GuardError(f"guard {guard.name!r} failed in prepare: {_oneline(error)}") from error
                 self._warn(run, f"guard {guard.name!r} failed in prepare and is not evaluated: {_oneline(error)}")
                 run.skipped.add(index)
                 run.results.setdefault(guard.name, []).append(not_evaluated(guard.name, _oneline(error)))
+                run.log.log("guard_prepare", "not_evaluated", guard=guard.name)
+                continue
             run.log.log("guard_prepare", "prepared", guard=guard.name)
 
     def _apply_edit(self, run: _Run) -> None:
         name = getattr(run.edit, "name", type(run.edit).__name__)
         if run.config.dry_run:
             run.report.edit = {"name": name, "dry_run": True, "deltas": {"params_changed": 0, "layers_modified": 0}}
+            run.log.log("edit", "skipped", name=name)
             return
         returned = run.edit.apply(run.model, run.adapter, **run.edit_config)
-        run.report.edit = {"name": name, "dry_run": False, **(returned if isinstance(returned, Mapping) else {})}
+        run.report.edit = {"name": name, "dry_run": False, **(plain(returned) if isinstance(returned, Mapping) else {})}
         run.log.log("edit", "applied", name=name, deltas=run.report.edit.get("deltas"))
         self._probe(run)
 
@@ -289,6 +295,8 @@ class CoreRunner:
             run.stop = True
 
     def _validate_guards(self, run: _Run) -> None:
+        from invarlock.guards.base import StatsGuard
+
         context = {"report": run.report, "run_context": run.config.context, "device": run.device}
         for index, guard in enumerate(run.guards):
             if index in run.skipped:
@@ -301,18 +309,16 @@ class CoreRunner:
                 raise GuardError(f"guard {guard.name!r} failed in validate: {_oneline(error)}") from error
             outcome = checked_result(guard.name, returned)
             run.results.setdefault(guard.name, []).append(outcome)
-            measured = getattr(guard, "subject", None)
-            if isinstance(measured, dict):
-                run.subject_stats[guard.name] = measured
+            run.report.guards = {name: worst(outcomes) for name, outcomes in run.results.items()}
+            if isinstance(guard, StatsGuard) and guard.subject is not None:
+                run.subject_stats[guard.name] = guard.subject
             follows = consequence(outcome)
             run.log.log("guard_validate", "validated", guard=guard.name, passed=outcome["passed"], action=follows)
             self._apply_consequence(run, guard.name, outcome, follows)
-        run.report.guards = {name: worst(outcomes) for name, outcomes in run.results.items()}
 
     def _apply_consequence(self, run: _Run, name: str, outcome: dict[str, Any], follows: str) -> None:
         message = f"guard {name!r}: {outcome['message'] or 'failed without a message'}"
         if follows == "abort":
-            run.report.guards = {key: worst(outcomes) for key, outcomes in run.results.items()}
             raise GuardError(f"{message} (action: abort)")
         if follows == "rollback" and run.rollback_reason is None:
             run.rollback_reason = f"guard_failed: {message}"
@@ -334,9 +340,9 @@ class CoreRunner:
         metric = _primary_metric(run, subject.evidence)
         run.report.metrics["primary_metric"] = metric
         run.log.log("eval", "primary_metric", ratio=metric["ratio_vs_baseline"], final=metric["final"])
-        ratio = metric["ratio_vs_baseline"]
+        ratio = _damage_ratio(metric)
         before = run.rollback_reason
-        self._check_spike(run, math.nan if ratio is None else ratio, "all windows")
+        self._check_spike(run, ratio, "all windows")
         if run.stop and before is not None:
             run.rollback_reason = before
         if run.rollback_reason is None and not ratio <= run.config.max_pm_ratio:
@@ -388,8 +394,7 @@ class CoreRunner:
         return metric
 
     def _finalize(self, run: _Run) -> None:
-        if run.report.guards == {} and run.results:
-            run.report.guards = {name: worst(outcomes) for name, outcomes in run.results.items()}
+        run.report.guards = {name: worst(outcomes) for name, outcomes in run.results.items()}
         if run.rollback_reason is not None:
             self._restore(run, run.rollback_reason)
             run.report.status = "rollback"
@@ -404,9 +409,13 @@ class CoreRunner:
         run.log.log("finalize", "rollback", reason=reason)
 
     def _fail(self, run: _Run, error: Exception) -> None:
-        self._restore(run, _oneline(error))
+        text = _oneline(error)
+        try:
+            self._restore(run, text)
+        except Exception as second:  # noqa: BLE001 - an adapter of a plugin; the report says what is left behind
+            text += f"; the model could not be restored, load it again: {_oneline(second)}"
         run.report.status = "failed"
-        run.report.error = _oneline(error)
+        run.report.error = text
         run.report.meta["rollback_reason"] = f"exception: {run.report.error}"
         run.log.log("finalize", "failed", error=run.report.error)
         logger.debug("run failed", exc_info=error)
@@ -456,9 +465,15 @@ def _window_counts(windows: Any) -> dict[str, Any]:
         "actual_final": actual[1],
         "paired_windows": sum(actual),
         "window_match_fraction": 1.0,
-        "window_overlap_fraction": len({w.id for w in windows.preview} & {w.id for w in windows.final}) / actual[1],
+        "window_overlap_fraction": _repeated(windows) / actual[1],
         "coverage": sum(actual) / sum(requested),
     }
+
+
+def _repeated(windows: Any) -> int:
+    """Count the final windows that stand in preview too; content counts, since ids of repeats are numbered."""
+    preview = {(w.input_ids, w.mask, w.labels) for w in windows.preview}
+    return sum((w.input_ids, w.mask, w.labels) in preview for w in windows.final)
 
 
 def _ratio(baseline: Sequence[float | None], subject: Sequence[float], tokens: Sequence[int]) -> float:
@@ -467,6 +482,16 @@ def _ratio(baseline: Sequence[float | None], subject: Sequence[float], tokens: S
         return math.nan
     difference = sum(t * (s - float(b or 0.0)) for b, s, t in zip(baseline, subject, tokens, strict=True)) / total
     return math.exp(min(difference, 700.0)) if not math.isnan(difference) else math.nan
+
+
+def _damage_ratio(metric: Mapping[str, Any]) -> float:
+    """Return how many times worse the edited model is; NaN where that was not measured. More accuracy is better."""
+    ratio = metric["ratio_vs_baseline"]
+    if ratio is None:
+        return math.nan
+    if metric["direction"] == "higher":
+        return 1.0 / ratio if ratio else math.inf
+    return float(ratio)
 
 
 def _shown(value: float) -> float | None:
@@ -494,8 +519,10 @@ def _with_stats(measured: Any, run: _Run, ready: Mapping[str, Any]) -> Any:
 def _primary_metric(run: _Run, subject: Any) -> dict[str, Any]:
     from invarlock.certificate.derive import Rows, primary_metric
     from invarlock.certificate.make import pair_rows
+    from invarlock.certificate.reports import evidence_of
 
-    base = run.baseline.evidence
+    given = run.config.context.get("baseline")
+    base = run.baseline.evidence if given is None else evidence_of(given, "baseline")
     rows = Rows.of(pair_rows(base.preview, subject.preview, "preview"), pair_rows(base.final, subject.final, "final"))
     metric: dict[str, Any] = primary_metric(run.metric_kind, rows, run.policy.values).model_dump(mode="json")
     return {**metric, "source": "calibration_data", "mock": False}
@@ -503,7 +530,8 @@ def _primary_metric(run: _Run, subject: Any) -> dict[str, Any]:
 
 def _verbose_handler() -> logging.Handler:
     handler = logging.StreamHandler()
-    root = logging.getLogger("invarlock")
-    root.addHandler(handler)
-    root.setLevel(min(root.level or logging.INFO, logging.INFO))
+    handler.setLevel(logging.INFO)
+    logger = logging.getLogger("invarlock")
+    logger.addHandler(handler)
+    logger.setLevel(min(logger.level or logging.INFO, logging.INFO))
     return handler
