@@ -52,7 +52,8 @@ def _round_rows(rows: torch.Tensor, levels: int, clamp_ratio: float) -> torch.Te
     top = sizes.amax(dim=1, keepdim=True)
     if clamp_ratio > 0:
         rank = max(1, round((1.0 - clamp_ratio) * sizes.shape[1]))
-        top = sizes.kthvalue(rank, dim=1, keepdim=True).values
+        clipped = sizes.kthvalue(rank, dim=1, keepdim=True).values
+        top = torch.where(clipped > 0, clipped, top)  # a row of almost only zeros keeps its few weights
     scale = (top / levels).clamp_min(torch.finfo(torch.float32).tiny)
     return torch.clamp(torch.round(rows / scale), -levels, levels) * scale
 

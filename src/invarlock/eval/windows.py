@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -183,12 +184,17 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
+def _seen(value: Any) -> int:
+    return int(bool(value))
+
+
 def _matrix(value: Any, key: str, index: int) -> list[list[int]]:
     rows = _plain(value)
     if isinstance(rows, (list, tuple)) and rows and not isinstance(_plain(rows[0]), (list, tuple)):
         rows = [rows]
+    read = _seen if key == "attention_mask" else operator.index
     try:
-        return [[int(token) for token in _plain(row)] for row in rows]
+        return [[read(token) for token in _plain(row)] for row in rows]
     except (TypeError, ValueError):
         raise DataError(
             f"calibration batch {index}: {key!r} is {type(value).__name__}; expected token ids of shape [T] or [B, T]"

@@ -54,8 +54,11 @@ def _non_finite(old: Structure, new: Structure) -> Iterator[Finding]:
 
 
 def _ties(old: Structure, new: Structure) -> Iterator[Finding]:
-    digests = {t.name: t.digest for t in new.tensors}
+    before, digests = ({t.name: t.digest for t in side.tensors} for side in (old, new))
     still = {alias for alias, _ in new.tied}
+    for alias, partner in new.tied:
+        if alias in before and before[alias] != before.get(partner):
+            yield _finding("tied", alias, f"{alias} is now tied to {partner}; the baseline keeps them apart")
     for alias, partner in old.tied:
         if alias in still or alias not in digests:
             continue
@@ -161,7 +164,7 @@ class InvariantsGuard(StatsGuard):
 
         config = getattr(model, "config", None)
         facts = behaviour(config) if config is not None and hasattr(config, "to_dict") else {}
-        return self.stats_from(live_structure(model), facts, None, None)
+        return self.stats_from(live_structure(model, all_buffers=True), facts, None, None)
 
     @staticmethod
     def stats_from(
