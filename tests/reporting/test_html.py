@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -11,23 +9,13 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+from drawn import render_html
 
 from certificates import HOSTILE
-from invarlock import reporting
 from invarlock.reporting.wording import clean
 
 Cert = Callable[[str], dict[str, Any]]
 VOID = {"meta", "link", "br", "hr", "img", "input"}
-
-
-@functools.cache
-def _drawn(text: str) -> str:
-    return reporting.render_html(json.loads(text))
-
-
-def render_html(certificate: dict[str, Any]) -> str:
-    """Render each certificate once for all tests of this file: drawing is slow."""
-    return _drawn(json.dumps(certificate))
 
 
 class _Page(HTMLParser):
