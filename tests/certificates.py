@@ -213,7 +213,8 @@ def _broken(weights: Weights) -> Weights:
 def _refused(baseline: Evidence, damaged: Mapping[str, int]) -> dict[str, Any]:
     broken = _structure(make_weights(), damaged)
     structure = StructureSection(
-        baseline=baseline.structure, subject=broken, baseline_behaviour=baseline.model.behaviour, subject_behaviour=baseline.model.behaviour,
+        baseline=baseline.structure, subject=broken, baseline_behaviour=baseline.model.behaviour,
+        subject_behaviour=baseline.model.behaviour,
         baseline_tokenizer=("ab" * 32, 128), subject_tokenizer=("ab" * 32, 128),
     )  # fmt: skip
     facts = _facts(baseline.model, baseline.model.model_copy(update={"id": "acme/tiny-broken"}))
