@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from invarlock.adapters import checkpoint
 from invarlock.adapters.hf import HF_Causal_Adapter, HF_MLM_Adapter, HF_Seq2Seq_Adapter
+from invarlock.core import settings
 from invarlock.core.api import ModelAdapter
 from invarlock.core.exceptions import AdapterError
 
@@ -26,9 +27,9 @@ class HF_Auto_Adapter(ModelAdapter):
     def __init__(self) -> None:
         self._chosen: HF_Causal_Adapter | None = None
 
-    def select(self, model_id: str) -> HF_Causal_Adapter:
+    def select(self, model_id: str, *, trust_remote_code: bool = False) -> HF_Causal_Adapter:
         """Return the adapter for a checkpoint; AdapterError where none fits."""
-        config = checkpoint.load_config(checkpoint.resolve_folder(model_id))
+        config = checkpoint.load_config(checkpoint.resolve_folder(model_id), trust_remote_code=trust_remote_code)
         for candidate in self.candidates:
             adapter = candidate()
             if adapter.matches(config):
@@ -59,7 +60,9 @@ class HF_Auto_Adapter(ModelAdapter):
 
     def load_model(self, model_id: str, device: str = "auto", **kwargs: Any) -> Any:
         """Select by configuration, then load."""
-        return self.select(model_id).load_model(model_id, device, **kwargs)
+        trust = bool(kwargs.setdefault("trust_remote_code", settings.flag("INVARLOCK_TRUST_REMOTE_CODE")))
+        folder = str(checkpoint.resolve_folder(model_id, kwargs.pop("revision", None)))
+        return self.select(folder, trust_remote_code=trust).load_model(folder, device, **kwargs)
 
     def describe(self, model: Any) -> dict[str, Any]:
         return self.chosen.describe(model)

@@ -15,6 +15,15 @@ from invarlock.cli.options import DeviceOption, JsonOption, ProfileOption, TierO
 __all__ = ["certify", "finish", "request_from"]
 
 Intent = Literal["preserve", "finetune"]
+#: keys of a configuration that mean nothing to certify (an empty set: the whole section), and what to use instead
+_UNUSED: dict[str, tuple[frozenset[str], str]] = {
+    "model": (frozenset({"id"}), " and name the models with --baseline and --subject"),
+    "edit": (frozenset(), " and give the edit with --edit-config"),
+    "auto": (frozenset({"enabled", "probes", "target_pm_ratio"}), ""),
+    "eval": (frozenset({"max_pm_ratio", "spike_threshold"}), "; the limit of a verdict is metrics.pm_ratio.limit"),
+    "context": (frozenset(), ""),
+    "output": (frozenset({"save_model", "model_dir", "model_subdir", "save_report"}), ""),
+}
 
 
 def certify(
@@ -81,31 +90,43 @@ def request_from(chosen: Mapping[str, Any], preset: Path | None, **facts: Any) -
     """Build the request: flags first, then the profile, then the preset, then the defaults."""
     from invarlock.core.certify import CertifyRequest
     from invarlock.core.config import RunSettings, load_config
+    from invarlock.core.sampling import dataset_options
+    from invarlock.core.source import Loading
 
     profile = chosen["profile"] or "ci"
     if preset is None:
         settings = RunSettings()
     else:
-        overrides = {"model.device": chosen["device"], "model.adapter": chosen["adapter"], "auto.tier": chosen["tier"]}
-        settings = load_config(preset, cli_overrides=overrides, profile=chosen["profile"], require_model=False)
-    data = settings.dataset
-    dataset = {**data.provider_options, "provider": data.provider_name, "split": data.split}
-    dataset |= {"seq_len": data.seq_len, "stride": data.stride, "seed": data.seed}
+        settings = load_config(preset, profile=chosen["profile"], require_model=False)
+        _refuse_unused(settings, preset.name)
+        for text in settings.notes:
+            note(f"NOTE: {text}")
     out = facts.pop("out") or Path(settings.output.dir)
     return CertifyRequest(
         **facts,
         adapter=chosen["adapter"] or settings.model.adapter,
         device=chosen["device"] or settings.model.device,
-        dtype=settings.model.dtype,
-        trust_remote_code=settings.model.trust_remote_code,
+        loading=Loading.of(settings.model),
         profile=profile,
         tier=chosen["tier"] or settings.auto.tier,
         metric_kind=settings.eval.metric_kind,
-        dataset={key: value for key, value in dataset.items() if value is not None},
+        dataset=dataset_options(settings.dataset),
         overrides=settings.policy_overrides(),
         guard_arguments={name: settings.plugin_arguments(name) for name in settings.guards.by_name},
         out=out,
     )
+
+
+def _refuse_unused(settings: Any, name: str) -> None:
+    """Refuse the keys of a preset that would have no effect here, so that nobody believes they had one."""
+    from invarlock.core.exceptions import ConfigError
+
+    for section, (keys, instead) in _UNUSED.items():
+        part = getattr(settings, section)
+        given = part.model_fields_set | set(part.model_extra or {}) if section in settings.model_fields_set else set()
+        wrong = sorted(given & keys if keys else given)
+        if wrong:
+            raise ConfigError(f"{name}: certify does not use {section}.{wrong[0]}; remove it from the preset{instead}")
 
 
 def finish(outcome: Any, folder: Path, *, timing: bool, json: bool) -> int:

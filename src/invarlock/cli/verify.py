@@ -79,7 +79,7 @@ def _check(
     path: Path, baseline: Path | None, weights: dict[str, str], tolerance: float, profile: str | None
 ) -> dict[str, Any]:
     from invarlock.certificate.verify import verify_certificate
-    from invarlock.core.certify import find_report
+    from invarlock.core.run_folder import find_report
     from invarlock.core.files import read_json
     from invarlock.reporting.bundle import CERTIFICATE
 

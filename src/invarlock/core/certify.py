@@ -26,18 +26,17 @@ from invarlock.core.exceptions import (
     ConfigError,
     GuardError,
     InvarlockError,
-    ModelLoadError,
     PairingError,
-    TooLittleTextError,
 )
-from invarlock.core.files import read_json, write_json
 from invarlock.core.outcome import checked_result, not_evaluated
 from invarlock.core.policy import ResolvedPolicy, profile_values, resolve_policy
+from invarlock.core.run_folder import EVIDENCE, find_report, read_report, time_stamp, write_report
+from invarlock.core.sampling import cut_sample, metric_kind_of, reuse_sample
+from invarlock.core.source import Loading, Side, read_side
 
 __all__ = ["CertifyOutcome", "CertifyRequest", "certify", "find_report"]
 
 Tick = Callable[[str, int, int], None]
-_MOST_SEQ_LEN = 512
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,7 @@ class CertifyRequest:
     baseline_report: Path | None = None
     adapter: str = "auto"
     device: str = "auto"
-    dtype: str = "auto"
-    trust_remote_code: bool = False
+    loading: Loading = Loading()
     profile: str = "ci"
     tier: str = "balanced"
     intent: str = "preserve"
@@ -91,19 +89,6 @@ class CertifyOutcome:
 
 
 @dataclass
-class _Side:
-    """One checkpoint as files."""
-
-    id: str
-    folder: Path | None
-    structure: Any
-    behaviour: dict[str, Any]
-    tokenizer: Any
-    tokenizer_facts: tuple[str | None, int | None]
-    max_length: int | None = None
-
-
-@dataclass
 class _Job:
     request: CertifyRequest
     policy: ResolvedPolicy
@@ -122,20 +107,7 @@ class _Job:
 
     @property
     def metric_kind(self) -> str:
-        asked = self.request.metric_kind
-        return str(getattr(self.adapter, "metric_kind", "ppl_causal")) if asked == "auto" else asked
-
-
-def find_report(path: Path) -> Path:
-    """Return the report.json that `path` names: the file, or the one in the folder or in its newest subfolder."""
-    if path.is_file():
-        return path
-    if (path / "report.json").is_file():
-        return path / "report.json"
-    below = sorted(path.glob("*/report.json"))
-    if below:
-        return below[-1]
-    raise ConfigError(f"{path} has no report.json; expected a run folder or its report.json")
+        return metric_kind_of(self.request.metric_kind, self.adapter)
 
 
 def certify(request: CertifyRequest, tick: Tick | None = None) -> CertifyOutcome:
@@ -188,42 +160,25 @@ def _open(request: CertifyRequest, tick: Tick) -> _Job:
         guards=guards,
         tick=tick,
         created=now.isoformat(timespec="seconds"),
-        stamp=now.strftime("%Y%m%dT%H%M%S%fZ"),
+        stamp=time_stamp(now),
     )
 
 
-def _read_side(job: _Job, model_id: str) -> _Side:
-    """Read a checkpoint as files. A plugin adapter's checkpoint is not ours to read: it is measured live."""
-    from invarlock.adapters import checkpoint
-    from invarlock.adapters.hf import tokenizer_facts
-    from invarlock.evidence.model import Structure
-
+def _read_side(job: _Job, model_id: str) -> Side:
     job.tick("reading files", 0, 1)
-    adapter = job.adapter
-    if hasattr(adapter, "select"):
-        adapter.select(model_id)
-    tokenizer = adapter.tokenizer(model_id) if hasattr(adapter, "tokenizer") else None
-    facts = tokenizer_facts(tokenizer)
-    if not hasattr(adapter, "auto_class"):
-        return _Side(model_id, None, Structure(source="model", tensors=[]), {}, tokenizer, facts)
-    folder = checkpoint.resolve_folder(model_id)
-    config = checkpoint.load_config(folder, trust_remote_code=job.request.trust_remote_code)
-    structure = checkpoint.read_structure(folder, checkpoint.layout_of(config, adapter.auto_class))
-    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return _Side(model_id, folder, structure, checkpoint.behaviour(config), tokenizer, facts, longest)
+    return read_side(job.adapter, model_id, job.request.loading)
 
 
-def _read_baseline(job: _Job) -> _Side:
+def _read_baseline(job: _Job) -> Side:
     """Read the baseline's files, or take the facts of a stored baseline report."""
     from invarlock.certificate.reports import evidence_of
     from invarlock.guards.invariants import baseline_damage
 
     if job.request.baseline_report is not None:
-        path = find_report(job.request.baseline_report)
-        job.baseline_report_path, job.baseline_report = path, read_json(path, "a run's report.json")
-        evidence = evidence_of(job.baseline_report or {}, "baseline")
+        job.baseline_report, job.baseline_report_path = read_report(job.request.baseline_report)
+        evidence = evidence_of(job.baseline_report, "baseline")
         facts = evidence.model
-        return _Side(
+        return Side(
             facts.id,
             None,
             evidence.structure,
@@ -231,7 +186,7 @@ def _read_baseline(job: _Job) -> _Side:
             None,
             (facts.tokenizer_digest, facts.tokenizer_size),
         )
-    side: _Side = _read_side(job, str(job.request.baseline))
+    side: Side = _read_side(job, str(job.request.baseline))
     damage = baseline_damage(side.structure)
     if damage:
         more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
@@ -241,7 +196,7 @@ def _read_baseline(job: _Job) -> _Side:
     return side
 
 
-def _refuse_subject(job: _Job, baseline: _Side, subject: _Side) -> dict[str, Any] | None:
+def _refuse_subject(job: _Job, baseline: Side, subject: Side) -> dict[str, Any] | None:
     """Return a FAIL certificate where the subject's files alone show that it is damaged, else None.
 
     A foreign tokenizer is a pairing error (E002) in the ci and release profiles, a FAIL elsewhere.
@@ -263,14 +218,14 @@ def _refuse_subject(job: _Job, baseline: _Side, subject: _Side) -> dict[str, Any
     return _refused_certificate(job, baseline, subject) if fatal else None
 
 
-def _refused_certificate(job: _Job, baseline: _Side, subject: _Side) -> dict[str, Any]:
+def _refused_certificate(job: _Job, baseline: Side, subject: Side) -> dict[str, Any]:
     from invarlock.certificate.make import RunFacts, refuse
     from invarlock.certificate.reports import certificate_json
     from invarlock.certificate.schema import Meta, Overhead, StructureSection
     from invarlock.core.device import library_versions
     from invarlock.evidence.model import DataFacts, ModelFacts
 
-    def model(side: _Side) -> ModelFacts:
+    def model(side: Side) -> ModelFacts:
         return ModelFacts(
             id=side.id,
             adapter=job.adapter.name,
@@ -345,116 +300,30 @@ def _plugin_facts(job: _Job) -> dict[str, Any]:
     }
 
 
-def _default_provider(job: _Job) -> str:
-    """Return the data to use where none were named, and note which."""
-    from invarlock.core.network import network_allowed
-    from invarlock.eval.data import Wikitext2Provider
-
-    if getattr(job.adapter, "task", "causal") == "seq2seq":
-        name = "seq2seq"
-    else:
-        name = "wikitext2" if network_allowed() or Wikitext2Provider.is_cached() else "python_docs"
-    job.notes.append(f"no data were named; measured on {name}")
-    return name
-
-
-def _prepare_windows(job: _Job, baseline: _Side) -> None:
-    """Cut the windows, or take those of the stored baseline; stop where there is less text than the profile needs."""
-    from invarlock.certificate.reports import evidence_of
-    from invarlock.eval.windows import WindowSet
-
+def _prepare_windows(job: _Job, baseline: Side) -> None:
+    """Take the windows of the stored baseline, or cut them; stop where there is less text than the profile needs."""
     if job.baseline_report is not None:
-        job.windows = WindowSet.from_dict(job.baseline_report.get("evaluation_windows") or {})
-        job.data = evidence_of(job.baseline_report, "baseline").data.model_copy(update={"reused": True})
-        if job.windows.digest() != job.data.digest:
-            raise PairingError(
-                "the windows in the baseline report are not those it measured; measure it again", code="E006"
-            )
-        return
-    if baseline.tokenizer is None:
-        raise ModelLoadError(
-            f"{baseline.id} has no tokenizer; expected tokenizer.json or a vocabulary beside the weights"
-        )
-    job.windows, job.data = _cut_windows(job, baseline)
-    _check_floor(job)
+        sample = reuse_sample(job.baseline_report)
+    else:
+        dataset, tick = job.request.dataset, job.tick
+        sample = cut_sample(baseline, job.adapter, job.metric_kind, dataset, job.policy, tick)
+    job.windows, job.data = sample.windows, sample.data
+    job.notes.extend(sample.notes)
 
 
-def _cut_windows(job: _Job, baseline: _Side) -> tuple[Any, Any]:
-    from invarlock.eval.data import get_provider
-    from invarlock.eval.windows import mask_tokens, windows_from_provider
-    from invarlock.evidence.model import DataFacts
-
-    options = dict(job.request.dataset)
-    spec = options.pop("provider", None) or _default_provider(job)
-    longest = min(_MOST_SEQ_LEN, baseline.max_length or _MOST_SEQ_LEN)
-    seq_len = int(options.pop("seq_len", None) or longest)
-    if baseline.max_length and seq_len > baseline.max_length:
-        raise ConfigError(f"dataset.seq_len is {seq_len}; the model takes at most {baseline.max_length} tokens")
-    stride = int(options.pop("stride", None) or seq_len)
-    seed, split = int(options.pop("seed", 42)), options.pop("split", None)
-    sample = job.policy.values["sample"]
-    counts = (int(sample["preview"]), int(sample["final"]))
-    provider = get_provider(spec, **options)
-    cut = {"seq_len": seq_len, "stride": stride, "seed": seed, "split": split}
-    job.tick("reading text", 0, 1)
-    try:
-        parts = provider.windows(baseline.tokenizer, preview_n=counts[0], final_n=counts[1], **cut)
-    except TooLittleTextError as error:
-        if sample["shortfall"] != "warn" or min(error.fits) < 1:
-            code = "E001" if sample["shortfall"] == "stop" else None
-            raise PairingError(str(error), code=code) if code else error from None
-        job.notes.append(f"{error}; measured what fits")
-        parts = provider.windows(baseline.tokenizer, preview_n=error.fits[0], final_n=error.fits[1], **cut)
-    windows = windows_from_provider(*parts, seq_len, counts)
-    if job.metric_kind == "ppl_mlm":
-        tokenizer = baseline.tokenizer
-        windows = mask_tokens(windows, tokenizer.mask_token_id, tokenizer.all_special_ids, seed=seed)
-    described = provider.describe()
-    return windows, DataFacts(
-        provider=described["name"],
-        options=described["options"],
-        seq_len=seq_len,
-        stride=stride,
-        seed=seed,
-        split=split,
-        requested=list(counts),
-        digest=windows.digest(),
-    )
-
-
-def _check_floor(job: _Job) -> None:
-    """Stop before any model is loaded where the text cannot decide."""
-    from invarlock.eval.loop import scored_tokens
-    from invarlock.eval.measure import task_of
-
-    sample = job.policy.values["sample"]
-    tokens = sum(scored_tokens(window, task_of(job.metric_kind)) for window in job.windows.all)
-    if tokens < sample["min_tokens"]:
-        message = (
-            f"the windows hold {tokens} scored tokens; tier {job.request.tier} in profile {job.request.profile} expects "
-            f"{sample['min_tokens']}: use longer windows, more of them, or the dev profile"
-        )
-        if sample["shortfall"] == "stop":
-            raise PairingError(message, code="E001")
-        job.notes.append(message)
-
-
-def _load(job: _Job, side: _Side, label: str) -> Any:
+def _load(job: _Job, side: Side, label: str) -> Any:
     job.tick(f"loading {label}", 0, 1)
-    options: dict[str, Any] = {}
-    if hasattr(job.adapter, "auto_class"):
-        options = {"dtype": job.request.dtype, "trust_remote_code": job.request.trust_remote_code}
-    return job.adapter.load_model(side.id, device=job.device, **options)
+    return job.request.loading.load(job.adapter, side, job.device)
 
 
-def _facts(job: _Job, model: Any, side: _Side) -> Any:
+def _facts(job: _Job, model: Any, side: Side) -> Any:
     from invarlock.eval.measure import model_facts
 
     facts = model_facts(model, job.adapter, side.id, side.tokenizer_facts)
     return facts.model_copy(update={"behaviour": side.behaviour}) if side.behaviour else facts
 
 
-def _structure(model: Any, side: _Side) -> Any:
+def _structure(model: Any, side: Side) -> Any:
     from invarlock.adapters.checkpoint import live_structure
 
     return side.structure if side.structure.source == "file" else live_structure(model)
@@ -466,7 +335,7 @@ def _plugin_guards(job: _Job) -> list[Guard]:
     return [guard for guard in job.guards if not isinstance(guard, StatsGuard)]
 
 
-def _measure(job: _Job, model: Any, side: _Side, label: str, **options: Any) -> Any:
+def _measure(job: _Job, model: Any, side: Side, label: str, **options: Any) -> Any:
     from invarlock.eval.measure import measure_model
 
     return measure_model(
@@ -493,7 +362,7 @@ class _Measured:
     prepared: dict[str, str]  # plugin guards whose prepare failed, and why
 
 
-def _measure_baseline(job: _Job, side: _Side) -> _Measured:
+def _measure_baseline(job: _Job, side: Side) -> _Measured:
     from invarlock.eval.measure import read_reference, write_reference
 
     plugins = _plugin_guards(job)
@@ -513,13 +382,16 @@ def _measure_baseline(job: _Job, side: _Side) -> _Measured:
             _free(model)
         return _Measured(job.baseline_report, evidence, reference, job.baseline_report_path, prepared)
     model = _load(job, side, "the baseline")
-    measured = _measure(job, model, side, "the baseline", keep_reference=True)
+    wanted = job.policy.values["metrics"]["divergence"]["mode"] != "off"
+    measured = _measure(job, model, side, "the baseline", keep_reference=wanted)
     prepared = _prepare_plugins(job, plugins, model)
     _free(model)
     del model
     folder = job.request.out / "source" / job.stamp
-    token_file = write_reference(measured.reference, folder / "evidence.safetensors")
-    evidence = measured.evidence.model_copy(update={"token_file": token_file})
+    evidence = measured.evidence
+    if measured.reference is not None:
+        token_file = write_reference(measured.reference, folder / EVIDENCE)
+        evidence = evidence.model_copy(update={"token_file": token_file})
     report = _report(job, evidence, {"name": "noop", "deltas": {"params_changed": 0}}, f"source-{job.stamp}")
     path = _write_report(job, report, folder)
     return _Measured(report, evidence, measured.reference, path, prepared)
@@ -568,7 +440,7 @@ def _validate_plugins(job: _Job, model: Any, failed: Mapping[str, str]) -> dict[
     return results
 
 
-def _measure_subject(job: _Job, side: _Side, source: _Measured) -> _Measured:
+def _measure_subject(job: _Job, side: Side, source: _Measured) -> _Measured:
     model = _load(job, side, "the subject")
     if job.request.edit is not None:
         side = _apply_edit(job, model, side)
@@ -583,7 +455,7 @@ def _measure_subject(job: _Job, side: _Side, source: _Measured) -> _Measured:
     return _Measured(report, measured.evidence, None, None, {})
 
 
-def _apply_edit(job: _Job, model: Any, side: _Side) -> _Side:
+def _apply_edit(job: _Job, model: Any, side: Side) -> Side:
     """Apply the edit of --edit-config; what is then in memory is the subject."""
     from invarlock.adapters.checkpoint import live_structure
 
@@ -645,8 +517,7 @@ def _write_report(job: _Job, report: dict[str, Any], folder: Path) -> Path:
         log.log(name, "end", seconds=seconds)
     log.log("report", "written", status=report["status"])
     log.close()
-    write_json(folder / "report.json", report)
-    return folder / "report.json"
+    return write_report(report, folder)
 
 
 def _compare(job: _Job, source: _Measured, edited: _Measured) -> CertifyOutcome:

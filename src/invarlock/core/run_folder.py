@@ -1,0 +1,87 @@
+"""A run's folder: `report.json`, `events.jsonl` and what lies beside them. Shared by `certify` and `run`."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from invarlock.core import settings
+from invarlock.core.exceptions import ConfigError
+from invarlock.core.files import read_json, write_json
+
+__all__ = [
+    "EVIDENCE",
+    "GUARD_MEASUREMENTS",
+    "REPORT",
+    "find_report",
+    "read_report",
+    "staged_folder",
+    "time_stamp",
+    "write_report",
+]
+
+REPORT = "report.json"
+EVIDENCE = "evidence.safetensors"
+GUARD_MEASUREMENTS = "guard_measurements.json"
+
+
+def time_stamp(now: datetime.datetime) -> str:
+    """Return the name of a run's folder: UTC to the microsecond, so that names sort by time."""
+    return now.strftime("%Y%m%dT%H%M%S%fZ")
+
+
+def find_report(path: Path) -> Path:
+    """Return the report.json that `path` names: the file, or the one in the folder or in its newest subfolder."""
+    if path.is_file():
+        return path
+    if (path / REPORT).is_file():
+        return path / REPORT
+    below = sorted(path.glob(f"*/{REPORT}"))
+    if below:
+        return below[-1]
+    raise ConfigError(f"{path} has no report.json; expected a run folder or its report.json")
+
+
+def read_report(path: Path) -> tuple[dict[str, Any], Path]:
+    """Return the report that `path` names, and where it lies."""
+    found = find_report(path)
+    data = read_json(found, "a run's report.json")
+    if not isinstance(data, dict):
+        raise ConfigError(f"{found} holds {type(data).__name__}; expected a run's report.json")
+    return data, found
+
+
+def write_report(report: Mapping[str, Any], folder: Path) -> Path:
+    """Write the report; with INVARLOCK_EVIDENCE_DEBUG also what the guards measured and found, in a file of its own."""
+    if settings.flag("INVARLOCK_EVIDENCE_DEBUG"):
+        evidence = report.get("evidence") or {}
+        shown = {key: evidence.get(key) for key in ("guards", "sketches", "contracts")}
+        write_json(folder / GUARD_MEASUREMENTS, {**shown, "results": report.get("guards")})
+    write_json(folder / REPORT, report)
+    return folder / REPORT
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path, *, keep: bool = False) -> Iterator[Path]:
+    """Yield a private folder that becomes `target` when the block ends, and is removed when it raises (unless `keep`).
+
+    So `target` appears whole or not at all. Raises ConfigError where it is there already and not empty.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} is there already; expected a new or empty folder: remove it or name another")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part"))
+    try:
+        yield staging
+        staging.chmod(0o755)
+        os.replace(staging, target)
+    except BaseException:
+        if not keep:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
