@@ -39,7 +39,8 @@ def build(architecture: str, layers: int = 3) -> Any:
         "t5": (
             "T5Config",
             "T5ForConditionalGeneration",
-            {"num_layers": layers, "d_model": 64, "d_ff": 128, "num_heads": 4, "d_kv": 16, "vocab_size": 300},
+            {"num_layers": layers, "d_model": 64, "d_ff": 128, "num_heads": 4, "d_kv": 16, "vocab_size": 300}
+            | {"decoder_start_token_id": 0, "pad_token_id": 0},
         ),
         "moe": ("MixtralConfig", "MixtralForCausalLM", common | {"num_local_experts": 4}),
     }

@@ -12,7 +12,6 @@ torch = pytest.importorskip("torch")
 
 from guards import faults  # noqa: E402 - torch is needed first
 from guards.models import trained  # noqa: E402
-
 from invarlock.eval.data import get_provider  # noqa: E402
 from invarlock.guards.rmt import RMTGuard  # noqa: E402
 from invarlock.guards.sketch import compare_all, culprits, sketch_model  # noqa: E402

@@ -165,3 +165,16 @@ def test_scales_that_do_not_help_are_taken_back_bit_for_bit() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     untried = guard.validate(model, None, {"advise_only": True})
     assert untried["metrics"]["proposed"] and untried["metrics"]["interval"] is None
+
+
+def test_windows_without_a_loss_leave_the_scales_untried(make_model) -> None:
+    model = make_model("bert")
+    guard = VarianceGuard()
+    guard.prepare(model, None, batches(), {})
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight.mul_(0.5)
+    kept = model.bert.encoder.layer[1].output.dense.weight.clone()
+    result = guard.validate(model, None, {})
+    assert result["passed"] and result["metrics"]["proposed"]
+    assert "not tried" in result["metrics"]["reason"]
+    assert torch.equal(model.bert.encoder.layer[1].output.dense.weight, kept)

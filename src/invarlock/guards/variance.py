@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from invarlock.core.exceptions import ConfigError
+from invarlock.core.exceptions import ConfigError, DataError
 from invarlock.eval.bootstrap import weighted_mean_interval
 from invarlock.guards.activations import Sampler, each_row, forward_sampled, hook_outputs, pick_indices
 from invarlock.guards.base import Facts, Policy, Result, Stats, StatsGuard, result
@@ -146,10 +146,14 @@ class VarianceGuard(StatsGuard):
         scales = outcome["metrics"]["proposed"]
         if not outcome["passed"] or not scales or context.get("advise_only") or not batches:
             return outcome
+        try:
+            plain, tokens = _losses(model, batches)
+        except DataError as error:  # such as windows of a masked model without labels: there is no loss to compare
+            outcome["metrics"]["reason"] = f"not tried: {error}"
+            return outcome
         assert self.baseline is not None and self.subject is not None  # super().validate has measured both
         facts = self.pair(self.baseline, self.subject)
         kept = {name: _tensors(model, name) for name in scales}
-        plain, tokens = _losses(model, batches)
         saved = {name: [tensor.clone() for tensor in tensors] for name, tensors in kept.items()}
         enabled = False
         try:
