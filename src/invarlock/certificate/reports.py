@@ -16,7 +16,7 @@ from invarlock.core.exceptions import CertificateError
 from invarlock.core.policy import ResolvedPolicy
 from invarlock.evidence.model import Evidence
 
-__all__ = ["certificate_json", "evidence_of", "make_certificate", "policy_of"]
+__all__ = ["certificate_json", "check_baseline", "evidence_of", "make_certificate", "policy_of"]
 
 Report = RunReport | Mapping[str, Any]
 
@@ -70,7 +70,8 @@ def policy_of(report: Mapping[str, Any]) -> ResolvedPolicy:
     )
 
 
-def _check_baseline(baseline: Mapping[str, Any]) -> None:
+def check_baseline(baseline: Mapping[str, Any]) -> None:
+    """Raise CertificateError where a report is of an edited model, which is no baseline."""
     edit = baseline.get("edit") or {}
     changed = (edit.get("deltas") or {}).get("params_changed", 0)
     if edit.get("name") not in (None, "noop", "checkpoint") and changed:
@@ -86,7 +87,7 @@ def make_certificate(report: Report, baseline: Report) -> dict[str, Any]:
     PairingError where the two were not measured on the same windows.
     """
     subject_data, baseline_data = _plain(report), _plain(baseline)
-    _check_baseline(baseline_data)
+    check_baseline(baseline_data)
     old, new = evidence_of(baseline_data, "baseline"), evidence_of(subject_data, "subject")
     return certificate_json(record(old, new, policy_of(subject_data), run_facts(subject_data, baseline_data, old, new)))
 

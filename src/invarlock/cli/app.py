@@ -28,6 +28,7 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "certify": Command("invarlock.cli.certify:certify", "Certify an edited checkpoint against its baseline."),
+    "run": Command("invarlock.cli.run:run", "Apply an edit under guards, as a configuration says."),
     "verify": Command("invarlock.cli.verify:verify", "Re-check certificates offline, without the models."),
     "report": Command("invarlock.cli.report:app", "Show certificates and runs in other forms."),
     "demo": Command("invarlock.cli.demo:demo", "Certify a good and a bad edit of a small model, offline."),

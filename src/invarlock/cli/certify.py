@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from invarlock.cli.console import emit_json, note, progress, say
+from invarlock.cli.console import emit_json, note, progress, say, show_telemetry, show_timings
 from invarlock.cli.errors import EXIT_CODES
 from invarlock.cli.options import DeviceOption, JsonOption, ProfileOption, TierOption
+from invarlock.core import settings
 
 __all__ = ["certify", "finish", "request_from"]
 
@@ -95,35 +96,35 @@ def request_from(chosen: Mapping[str, Any], preset: Path | None, **facts: Any) -
 
     profile = chosen["profile"] or "ci"
     if preset is None:
-        settings = RunSettings()
+        config = RunSettings()
     else:
-        settings = load_config(preset, profile=chosen["profile"], require_model=False)
-        _refuse_unused(settings, preset.name)
-        for text in settings.notes:
+        config = load_config(preset, profile=chosen["profile"], require_model=False)
+        _refuse_unused(config, preset.name)
+        for text in config.notes:
             note(f"NOTE: {text}")
-    out = facts.pop("out") or Path(settings.output.dir)
+    out = facts.pop("out") or Path(config.output.dir)
     return CertifyRequest(
         **facts,
-        adapter=chosen["adapter"] or settings.model.adapter,
-        device=chosen["device"] or settings.model.device,
-        loading=Loading.of(settings.model),
+        adapter=chosen["adapter"] or config.model.adapter,
+        device=chosen["device"] or config.model.device,
+        loading=Loading.of(config.model),
         profile=profile,
-        tier=chosen["tier"] or settings.auto.tier,
-        metric_kind=settings.eval.metric_kind,
-        dataset=dataset_options(settings.dataset),
-        overrides=settings.policy_overrides(),
-        guard_arguments={name: settings.plugin_arguments(name) for name in settings.guards.by_name},
+        tier=chosen["tier"] or config.auto.tier,
+        metric_kind=config.eval.metric_kind,
+        dataset=dataset_options(config.dataset),
+        overrides=config.policy_overrides(),
+        guard_arguments={name: config.plugin_arguments(name) for name in config.guards.by_name},
         out=out,
     )
 
 
-def _refuse_unused(settings: Any, name: str) -> None:
+def _refuse_unused(config: Any, name: str) -> None:
     """Refuse the keys of a preset that would have no effect here, so that nobody believes they had one."""
     from invarlock.core.exceptions import ConfigError
 
     for section, (keys, instead) in _UNUSED.items():
-        part = getattr(settings, section)
-        given = part.model_fields_set | set(part.model_extra or {}) if section in settings.model_fields_set else set()
+        part = getattr(config, section)
+        given = part.model_fields_set | set(part.model_extra or {}) if section in config.model_fields_set else set()
         wrong = sorted(given & keys if keys else given)
         if wrong:
             raise ConfigError(f"{name}: certify does not use {section}.{wrong[0]}; remove it from the preset{instead}")
@@ -138,6 +139,10 @@ def finish(outcome: Any, folder: Path, *, timing: bool, json: bool) -> int:
     code = EXIT_CODES[outcome.status]
     for text in outcome.notes:
         note(f"NOTE: {text}")
+    if settings.flag("INVARLOCK_TELEMETRY"):
+        rows = outcome.certificate["evaluation_windows"]
+        tokens = 2 * sum(sum(rows[split]["tokens"]) for split in ("preview", "final"))
+        show_telemetry(outcome.timings, ("baseline", "subject"), tokens)
     if json:
         emit_json(
             {
@@ -152,11 +157,11 @@ def finish(outcome: Any, folder: Path, *, timing: bool, json: bool) -> int:
             }
         )
         return code
-    for line in summary_lines(outcome.certificate):
+    lines = summary_lines(outcome.certificate)
+    for line in lines[:1] if settings.flag("INVARLOCK_MINIMAL") else lines:
         say(line)
     say(f"Certificate  {files[CERTIFICATE]}")
     say(f"Page         {files[HTML]}")
     if timing:
-        for name, seconds in outcome.timings.items():
-            say(f"  {name:<16} {seconds:8.2f} s")
+        show_timings(outcome.timings)
     return code

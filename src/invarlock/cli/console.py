@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -15,7 +15,18 @@ from invarlock.core import settings
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Tick", "emit_json", "is_terminal", "note", "progress", "say", "setup_logging", "stdout_console"]
+__all__ = [
+    "Tick",
+    "emit_json",
+    "is_terminal",
+    "note",
+    "progress",
+    "say",
+    "setup_logging",
+    "show_telemetry",
+    "show_timings",
+    "stdout_console",
+]
 
 #: what long work calls to show how far it is: what it does, how much is done, how much there is
 Tick = Callable[[str, int, int], None]
@@ -43,6 +54,27 @@ def note(text: str) -> None:
     """Write one line to stderr; INVARLOCK_MINIMAL silences it."""
     if not settings.flag("INVARLOCK_MINIMAL"):
         sys.stderr.write(text + "\n")
+
+
+def show_timings(timings: Mapping[str, float]) -> None:
+    """Write how long each step took, in seconds."""
+    for name, seconds in timings.items():
+        say(f"  {name:<16} {seconds:8.2f} s")
+
+
+def show_telemetry(timings: Mapping[str, float], measuring: Iterable[str], tokens: int) -> None:
+    """Write one line to stderr: time in all, the largest memory this process had, and scored tokens a second.
+
+    `measuring` names the steps in which the `tokens` were measured, in all.
+    """
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    seconds = sum(timings.get(name, 0.0) for name in measuring)
+    speed = f"{tokens / seconds:.0f} tokens/s" if tokens and seconds else "no tokens measured"
+    steps = ", ".join(f"{name} {value:.2f} s" for name, value in timings.items())
+    sys.stderr.write(f"TELEMETRY: {sum(timings.values()):.2f} s in all ({steps}); memory {memory:.0f} MB; {speed}\n")
 
 
 def emit_json(value: Any) -> None:

@@ -14,6 +14,7 @@ __all__ = [
     "Tier",
     "TierOption",
     "plain_typer",
+    "remember_profile",
     "remembered_profile",
 ]
 
@@ -27,15 +28,22 @@ def plain_typer(**arguments: Any) -> typer.Typer:
 
 
 _PROFILE = "invarlock.profile"
+#: the profile of a command that was given none, where it is not ci
+_DEFAULT_PROFILES = {"run": "dev"}
 
 
 def _remember(context: typer.Context, value: str | None) -> str | None:
-    context.meta[_PROFILE] = value
+    context.meta[_PROFILE] = value or _DEFAULT_PROFILES.get(str(context.info_name))
     return value
 
 
+def remember_profile(context: typer.Context, profile: str | None) -> None:
+    """Say which profile is in effect, where it comes from elsewhere than --profile."""
+    context.meta[_PROFILE] = profile
+
+
 def remembered_profile(context: typer.Context) -> str | None:
-    """Return the profile that the running command was given: the exit code of a pairing error depends on it."""
+    """Return the profile in effect, None for the usual ci: the exit code of a pairing error depends on it."""
     profile: str | None = context.meta.get(_PROFILE)
     return profile
 

@@ -79,8 +79,8 @@ def _check(
     path: Path, baseline: Path | None, weights: dict[str, str], tolerance: float, profile: str | None
 ) -> dict[str, Any]:
     from invarlock.certificate.verify import verify_certificate
-    from invarlock.core.run_folder import find_report
     from invarlock.core.files import read_json
+    from invarlock.core.run_folder import find_report
     from invarlock.reporting.bundle import CERTIFICATE
 
     target = path / CERTIFICATE if path.is_dir() else path

@@ -441,12 +441,15 @@ def _validate_plugins(job: _Job, model: Any, failed: Mapping[str, str]) -> dict[
 
 
 def _measure_subject(job: _Job, side: Side, source: _Measured) -> _Measured:
+    from invarlock.eval.overhead import guard_overhead
+
     model = _load(job, side, "the subject")
     if job.request.edit is not None:
         side = _apply_edit(job, model, side)
     measured = _measure(job, model, side, "the subject", reference=source.reference)
     results = _validate_plugins(job, model, source.prepared)
-    overhead = _guard_overhead(job, model, measured)
+    limits = job.policy.values["metrics"]["guard_overhead"]
+    overhead = guard_overhead(model, job.windows, measured.evidence, job.device, limits)
     _free(model)
     del model
     report = _report(job, measured.evidence, _edit_facts(job), f"edited-{job.stamp}")
@@ -463,28 +466,6 @@ def _apply_edit(job: _Job, model: Any, side: Side) -> Side:
     edit = registry.edits.create(str(given["name"]), **dict(given.get("plan") or {}))
     edit.apply(model, job.adapter)
     return replace(side, structure=live_structure(model))
-
-
-def _guard_overhead(job: _Job, model: Any, measured: Any) -> dict[str, Any]:
-    """Measure a few windows again without hooks; the ratio of the two metrics tells whether measuring changed them."""
-    limits = job.policy.values["metrics"]["guard_overhead"]
-    if settings.flag("INVARLOCK_SKIP_OVERHEAD_CHECK"):
-        return {"evaluated": False, "ratio": None, "windows": 0, "skipped": "INVARLOCK_SKIP_OVERHEAD_CHECK is set"}
-    if not limits["required"]:
-        return {"evaluated": False, "ratio": None, "windows": 0, "skipped": None}
-    from invarlock.eval.loop import evenly_spaced, forward_windows
-    from invarlock.eval.measure import SAMPLED_WINDOWS, task_of
-    from invarlock.eval.metrics import perplexity
-    from invarlock.evidence.model import finite_or_none
-
-    picked = evenly_spaced(len(job.windows.all), SAMPLED_WINDOWS)
-    bare = forward_windows(
-        model, [job.windows.all[i] for i in picked], task=task_of(job.metric_kind), device=job.device
-    )
-    losses = measured.evidence.preview.loss + measured.evidence.final.loss
-    guarded = [float("nan") if losses[i] is None else float(losses[i]) for i in picked]
-    ratio = perplexity(guarded, bare.tokens) / perplexity(bare.loss, bare.tokens)
-    return {"evaluated": True, "ratio": finite_or_none(ratio), "windows": len(picked), "skipped": None}
 
 
 def _report(job: _Job, evidence: Any, edit: Mapping[str, Any], run_id: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ __all__ = [
     "REPORT",
     "find_report",
     "read_report",
+    "require_free",
     "staged_folder",
     "time_stamp",
     "write_report",
@@ -67,14 +68,19 @@ def write_report(report: Mapping[str, Any], folder: Path) -> Path:
     return folder / REPORT
 
 
+def require_free(target: Path) -> None:
+    """Raise ConfigError where `target` is there already and not an empty folder."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} is there already; expected a new or empty folder: remove it or name another")
+
+
 @contextlib.contextmanager
 def staged_folder(target: Path, *, keep: bool = False) -> Iterator[Path]:
     """Yield a private folder that becomes `target` when the block ends, and is removed when it raises (unless `keep`).
 
     So `target` appears whole or not at all. Raises ConfigError where it is there already and not empty.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target} is there already; expected a new or empty folder: remove it or name another")
+    require_free(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part"))
     try:
