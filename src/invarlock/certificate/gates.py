@@ -48,6 +48,8 @@ class Measured:
     contracts: Mapping[str, Mapping[str, str]]
     refused: str | None
     culprits: str | None  # which weights changed most, in one line
+    culprit: str | None = None  # the one that stands out most
+    uniform: bool = False  # weights changed and none stands out
 
 
 def _gate(name: str, measured: Any, limit: Any, basis: str, decision: GateDecision, reason: str) -> Gate:
@@ -146,8 +148,8 @@ def _divergence(m: Measured) -> Iterator[Gate]:
 
 def _guards(m: Measured) -> Iterator[Gate]:
     for name, section in m.guards.items():
-        if not section.evaluated:
-            decision: GateDecision = "not_evaluated"
+        if not section.evaluated:  # one that passes so has nothing to do in this architecture, such as variance
+            decision: GateDecision = "off" if section.passed else "not_evaluated"
         elif not section.passed:
             decision = "fail"
         else:
@@ -242,18 +244,25 @@ def verdict_of(gates: Sequence[Gate], m: Measured) -> Verdict:
 
 
 _MOST_REASONS = 5
+#: gates on what a model does: a symptom, whose cause is the weights that changed
+_SYMPTOMS = ("primary_metric", "preview_final_drift", "primary_metric_tail", "divergence_kl", "token_flips", "rmt", "variance")
 
 
 def _reasons(gate: Gate, m: Measured) -> list[Reason]:
     section = m.guards.get(gate.name)
+    symptom = gate.name in _SYMPTOMS and gate.decision == "fail"
     if section is None or not section.errors:
-        return [Reason(code=gate.name.upper(), message=gate.reason, gate=gate.name)]
-    return [
-        Reason(
-            code=str(finding.get("code", gate.name.upper())),
-            message=str(finding.get("message", gate.reason)),
-            gate=gate.name,
-            tensor=finding.get("tensor") or finding.get("module"),
+        return [
+            Reason(
+                code=gate.name.upper(), message=gate.reason, gate=gate.name, tensor=m.culprit if symptom else None
+            )
+        ]
+    reasons = []
+    for finding in section.errors[:_MOST_REASONS]:
+        message, place = str(finding.get("message", gate.reason)), finding.get("tensor") or finding.get("module")
+        if symptom and (m.culprit or m.uniform):
+            message, place = _named(message, m), m.culprit
+        reasons.append(
+            Reason(code=str(finding.get("code", gate.name.upper())), message=message, gate=gate.name, tensor=place)
         )
-        for finding in section.errors[:_MOST_REASONS]
-    ]
+    return reasons

@@ -407,6 +407,8 @@ def derive(r: Recorded) -> Certificate:
         contracts=r.provenance.contracts,
         refused=r.refused,
         culprits=culprits,
+        culprit=next(iter(weights.culprits), None),
+        uniform=weights.uniform,
     )
     gates = all_gates(measured)
     policy_digest = canonical_digest({"resolved_policy": r.policy, "overrides": r.policy_provenance["overrides"]})[:16]

@@ -47,6 +47,7 @@ SKETCH_CONTRACT: dict[str, Any] = {"k": _K, "vectors": _VECTORS, "signs": "pcg64
 _CHUNK = 1 << 25  # elements converted to float32 at once: 128 MB
 _UNCHANGED = 1e-5  # relative; another thread count or device moves a sketch by less
 _MATCH = 0.99
+_FLIPPED = -0.9
 _OFF_DIAGONAL = ~np.eye(_K, dtype=np.bool_).ravel()
 _MIN_GROUP = 5  # a family with fewer members is compared with all matrices
 _STANDOUT_Z, _STANDOUT_RATIO, _MIN_SPREAD = 5.0, 3.0, 0.1
@@ -143,8 +144,9 @@ def culprits(rows: Sequence[Mapping[str, Any]]) -> Culprits:
     """Name the tensors whose change stands out from that of their family, or say that the change is uniform.
 
     A tensor stands out when more than half of its peers are unchanged and it is not; when the logarithm of its
-    relative change lies 5 robust deviations above their median, and the change is 3 times theirs; or when its cosine
-    fell under 0.5 where theirs is above 0.9. Peers are the family, or all matrices where the family is small.
+    relative change lies 5 robust deviations above their median, and the change is 3 times theirs; when its cosine fell
+    under 0.5 where theirs is above 0.9; or when what happened to it was recognised: it holds what another one held, is
+    transposed or has its sign flipped. Peers are the family, or all matrices where the family is small.
     """
     changes = {row["name"]: _size(row) for row in rows}
     changed = [row for row in rows if changes[row["name"]] >= _UNCHANGED]
@@ -153,7 +155,10 @@ def culprits(rows: Sequence[Mapping[str, Any]]) -> Culprits:
         peers = [other for other in rows if other["family"] == row["family"]]
         if len(peers) < _MIN_GROUP and row["family"] != "vector":
             peers = [other for other in rows if other["family"] != "vector"]
-        if (excess := _excess(row, peers, changes)) is not None:
+        excess = _excess(row, peers, changes)
+        if excess is None and _recognised(row):
+            excess = changes[row["name"]]
+        if excess is not None:
             standing.append((excess, row))
     standing.sort(key=lambda pair: -pair[0])
     named = [{**row, "what": _what(row)} for _, row in standing]
@@ -232,6 +237,11 @@ def _excess(row: Mapping[str, Any], peers: list[Mapping[str, Any]], changes: Map
     return None
 
 
+def _recognised(row: Mapping[str, Any]) -> bool:
+    cosine = finite(row["cosine"])
+    return bool(row.get("matches") or row.get("transposed")) or (cosine is not None and cosine < _FLIPPED)
+
+
 def _what(row: Mapping[str, Any]) -> str:
     """Say in words what happened to a tensor, from its figures."""
     cosine, ratio = row["cosine"], row["norm_ratio"]
@@ -247,7 +257,7 @@ def _what(row: Mapping[str, Any]) -> str:
         return "zeroed"
     if abs(cosine) > 0.9999 and abs(ratio - 1) > 0.005:
         return f"scaled by {math.copysign(ratio, cosine):.4g}"
-    if cosine < -0.9:
+    if cosine < _FLIPPED:
         return f"sign flipped, cosine {cosine:.2f}"
     if abs(cosine) < 0.5:
         return f"shuffled, swapped or re-initialised, cosine {cosine:.2f}"

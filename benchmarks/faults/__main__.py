@@ -1,0 +1,51 @@
+"""`python -m benchmarks.faults`: run the fault matrix, print it, and write benchmarks/results/faults.json.
+
+    python -m benchmarks.faults                          # every model that is there, resuming what was interrupted
+    python -m benchmarks.faults --model FOLDER ...        # other models
+    python -m benchmarks.faults --table                   # judge the stored runs again and print
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+from benchmarks.faults import table
+from benchmarks.faults.run import run_model, stored
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = {"gpt2": ROOT / "src/invarlock/data/demo_model"} | {
+    name: ROOT / "tests/assets/models" / name for name in ("llama", "bert", "t5", "neox", "qwen")
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", action="append", metavar="NAME|FOLDER", help="which models (default: all)")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "faults", help="where single runs are kept")
+    parser.add_argument("--only", help="only the edits whose name holds this")
+    parser.add_argument("--table", action="store_true", help="run nothing; judge again what is stored")
+    parser.add_argument("--no-table", action="store_true", help="run only")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/faults.json")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("benchmarks.faults").setLevel(logging.INFO)
+    wanted = arguments.model or list(MODELS)
+    models = {Path(name).name: MODELS.get(name, Path(name)) for name in wanted}
+    models = {name: folder for name, folder in models.items() if (folder / "model.safetensors").is_file()}
+    if not arguments.table:
+        for name, folder in models.items():
+            run_model(name, folder, arguments.work, arguments.only)
+    if arguments.no_table:
+        return
+    rows = [row for name, folder in models.items() for row in stored(name, folder, arguments.work, rejudge=True)]
+    result = table.result(rows)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(table.render(result))
+
+
+if __name__ == "__main__":
+    main()

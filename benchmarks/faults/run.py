@@ -1,0 +1,243 @@
+"""Run the matrix: make each subject, certify it, ask the oracle, and keep what came out, so that a run can be resumed."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.faults.edits import EDITS, UNIFORM, Case, Place, cases
+from benchmarks.faults.oracle import Oracle, load_model, other_windows
+from invarlock.adapters import HF_Auto_Adapter
+from invarlock.certificate.make import derive, recall
+from invarlock.certificate.schema import Certificate
+from invarlock.core.certify import CertifyOutcome, CertifyRequest, certify
+from invarlock.core.exceptions import InvarlockError
+from invarlock.core.policy import resolve_policy
+from invarlock.edits import rtn
+from invarlock.eval.windows import WindowSet
+
+TIER, PROFILE, SEQ_LEN = "balanced", "ci_cpu", 128
+#: fewer windows than the profile, to save time, and a token floor that masked models reach: they score one token in seven
+OVERRIDES: dict[str, Any] = {"sample": {"preview": 80, "final": 80, "min_tokens": 2000}}
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model")
+
+log = logging.getLogger(__name__)
+
+
+class Bench:
+    """One baseline: its certificate request, its live copy and its oracle."""
+
+    def __init__(self, name: str, folder: Path, work: Path) -> None:
+        self.name, self.folder = name, folder
+        self.adapter = HF_Auto_Adapter()
+        self.adapter.select(str(folder))
+        self.task = str(self.adapter.task)
+        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
+        self.work = work / f"{name}-{digest}"
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.scratch = Path(tempfile.mkdtemp(dir=self.work))
+        outcome = self._certify(folder, baseline=str(folder))
+        assert outcome.source_report is not None
+        self.report = outcome.source_report
+        stored = json.loads(self.report.read_text(encoding="utf-8"))
+        self.windows = WindowSet.from_dict(stored["evaluation_windows"])
+        self.live = load_model(self.adapter, folder)
+        self.state = {key: value.clone() for key, value in self.live.state_dict().items()}
+        self.dtype = json.loads((folder / "config.json").read_text()).get("dtype", "float16")
+        self._oracle: Oracle | None = None
+
+    @property
+    def oracle(self) -> Oracle:
+        if self._oracle is None:
+            values = resolve_policy(TIER, PROFILE, overrides=OVERRIDES).values["metrics"]
+            limits = {
+                "log_ratio": float(torch.tensor(values["pm_ratio"]["limit"], dtype=torch.float64).log()),
+                "kl": values["divergence"]["kl_max"],
+                "flips": values["divergence"]["flip_max"],
+            }
+            tokenizer = self.adapter.tokenizer(str(self.folder))
+            found = other_windows(tokenizer, self.task, self.windows.all, SEQ_LEN)
+            self._oracle = Oracle(load_model(self.adapter, self.folder), self.task, found, limits)
+        return self._oracle
+
+    def _certify(self, subject: Path, **source: Any) -> CertifyOutcome:
+        provider = "seq2seq" if self.task == "seq2seq" else "python_docs"
+        return certify(
+            CertifyRequest(
+                subject=str(subject),
+                **source,
+                adapter="auto",
+                device="cpu",
+                profile=PROFILE,
+                tier=TIER,
+                dataset={"provider": provider, "split": "test", "seq_len": SEQ_LEN},
+                overrides=OVERRIDES,
+                edit_label="fault",
+                out=self.scratch / "runs",
+            )
+        )
+
+    def close(self) -> None:
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def run(self, case: Case) -> dict[str, Any] | None:
+        """Make the subject, certify it, ask the oracle; None where the model has no place for the edit."""
+        subject = Path(tempfile.mkdtemp(dir=self.scratch)) / "subject"
+        try:
+            culprits = self._make(case, subject)
+            if culprits is None:
+                return None
+            record = self._certified(case, subject)
+            record |= {"model": self.name, "case": case.name, "expected": sorted(culprits)}
+            if case.edit.kind == "behaviour":
+                record["oracle"] = self._asked(case, subject)
+            return record
+        finally:
+            shutil.rmtree(subject.parent)
+
+    def _make(self, case: Case, folder: Path) -> set[str] | None:
+        seed = int(hashlib.sha256(case.name.encode()).hexdigest()[:12], 16)
+        used = {token for w in self.windows.all for token in (*w.input_ids, *(w.labels or ()))}
+        place = Place(self.live, case.at, torch.Generator().manual_seed(seed), frozenset(used))
+        culprits: set[str] | None = set()
+        if case.edit.name == "self":
+            shutil.copytree(self.folder, folder)
+            return culprits
+        with torch.no_grad():
+            self.live.load_state_dict(self.state)
+            if case.edit.change is not None:
+                culprits = case.edit.change(place)
+            if culprits is None:
+                return None
+            saved = self.live.to(getattr(torch, case.edit.dtype or self.dtype))
+            saved.save_pretrained(folder, **case.edit.save)
+            self.live.float()
+        for name in _TOKENIZER:
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, folder / name)
+        if case.edit.files is not None:
+            culprits = case.edit.files(folder, place)
+        return culprits
+
+    def _certified(self, case: Case, subject: Path) -> dict[str, Any]:
+        started = time.perf_counter()
+        try:
+            outcome = self._certify(subject, baseline_report=self.report)
+        except InvarlockError as error:
+            seconds = time.perf_counter() - started
+            code = str(getattr(error, "code", None) or type(error).__name__)
+            return {"refusal": code, "message": str(error), "seconds": seconds, "certificate": None}
+        seconds = time.perf_counter() - started
+        return {"refusal": None, "seconds": seconds, "certificate": outcome.certificate}
+
+    def _asked(self, case: Case, subject: Path) -> dict[str, Any]:
+        return self.oracle.judge(load_model(self.adapter, subject))
+
+
+def run_model(name: str, folder: Path, work: Path, only: str | None = None) -> None:
+    """Run every case of one model that has no record yet."""
+    bench = Bench(name, folder, work)
+    try:
+        for case in cases(EDITS):
+            path = bench.work / f"{case.name.replace(' ', '_').replace('/', '_')}.json.gz"
+            if path.is_file() or (only and only not in case.name):
+                continue
+            record = bench.run(case)
+            with gzip.open(path.with_suffix(".tmp"), "wt", encoding="utf-8") as stream:
+                json.dump(record, stream)
+            path.with_suffix(".tmp").rename(path)
+            if record is not None:
+                row = summary(record, case)
+                log.info("%s %s: %s, named %s, %.1f s", name, case.name, row["verdict"], row["named"], row["seconds"])
+    finally:
+        bench.close()
+
+
+def stored(name: str, folder: Path, work: Path, *, rejudge: bool) -> Iterator[dict[str, Any]]:
+    """Yield the row of every stored run of a model, judged again under today's tiers when asked."""
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
+    known = {case.name.replace(" ", "_").replace("/", "_"): case for case in cases(EDITS)}
+    for path in sorted((work / f"{name}-{digest}").glob("*.json.gz")):
+        case = known.get(path.name.removesuffix(".json.gz"))
+        with gzip.open(path, "rt", encoding="utf-8") as stream:
+            record = json.load(stream)
+        if record is None or case is None:
+            continue
+        if rejudge and record["certificate"] is not None:
+            record["certificate"] = judged_again(record["certificate"])
+        yield summary(record, case)
+
+
+def judged_again(certificate: dict[str, Any]) -> dict[str, Any]:
+    """Derive a certificate again from what it recorded, under today's tiers: no model is measured."""
+    recorded = recall(Certificate.model_validate(certificate))
+    values = resolve_policy(TIER, PROFILE, overrides=OVERRIDES).values
+    return derive(replace(recorded, policy=values)).model_dump(mode="json")
+
+
+def summary(record: dict[str, Any], case: Case) -> dict[str, Any]:
+    """Reduce a record to what the table and faults.json hold."""
+    certificate, oracle = record["certificate"], record.get("oracle")
+    kind = case.edit.kind
+    harmful = oracle["harmful"] if kind == "behaviour" and oracle else kind != "harmless"
+    row: dict[str, Any] = {
+        "model": record["model"],
+        "edit": case.edit.name,
+        "severity": case.edit.severity,
+        "place": case.at,
+        "seed": case.seed,
+        "kind": kind,
+        "harmful": harmful,
+        "oracle": oracle,
+        "seconds": round(record["seconds"], 2),
+    }
+    if certificate is None:
+        named = "tokenizer" if record["refusal"] == "E002" else None
+        row |= {"verdict": "FAIL", "refusal": record["refusal"], "failed": ["invariants"], "reasons": [record["message"]]}
+        row |= {"figures": {}, "culprits": []}
+    else:
+        gates = {gate["name"]: gate for gate in certificate["gates"]}
+        named = named_by(certificate)
+        row |= {
+            "verdict": certificate["verdict"]["status"],
+            "failed": [name for name, gate in gates.items() if gate["decision"] == "fail"],
+            "undecided": [n for n, gate in gates.items() if gate["decision"] in ("inconclusive", "not_evaluated")],
+            "reasons": [reason["message"] for reason in certificate["verdict"]["reasons"]][:4],
+            "figures": {n: gates[n]["measured"] for n in _FIGURES if n in gates},
+            "culprits": certificate["weights"]["culprits"][:4],
+        }
+    row["named"] = named
+    row["named_rightly"] = named in record["expected"] or (set(record["expected"]) == UNIFORM and named == "uniform")
+    row["expected"] = record["expected"][:4]
+    return row
+
+
+_FIGURES = ("primary_metric", "preview_final_drift", "primary_metric_tail", "divergence_kl", "token_flips")
+
+
+def named_by(certificate: dict[str, Any]) -> str | None:
+    """Return the module that a FAIL names: the first reason's tensor, else the first culprit, else `uniform`."""
+    reasons = certificate["verdict"]["reasons"]
+    if not reasons:
+        return None
+    if reasons[0]["code"] == "config_changed":
+        return str(certificate["invariants"]["errors"][0]["key"])
+    weights = certificate["weights"]
+    if reasons[0].get("tensor"):
+        return str(reasons[0]["tensor"])
+    if weights["culprits"]:
+        return str(weights["culprits"][0])
+    if weights["uniform"]:
+        return "uniform"
+    return next((str(r["tensor"]) for r in reasons if r.get("tensor")), None)
