@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
+pytest_plugins = ["certification"]
 SEQ_LEN = 64
 
 CopyModel = Callable[..., Path]
