@@ -27,5 +27,9 @@ check: $(READY)  ## lint and types
 bench: $(READY)  ## measure cost, as ratios in one run
 	$(BIN)/python benchmarks/cost.py
 
+docs: $(READY)  ## build the documentation; a broken link or a stale generated page fails
+	$(BIN)/python tools/build_docs.py --check
+	$(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) build dist demo-out
+	rm -rf site $(VENV) build dist demo-out
