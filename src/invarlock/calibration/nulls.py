@@ -1,0 +1,89 @@
+"""Edits that harm nobody, made on a live model: what a guard sees under them is what its thresholds must let through."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from invarlock.edits.rtn import RTNQuantEdit
+from invarlock.guards.families import WeightMatrix, weight_matrices
+
+__all__ = ["NULL_EDITS", "restored"]
+
+Apply = Callable[[Any, Any, torch.Generator], None]
+
+
+def _rounded_to(dtype: torch.dtype) -> Apply:
+    def apply(model: Any, adapter: Any, rng: torch.Generator) -> None:
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))
+
+    return apply
+
+
+def _quantized(**options: Any) -> Apply:
+    def apply(model: Any, adapter: Any, rng: torch.Generator) -> None:
+        RTNQuantEdit(bitwidth=8, **options).apply(model, adapter)
+
+    return apply
+
+
+def _linear(model: Any, adapter: Any) -> Iterator[WeightMatrix]:
+    return (weight for weight in weight_matrices(model, adapter) if weight.role == "linear")
+
+
+def _noisy(relative: float) -> Apply:
+    """Independent noise, its deviation `relative` times the matrix's."""
+
+    def apply(model: Any, adapter: Any, rng: torch.Generator) -> None:
+        for weight in _linear(model, adapter):
+            tensor = weight.tensor()
+            tensor.add_(_normal(tensor.shape, rng, tensor) * (relative * tensor.std()))
+
+    return apply
+
+
+def _adapted(relative: float, rank: int) -> Apply:
+    """A merged adapter of low rank on every attention matrix, ||dW|| = `relative` ||W||."""
+
+    def apply(model: Any, adapter: Any, rng: torch.Generator) -> None:
+        for weight in _linear(model, adapter):
+            if weight.family == "attn":
+                tensor = weight.tensor()
+                rows, columns = tensor.shape
+                change = _normal((rows, rank), rng, tensor) @ _normal((rank, columns), rng, tensor)
+                tensor.add_(change * (relative * tensor.norm() / change.norm()))
+
+    return apply
+
+
+def _normal(shape: Any, rng: torch.Generator, like: torch.Tensor) -> torch.Tensor:
+    return torch.randn(math.prod(shape), generator=rng).reshape(tuple(shape)).to(like)
+
+
+#: name -> (edit, whether another seed makes another edit)
+NULL_EDITS: dict[str, tuple[Apply, bool]] = {
+    "bfloat16": (_rounded_to(torch.bfloat16), False),
+    "int8 a channel": (_quantized(), False),
+    "int8 a group of 64": (_quantized(group_size=64), False),
+    "int8 a group of 32": (_quantized(group_size=32), False),
+    "noise of 0.3 %": (_noisy(0.003), True),
+    "noise of 1 %": (_noisy(0.01), True),
+    "LoRA of rank 4, 1 %": (_adapted(0.01, 4), True),
+    "LoRA of rank 8, 2 %": (_adapted(0.02, 8), True),
+}
+
+
+def restored(model: Any) -> Callable[[], None]:
+    """Copy every parameter and return a function that puts the copies back."""
+    kept = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for parameter, copy in kept:
+                parameter.copy_(copy)
+
+    return restore
