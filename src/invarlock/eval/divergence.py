@@ -7,8 +7,9 @@ distributions is a lower bound of the exact one (data processing inequality; Cov
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,29 +19,34 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HISTOGRAM_EDGES",
+    "TIES",
     "TOP",
     "TokenReference",
     "coarsened_kl",
     "contract",
     "histogram",
     "histogram_quantile",
+    "is_top",
     "reference_rows",
 ]
 
 TOP = 64
 #: bin edges of the KL histogram in nats: 0, then 20 bins a decade from 1e-7 to 1e2; the last bin is open
 HISTOGRAM_EDGES: tuple[float, ...] = (0.0, *(float(10.0 ** (-7 + k / 20)) for k in range(181)))
+TIES = 8  # half precision ties a few ids; a model that finds all tokens alike has no top one
 _FLOOR = 1e-7  # single precision cannot tell smaller tail masses from rounding
 
 
 @dataclass(frozen=True)
 class TokenReference:
     """The baseline's compact distributions for n scored tokens: `ids` [n, k] int32, `log_probs` [n, k] float32
-    (nats), `label_log_prob` [n] float32."""
+    (nats), `label_log_prob` [n] float32. `whole` keeps, in memory only, the complete log-probabilities [t, V] of a few
+    windows by index, for the exact divergence there."""
 
     ids: torch.Tensor
     log_probs: torch.Tensor
     label_log_prob: torch.Tensor
+    whole: dict[int, Any] = field(default_factory=dict)
 
     def rows(self, start: int, stop: int) -> TokenReference:
         return TokenReference(self.ids[start:stop], self.log_probs[start:stop], self.label_log_prob[start:stop])
@@ -53,6 +59,7 @@ def contract() -> dict[str, Any]:
         "cells": "top ids, label, tail",
         "floor": _FLOOR,
         "histogram": "20 bins a decade, 1e-7..1e2 nats",
+        "flips": f"the baseline's top id is not among the subject's, or more than {TIES} share the top",
     }
 
 
@@ -81,8 +88,8 @@ def coarsened_kl(
 
     `top` [n] is each row's largest logit, `log_norm` [n] its logsumexp, `labels` [n] the tokens that came.
 
-    A token flips when the baseline's most likely id is not among the subject's most likely ones (ties do not flip).
-    Non-finite logits give NaN and count as flipped.
+    A token flips when the baseline's most likely id is not the subject's (see `is_top`; as many ties as the baseline
+    had are no flip). Non-finite logits give NaN and count as flipped.
     """
     import torch
 
@@ -95,8 +102,24 @@ def coarsened_kl(
     terms = torch.where(p > 0, p * (p / q.clamp_min(1e-300)).log(), 0.0)
     kl = terms.sum(-1)
     kl = torch.where(torch.isnan(q).any(-1), torch.nan, kl.clamp_min(0.0))
-    flipped = ~(picked[:, 0] >= top)
-    return kl, flipped
+    ties = (reference.log_probs >= reference.log_probs[:, :1]).sum(-1)
+    allowed = torch.where(ties == ids.shape[-1], logits.shape[-1], ties).clamp_min(TIES)
+    return kl, ~is_top(logits, top, picked[:, 0], log_norm, allowed)
+
+
+def is_top(
+    logits: torch.Tensor, top: torch.Tensor, picked: torch.Tensor, log_norm: torch.Tensor, allowed: torch.Tensor
+) -> torch.Tensor:
+    """Say for each row of `logits` [n, V] whether `picked` [n] is its largest (`top` [n]) and at most `allowed` [n] share it.
+
+    Where k share it, each has a probability of at most 1/k: only rows that low are counted. NaN is never the top.
+    """
+    among = picked >= top
+    unsure = among & (top - log_norm <= 1e-3 - math.log(TIES + 1))
+    if bool(unsure.any()):
+        sharing = (logits[unsure] >= top[unsure, None]).sum(-1)
+        among[unsure] = sharing <= allowed[unsure]
+    return among
 
 
 def histogram(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -32,6 +32,9 @@ Progress = Callable[[int, int], None]
 
 BATCH_TOKENS = 2048
 _CHUNK_BYTES = 48 * 2**20  # of logits held at a time
+_EXACT_BYTES = 48 * 2**20  # of whole distributions kept of the baseline, for the exact divergence of a few windows
+_EXACT_WINDOWS = 8
+_PROBE_TOKENS = 16
 
 
 @dataclass
@@ -62,6 +65,7 @@ class LoopResult:
     kl_max: list[float] | None = None
     flips: list[int] | None = None
     kl_histogram: np.ndarray[Any, Any] | None = None
+    kl_exact_sum: list[float | None] | None = None
     reference: divergence.TokenReference | None = None
     used_shortcut: bool = False
 
@@ -181,9 +185,9 @@ class _Logits:
         """
         import torch
 
-        probe = _Batch(
-            batch.indices[:1], {k: v[:1] for k, v in batch.inputs.items()}, batch.labels[:1], batch.scored[:1]
-        )
+        cut = slice(0, 1), slice(0, _PROBE_TOKENS)  # a few tokens: whole logits of a window can be large
+        inputs = {key: value[cut] for key, value in batch.inputs.items()}
+        probe = _Batch(batch.indices[:1], inputs, batch.labels[cut], batch.scored[cut])
         try:
             assert self.head is not None
             fast = self.head(self._hidden(probe))
@@ -222,12 +226,14 @@ class _Columns:
     count: int
     want_kl: bool
     keep_reference: bool
+    exact: dict[int, Any]  # window -> whole log-probabilities of the baseline [t, V], where there is room for them
     loss: list[float] = field(init=False)
     tokens: list[int] = field(init=False)
     correct: list[float] = field(init=False)
     kl: list[Any] = field(init=False)
     flips: list[int] = field(init=False)
     references: list[Any] = field(init=False)
+    kl_exact: dict[int, float] = field(init=False)
 
     def __post_init__(self) -> None:
         self.loss = [float("nan")] * self.count
@@ -236,6 +242,7 @@ class _Columns:
         self.kl = [None] * self.count
         self.flips = [0] * self.count
         self.references = [None] * self.count
+        self.kl_exact = {}
 
 
 def forward_windows(
@@ -266,7 +273,10 @@ def forward_windows(
         raise DataError(f"a window has no scored token ({bad}); expected at least one in every window")
     _check_vocabulary(model, windows)
     offsets = np.concatenate([[0], np.cumsum(counts)])
-    columns = _Columns(len(windows), reference is not None, keep_reference)
+    exact = (
+        dict.fromkeys(_exact_windows(counts, model)) if keep_reference else dict(reference.whole) if reference else {}
+    )
+    columns = _Columns(len(windows), reference is not None, keep_reference, exact)
     source = _Logits(model, task)
     done = 0
     with torch.inference_mode(), _evaluation_mode(model):
@@ -327,7 +337,10 @@ def _measure_batch(
         label_logit = logits.gather(-1, target[:, None])[:, 0]
         label_log_prob = label_logit - log_norm
         pieces["loss"].append(-label_log_prob.double())
-        pieces["hit"].append(label_logit >= top)
+        few = torch.full_like(target, divergence.TIES)
+        pieces["hit"].append(divergence.is_top(logits, top, label_logit, log_norm, few))
+        if columns.exact:
+            _exact_rows(batch.indices, sizes, start, logits - log_norm[:, None], columns)
         if columns.keep_reference:
             pieces["reference"].append(divergence.reference_rows(logits, log_norm, label_log_prob))
         if compared is not None:
@@ -338,6 +351,39 @@ def _measure_batch(
 
 
 _FIELDS = ("ids", "log_probs", "label_log_prob")
+
+
+def _exact_windows(counts: list[int], model: Any) -> list[int]:
+    """Return the evenly spaced windows whose whole distributions fit into `_EXACT_BYTES`, at most `_EXACT_WINDOWS`."""
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    for wanted in range(_EXACT_WINDOWS if isinstance(size, int) else 0, 0, -1):
+        picked = evenly_spaced(len(counts), wanted)
+        if 4 * size * sum(counts[i] for i in picked) <= _EXACT_BYTES:
+            return picked
+    return []
+
+
+def _exact_rows(indices: list[int], sizes: list[int], start: int, log_probs: torch.Tensor, columns: _Columns) -> None:
+    """Keep the baseline's whole distributions of the chosen windows, or add the subject's exact divergence from them.
+
+    `log_probs` [n, V] are those of the batch's scored tokens from `start` on.
+    """
+    import torch
+
+    first = 0
+    for index, size in zip(indices, sizes, strict=True):
+        low, high = max(first, start), min(first + size, start + len(log_probs))
+        if index in columns.exact and low < high:
+            rows = log_probs[low - start : high - start]
+            kept = columns.exact[index]
+            if columns.keep_reference:
+                whole = [] if kept is None else [kept]
+                columns.exact[index] = torch.cat([*whole, rows.cpu()])
+            else:
+                theirs = kept[low - first : high - first].to(rows.device).double()
+                terms = torch.where(theirs.exp() > 0, theirs.exp() * (theirs - rows.double()), 0.0)
+                columns.kl_exact[index] = columns.kl_exact.get(index, 0.0) + float(terms.sum())
+        first += size
 
 
 def _file(indices: list[int], sizes: list[int], pieces: dict[str, list[Any]], columns: _Columns) -> None:
@@ -371,7 +417,9 @@ def _collect(columns: _Columns, used_shortcut: bool) -> LoopResult:
         out.kl_histogram = divergence.histogram(np.concatenate(columns.kl))
     if columns.keep_reference:
         joined = (torch.cat([getattr(r, f) for r in columns.references]) for f in _FIELDS)
-        out.reference = divergence.TokenReference(*joined)
+        out.reference = divergence.TokenReference(*joined, whole=columns.exact)
+    elif columns.kl_exact:
+        out.kl_exact_sum = [columns.kl_exact.get(index) for index in range(columns.count)]
     return out
 
 

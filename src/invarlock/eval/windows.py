@@ -215,7 +215,7 @@ def _batch_rows(batches: Sequence[Any]) -> list[Window]:
                 raise DataError(f"calibration batch {index}: {key!r} has {len(rows)} rows, 'input_ids' {len(ids)}")
             extra[key] = rows
         for row, mask, labels in zip(ids, extra["attention_mask"], extra["labels"], strict=True):
-            shown = None if mask is None or all(mask) else tuple(mask)
+            shown = None if mask is None or (all(mask) and len(mask) == len(row)) else tuple(mask)
             digest = content_digest(row, shown, labels)
             windows.append(Window(digest, digest, tuple(row), shown, tuple(labels) if labels is not None else None))
     return windows
