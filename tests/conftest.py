@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: threads only slow such small models down
+
 ROOT = Path(__file__).parents[1]
-pytest_plugins = ["certification"]
+pytest_plugins = ["certification", "runs"]
 SEQ_LEN = 64
 
 CopyModel = Callable[..., Path]
