@@ -174,27 +174,18 @@ def test_rounding_to_two_bits_fails_and_says_that_all_of_it_changed(failed: Cert
     assert "uniform" in failed.certificate["verdict"]["reasons"][0]["message"]
 
 
-def test_an_edit_near_the_limit_is_inconclusive_and_says_what_would_decide(
-    demo_model: Path, copy_model: Callable[..., Path], passed: CertifyOutcome, certify_models: Certify
+def test_a_limit_inside_the_interval_is_inconclusive_and_says_what_would_decide(
+    harmless: Path, passed: CertifyOutcome, certify_models: Certify
 ) -> None:
-    def tire(model: Any) -> None:
-        for name, tensor in model.named_parameters():
-            if "mlp.c_proj.weight" in name:
-                tensor.mul_(0.88)
-
-    subject = copy_model(demo_model, tire)
-    ratio = certify_models(subject, baseline_report=passed.source_report).certificate["primary_metric"]
-    limit = ratio["ratio_vs_baseline"]  # between the ends of the interval, whatever the edit costs
-    assert ratio["display_ci"][0] < limit < ratio["display_ci"][1]
-    near = {
-        "metrics": {"pm_ratio": {"limit": limit}, "divergence": {"mode": "warn"}},
-        "guards": {"order": ["invariants"]},
-    }
-    outcome = certify_models(subject, baseline_report=passed.source_report, overrides=near)
+    before = passed.certificate["primary_metric"]
+    limit = before["ratio_vs_baseline"] + 0.1 * (before["display_ci"][1] - before["ratio_vs_baseline"])
+    near = {"metrics": {"pm_ratio": {"limit": limit, "hysteresis": 0.0}}}
+    outcome = certify_models(harmless, baseline_report=passed.source_report, overrides=near)
     metric = outcome.certificate["primary_metric"]
     assert outcome.status == "INCONCLUSIVE"
     assert reasons(outcome.certificate) == [("PRIMARY_METRIC", None)]
     assert metric["minimum_detectable_effect"] > 1.0
+    assert metric["windows_needed"] > 2 * FEW["sample"]["final"]
     assert verify_certificate(reread(outcome.certificate)).verdict == "INCONCLUSIVE"
 
 

@@ -46,6 +46,8 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+#: buffers that earlier releases of the library stored and later ones compute
+_OLD_BUFFERS = (r"(^|\.)(masked_bias|rotary_emb\.inv_freq|position_ids)$", r"(^|\.)(attn|attention)\.bias$")
 _OLD_NAMES = ((r"\bgamma$", "weight"), (r"\bbeta$", "bias"))
 #: configuration keys that do not change what the network computes
 _INERT = re.compile(
@@ -162,7 +164,7 @@ def _layout_of_model(model: Any) -> Layout:
     return Layout(
         shapes=shapes,
         alias=alias,
-        ignored=tuple(ignored),
+        ignored=(*ignored, *_OLD_BUFFERS),
         prefix=model.base_model_prefix,
         norms=tuple(_norm_weights(model)),
         buffers=tuple(name for name, _ in model.named_buffers()),

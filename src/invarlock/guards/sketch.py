@@ -64,7 +64,8 @@ def sketch_tensor(tensor: Tensor, name: str) -> str:
         return pack([])
     if data.ndim < 2:
         values = data.reshape(-1).to(torch.float32).cpu().numpy()
-        return pack(values if len(values) <= _VECTORS else sign_vectors(len(values), _VECTORS).T @ values)
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is shown as not finite
+            return pack(values if len(values) <= _VECTORS else sign_vectors(len(values), _VECTORS).T @ values)
     rows, columns = data.shape
     signs = torch.from_numpy(np.array(sign_vectors(max(rows, columns), _K))).to(data.device)
     total = np.zeros((_K, _K))
