@@ -1,0 +1,61 @@
+"""Read the code blocks of Markdown pages.
+
+A block runs unless a comment before it says why not: `<!-- not run: reason -->`. A page that begins with
+`<!-- continues: other.md -->` starts in the folder that the other page left.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["DOCS", "ROOT", "Block", "blocks", "continues", "pages"]
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+_FENCE = re.compile(
+    r"(?:^<!-- (?P<remark>(?:not run|output of|help)[^\n]*?) -->\n+)?^```(?P<language>\w+)\n(?P<code>.*?)^```$",
+    re.DOTALL | re.MULTILINE,
+)
+_CONTINUES = re.compile(r"<!-- continues: (\S+) -->")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block; `remark` is the comment before it, such as `not run: needs the network`."""
+
+    page: Path
+    line: int
+    language: str
+    code: str
+    remark: str | None
+
+    @property
+    def reason(self) -> str | None:
+        """Why the block is not run, or None."""
+        return self.remark.partition(":")[2].strip() if self.remark and self.remark.startswith("not run:") else None
+
+    @property
+    def where(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(page: Path) -> list[Block]:
+    """Return the fenced blocks of a page in order."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(page, text.count("\n", 0, match.start("language")) + 1, match["language"], match["code"], match["remark"])
+        for match in _FENCE.finditer(text)
+    ]
+
+
+def continues(page: Path) -> Path | None:
+    """Return the page in whose folder this one goes on."""
+    found = _CONTINUES.match(page.read_text(encoding="utf-8"))
+    return page.parent / found[1] if found else None
+
+
+def pages() -> list[Path]:
+    """Return every page of the documentation and the README."""
+    return [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]

@@ -1,0 +1,163 @@
+"""Every code block of the documentation that can run is run; every other one is at least parsed."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from invarlock.core.config import load_config
+
+from .pages import DOCS, Block, blocks, continues, pages
+
+GUIDES = (DOCS / "reference" / "api-guide.md", DOCS / "user-guide" / "plugins.md")  # these stand as they were given
+RUNNABLE = [page for page in pages() if page not in GUIDES]
+Folders = Callable[[Path], Path]
+
+
+def parse(block: Block) -> None:
+    if block.language == "python":
+        ast.parse(block.code)
+    elif block.language in ("yaml", "yml"):
+        yaml.safe_load(block.code)
+    elif block.language == "json":
+        json.loads(block.code)
+    elif block.language == "toml":
+        tomllib.loads(block.code)
+    elif block.language == "bash":
+        subprocess.run(["bash", "-n"], input=block.code, text=True, check=True)
+    else:
+        assert block.language == "text", f"{block.where}: unknown language {block.language}"
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_every_block_parses(page: Path) -> None:
+    for block in blocks(page):
+        parse(block)
+        assert block.reason != "", f"{block.where}: not run, and no reason given"
+
+
+def environment() -> dict[str, str]:
+    """The environment of a shell block: this interpreter and its scripts first."""
+    scripts = os.pathsep.join([str(Path(sys.executable).parent), sysconfig.get_path("scripts")])
+    return {**os.environ, "PATH": scripts + os.pathsep + os.environ["PATH"]}
+
+
+def run_block(block: Block, folder: Path, names: dict[str, Any]) -> None:
+    if block.language == "bash":
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block.code],
+            cwd=folder,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert done.returncode == 0, f"{block.where}\n{done.stdout}\n{done.stderr}"
+    elif block.language == "python":
+        exec(compile(block.code, block.where, "exec"), names)
+    elif block.language == "yaml":
+        path = folder / "block.yaml"
+        path.write_text(block.code, encoding="utf-8")
+        load_config(path, require_model=False)
+
+
+@pytest.fixture(scope="session")
+def page_folder(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Run a page's blocks once a session, after those of the page that it continues; return the folder that they left."""
+    done: dict[Path, Path] = {}
+
+    def folder_of(page: Path) -> Path:
+        if page not in done:
+            before = continues(page)
+            folder = tmp_path_factory.mktemp(page.stem) / "page"
+            if before is None:
+                folder.mkdir()
+            else:
+                shutil.copytree(folder_of(before), folder)
+            names: dict[str, Any] = {"__name__": "__main__"}
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder)
+                for block in blocks(page):
+                    if block.remark is None:
+                        run_block(block, folder, names)
+            done[page] = folder
+        return done[page]
+
+    return folder_of
+
+
+@pytest.mark.parametrize("page", [p for p in RUNNABLE if any(b.remark is None for b in blocks(p))], ids=lambda p: p.name)
+def test_the_blocks_of_a_page_run_in_order(page: Path, page_folder: Folders, capsys: pytest.CaptureFixture[str]) -> None:
+    assert page_folder(page).is_dir()
+
+
+def test_the_first_certificates_come_out_as_the_page_says(page_folder: Folders) -> None:
+    folder = page_folder(DOCS / "user-guide" / "getting-started.md")
+    verdicts = {
+        name: json.loads((folder / "reports" / name / "evaluation.cert.json").read_text())["verdict"]["status"]
+        for name in ("cert", "2bit")
+    }
+    assert verdicts == {"cert": "PASS", "2bit": "FAIL"}
+
+
+def api_guide_names(demo_model: Path, calibration: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the fragments of the guide take for granted."""
+    from transformers import AutoTokenizer
+
+    from invarlock.adapters import HF_Causal_Adapter
+    from invarlock.core.api import RunConfig
+    from invarlock.core.runner import CoreRunner
+    from invarlock.edits import NoopEdit
+    from invarlock.guards import InvariantsGuard, SpectralGuard
+
+    adapter = HF_Causal_Adapter()
+    model = adapter.load_model(str(demo_model), device="cpu")
+    guards = [InvariantsGuard(), SpectralGuard(sigma_quantile=0.95, deadband=0.10)]
+    baseline = CoreRunner().execute(
+        model, adapter, NoopEdit(), guards, RunConfig(device="cpu"), calibration_data=calibration
+    )
+    return {
+        "__name__": "__main__",
+        "tokenizer": AutoTokenizer.from_pretrained(demo_model, local_files_only=True),
+        "calibration_data": calibration,
+        "auto_config": {"tier": "balanced"},
+        "edit_config": {"bitwidth": 8},
+        "preview_n": 8,
+        "final_n": 8,
+        "guard": SpectralGuard(),
+        "calib": calibration,
+        "policy_config": {},
+        "baseline_report": baseline,
+    }
+
+
+def test_the_blocks_of_the_api_guide_run_as_printed(
+    demo_model: Path, calibration: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`gpt2` is a folder here, holding the demo model; `wikitext2`, which needs the network, reads python_docs."""
+    from invarlock.eval import data
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").symlink_to(demo_model)
+    monkeypatch.setitem(data.PROVIDERS, "wikitext2", data.PROVIDERS["python_docs"])
+    names = api_guide_names(demo_model, calibration)
+    ran = [block for block in blocks(GUIDES[0]) if block.language == "python"]
+    for block in ran:
+        if "get_provider" in block.code:
+            block = Block(block.page, block.line, block.language, block.code.replace("512", "48"), None)
+        run_block(block, tmp_path, names)
+    assert len(ran) >= 7
+    assert names["report"].status == "success" and names["certificate"]["verdict"]["status"] in ("PASS", "INCONCLUSIVE")
+    assert len(names["calibration"]) == 128
