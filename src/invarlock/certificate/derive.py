@@ -179,7 +179,8 @@ def _perplexity(kind: str, rows: Rows, policy: Policy) -> PrimaryMetric:
 def _not_finite(rows: Rows) -> str:
     """Say on which side and in how many windows the loss is no number."""
     lost = {
-        side: int((~np.isfinite(values)).sum()) for side, values in (("subject", rows.subject), ("baseline", rows.baseline))
+        side: int((~np.isfinite(values)).sum())
+        for side, values in (("subject", rows.subject), ("baseline", rows.baseline))
     }
     found = " and ".join(f"{n} of {len(rows.tokens)} windows of the {side}" for side, n in lost.items() if n)
     return f"the ratio is not finite: the loss is NaN or infinite in {found or 'no window, their sum overflows'}"
@@ -293,6 +294,18 @@ def tail_section(rows: Rows, policy: Policy) -> Tail:
     )
 
 
+def _exact_divergence(rows: Rows) -> tuple[float | None, float | None, int]:
+    """Return (exact mean, coarsened mean on the same windows, windows): both in nats per token, None if not measured."""
+    if rows.kl_exact is None or rows.kl_sum is None or not np.isfinite(rows.kl_sum).all():
+        return None, None, 0
+    there = np.isfinite(rows.kl_exact)
+    tokens = rows.tokens[there].sum()
+    if not tokens:
+        return None, None, 0
+    exact, coarsened = (finite_or_none(float(sums[there].sum() / tokens)) for sums in (rows.kl_exact, rows.kl_sum))
+    return exact, coarsened, int(there.sum())
+
+
 def divergence_section(rows: Rows, histogram: list[int] | None, matches: bool, policy: Policy) -> Divergence | None:
     """Return the divergence of the two sides, or None where it was not measured."""
     if rows.kl_sum is None or rows.kl_max is None or rows.flips is None or histogram is None:
@@ -302,16 +315,16 @@ def divergence_section(rows: Rows, histogram: list[int] | None, matches: bool, p
         per_token = rows.kl_sum / rows.tokens
     kl_interval = weighted_mean_interval(per_token, rows.tokens, rows.documents, **chosen)
     flip = flip_rate_interval(rows.flips, rows.tokens, rows.documents, **chosen)
-    exact = None
-    if rows.kl_exact is not None:
-        exact = finite_or_none(float(rows.kl_exact.sum() / rows.tokens.sum()))
+    exact = _exact_divergence(rows)
     return Divergence(
         kl_mean=finite_or_none(kl_interval.estimate),
         kl_ci=_pair(kl_interval),
         kl_q50=kl.histogram_quantile(histogram, 0.50),
         kl_q99=kl.histogram_quantile(histogram, 0.99),
         kl_max=finite_or_none(float(rows.kl_max.max())),
-        kl_exact_mean=exact,
+        kl_exact_mean=exact[0],
+        kl_coarsened_there=exact[1],
+        kl_exact_windows=exact[2],
         flip_rate=finite_or_none(flip.estimate),
         flip_ci=_pair(flip),
         tokens=int(rows.tokens.sum()),

@@ -187,7 +187,9 @@ class Divergence(_Section):
     kl_q50: float | None
     kl_q99: float | None
     kl_max: float | None
-    kl_exact_mean: float | None
+    kl_exact_mean: float | None  # over whole distributions, on the few windows for which the baseline's were kept
+    kl_coarsened_there: float | None  # the coarsened figure on those windows, for comparison
+    kl_exact_windows: int
     flip_rate: float | None
     flip_ci: Pair
     tokens: int

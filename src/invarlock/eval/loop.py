@@ -325,7 +325,8 @@ def _measure_batch(
     if reference is not None:
         parts = [reference.rows(int(offsets[i]), int(offsets[i + 1])) for i in batch.indices]
         device = batch.labels.device
-        compared = divergence.TokenReference(*(torch.cat([getattr(p, f) for p in parts]).to(device) for f in _FIELDS))
+        ids, log_probs, label = (torch.cat([getattr(p, f) for p in parts]).to(device) for f in _FIELDS)
+        compared = divergence.TokenReference(ids, log_probs, label)
     labels = batch.labels[batch.scored]
     pieces: dict[str, list[Any]] = {"loss": [], "hit": [], "kl": [], "flip": [], "reference": []}
     for start, stop, logits in source.chunks(batch):
@@ -356,7 +357,9 @@ _FIELDS = ("ids", "log_probs", "label_log_prob")
 def _exact_windows(counts: list[int], model: Any) -> list[int]:
     """Return the evenly spaced windows whose whole distributions fit into `_EXACT_BYTES`, at most `_EXACT_WINDOWS`."""
     size = getattr(getattr(model, "config", None), "vocab_size", None)
-    for wanted in range(_EXACT_WINDOWS if isinstance(size, int) else 0, 0, -1):
+    if not isinstance(size, int):
+        return []
+    for wanted in range(_EXACT_WINDOWS, 0, -1):
         picked = evenly_spaced(len(counts), wanted)
         if 4 * size * sum(counts[i] for i in picked) <= _EXACT_BYTES:
             return picked
@@ -402,8 +405,8 @@ def _file(indices: list[int], sizes: list[int], pieces: dict[str, list[Any]], co
             columns.flips[index] = int(flip.sum())
     if columns.keep_reference:
         whole = [torch.split(torch.cat([getattr(p, f) for p in pieces["reference"]]).cpu(), sizes) for f in _FIELDS]
-        for index, *parts in zip(indices, *whole, strict=True):
-            columns.references[index] = divergence.TokenReference(*parts)
+        for index, ids, log_probs, label in zip(indices, *whole, strict=True):
+            columns.references[index] = divergence.TokenReference(ids, log_probs, label)
 
 
 def _collect(columns: _Columns, used_shortcut: bool) -> LoopResult:
@@ -416,8 +419,8 @@ def _collect(columns: _Columns, used_shortcut: bool) -> LoopResult:
         out.flips = columns.flips
         out.kl_histogram = divergence.histogram(np.concatenate(columns.kl))
     if columns.keep_reference:
-        joined = (torch.cat([getattr(r, f) for r in columns.references]) for f in _FIELDS)
-        out.reference = divergence.TokenReference(*joined, whole=columns.exact)
+        ids, log_probs, label = (torch.cat([getattr(r, f) for r in columns.references]) for f in _FIELDS)
+        out.reference = divergence.TokenReference(ids, log_probs, label, columns.exact)
     elif columns.kl_exact:
         out.kl_exact_sum = [columns.kl_exact.get(index) for index in range(columns.count)]
     return out

@@ -184,6 +184,9 @@ def _rows(result: LoopResult, cut: int, windows: WindowSet) -> tuple[WindowRows,
             loss=cast(list[float | None], numbers(result.loss)),
             kl_sum=numbers(result.kl_sum),
             kl_max=numbers(result.kl_max),
+            kl_exact_sum=None
+            if result.kl_exact_sum is None
+            else [None if x is None else finite_or_none(x) for x in result.kl_exact_sum[start:stop]],
             flips=column(result.flips),
             correct=column(result.correct),
         )
@@ -219,4 +222,5 @@ def read_reference(path: Path, facts: TokenFile) -> divergence.TokenReference:
     if hashlib.sha256(blob).hexdigest() != facts.sha256:
         raise ModelLoadError(f"{path} is not the file that the baseline's report recorded; measure the baseline again")
     arrays = load(blob)
-    return divergence.TokenReference(*(arrays[name] for name in _REFERENCE_FIELDS))
+    ids, log_probs, label = (arrays[name] for name in _REFERENCE_FIELDS)
+    return divergence.TokenReference(ids, log_probs, label)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from invarlock.certificate.schema import (
     Certificate,
+    Divergence,
     Gate,
     GateDecision,
     GuardSection,
@@ -310,7 +311,7 @@ def _divergence(c: Certificate) -> Iterator[Section]:
         Fact("Median", nats(d.kl_q50)),
         Fact("q99", nats(d.kl_q99)),
         Fact("Largest", nats(d.kl_max)),
-        Fact("Mean, exact", nats(d.kl_exact_mean) if d.kl_exact_mean is not None else "not measured"),
+        Fact("Mean, exact", _exact(d)),
         Fact("Top-token flips", f"{percent(d.flip_rate)} {interval(d.flip_ci, percent)}"),
         Fact("Tokens", count(d.tokens)),
     ]
@@ -570,3 +571,10 @@ _SECTIONS: tuple[Callable[[Certificate], Iterator[Section]], ...] = (
     _recheck,
     _provenance,
 )
+
+
+def _exact(d: Divergence) -> str:
+    """Show the exact figure with the coarsened one on the same windows."""
+    if d.kl_exact_mean is None:
+        return "not measured"
+    return f"{nats(d.kl_exact_mean)} on {d.kl_exact_windows} windows (coarsened there: {nats(d.kl_coarsened_there)})"
