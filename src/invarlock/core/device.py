@@ -46,8 +46,6 @@ def make_deterministic(seed: int) -> None:
     torch.backends.cudnn.allow_tf32 = False
     threads = settings.get("INVARLOCK_OMP_THREADS")
     if threads is not None:
-        if int(threads) < 1:
-            raise ConfigError(f"INVARLOCK_OMP_THREADS is {threads}; expected 1 or more")
         torch.set_num_threads(int(threads))
 
 

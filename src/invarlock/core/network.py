@@ -77,7 +77,7 @@ def enforce_network_policy() -> None:
     if network_allowed():
         return
     for switch in _SWITCHES:
-        os.environ.setdefault(switch, "1")
+        os.environ[switch] = "1"  # also over a "0": the variable of ours alone opens the network
     socket.socket.connect = _guarded(_connect)  # type: ignore[method-assign]
     socket.socket.connect_ex = _guarded(_connect_ex)  # type: ignore[method-assign]
     socket.socket.sendto = _guarded_sendto  # type: ignore[assignment]

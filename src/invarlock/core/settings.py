@@ -25,6 +25,7 @@ class Setting:
     default: Value
     meaning: str
     choices: tuple[str, ...] = ()
+    minimum: float | None = None
 
     def parse(self, text: str) -> Value:
         """Turn the variable's text into its value; raises ConfigError with what was expected."""
@@ -46,6 +47,8 @@ class Setting:
             raise self._wrong(text, "a whole number" if self.kind == "int" else "a number") from None
         if not math.isfinite(number):
             raise self._wrong(text, "a number that is finite")
+        if self.minimum is not None and number < self.minimum:
+            raise self._wrong(text, f"{self.minimum:g} or more")
         return number
 
     def _wrong(self, text: str, expected: str) -> ConfigError:
@@ -68,16 +71,27 @@ SETTINGS: tuple[Setting, ...] = (
         "INVARLOCK_BOOTSTRAP_BCA", "bool", True, "Use BCa from 100 clusters on; 0 uses percentile intervals there."
     ),
     Setting("INVARLOCK_TINY_RELAX", "bool", False, "Lower the sample floors, in the dev profile only; recorded."),
-    Setting("INVARLOCK_CI_PREVIEW", "int", None, "Number of preview windows in the ci profiles."),
-    Setting("INVARLOCK_CI_FINAL", "int", None, "Number of final windows in the ci profiles."),
-    Setting("INVARLOCK_CAPACITY_FAST", "bool", False, "Skip the count of windows beyond those that were asked for."),
+    Setting("INVARLOCK_CI_PREVIEW", "int", None, "Number of preview windows in the ci profiles.", minimum=1),
+    Setting("INVARLOCK_CI_FINAL", "int", None, "Number of final windows in the ci profiles.", minimum=1),
+    Setting(
+        "INVARLOCK_CAPACITY_FAST",
+        "bool",
+        False,
+        "Stop reading text as soon as it gives enough windows, even if they come from fewer documents.",
+    ),
     Setting("INVARLOCK_DEDUP_TEXTS", "bool", False, "Drop exact duplicates among the documents."),
-    Setting("INVARLOCK_OMP_THREADS", "int", None, "Number of CPU threads to compute with."),
+    Setting("INVARLOCK_OMP_THREADS", "int", None, "Number of CPU threads to compute with.", minimum=1),
     Setting("INVARLOCK_DEBUG_TRACE", "bool", False, "Show tracebacks and debug logs."),
     Setting("INVARLOCK_LIGHT_IMPORT", "bool", False, "Refuse to import torch; for tools that only read reports."),
     Setting("INVARLOCK_SNAPSHOT_MODE", "str", None, "How snapshots are kept.", choices=("auto", "bytes", "chunked")),
-    Setting("INVARLOCK_SNAPSHOT_AUTO_RAM_FRACTION", "float", 0.4, "Largest share of free memory a snapshot may take."),
-    Setting("INVARLOCK_SNAPSHOT_THRESHOLD_MB", "float", 768.0, "Snapshots above this size go to disk."),
+    Setting(
+        "INVARLOCK_SNAPSHOT_AUTO_RAM_FRACTION",
+        "float",
+        0.4,
+        "Largest share of free memory a snapshot may take.",
+        minimum=0,
+    ),
+    Setting("INVARLOCK_SNAPSHOT_THRESHOLD_MB", "float", 768.0, "Snapshots above this size go to disk.", minimum=0),
     Setting("INVARLOCK_EXPORT_MODEL", "bool", False, "Save the edited model after a successful run."),
     Setting(
         "INVARLOCK_EXPORT_DIR", "str", None, "Where to save the edited model; default: `model` in the run's folder."
@@ -86,8 +100,12 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("INVARLOCK_ASSERT_GUARDS", "bool", False, "Raise when a guard returns keys or types outside its contract."),
     Setting("INVARLOCK_EVIDENCE_DEBUG", "bool", False, "Write the guards' full measurements beside the report."),
     Setting("INVARLOCK_SKIP_OVERHEAD_CHECK", "bool", False, "Do not measure guard overhead; recorded."),
-    Setting("INVARLOCK_PM_ACCEPTANCE_MIN", "float", None, "Lowest acceptable primary-metric ratio; recorded."),
-    Setting("INVARLOCK_PM_ACCEPTANCE_MAX", "float", None, "Highest acceptable primary-metric ratio; recorded."),
+    Setting(
+        "INVARLOCK_PM_ACCEPTANCE_MIN", "float", None, "Lowest acceptable primary-metric ratio; recorded.", minimum=0
+    ),
+    Setting(
+        "INVARLOCK_PM_ACCEPTANCE_MAX", "float", None, "Highest acceptable primary-metric ratio; recorded.", minimum=0
+    ),
     Setting("INVARLOCK_CONFIG_ROOT", "str", None, "Folder whose runtime/ holds tiers.yaml and profiles/."),
     Setting("INVARLOCK_ALLOW_CONFIG_INCLUDE_OUTSIDE", "bool", False, "Let !include read outside the config's folder."),
     Setting("INVARLOCK_TELEMETRY", "bool", False, "Print one line of timings and memory after a run."),

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import numpy as np
 
 from invarlock.core import settings
-from invarlock.core.exceptions import DataError
+from invarlock.core.exceptions import DataError, TooLittleTextError
 
 __all__ = [
     "MIN_SCORED_TOKENS",
@@ -277,19 +277,22 @@ def _first_rounds(pool: list[_Window], count: int) -> list[_Window]:
 
 
 def _deal(documents: Iterable[list[_Window]], count: int) -> list[_Window]:
-    """Up to `count` windows from as many documents as there are; reads no further once each has its own."""
+    """Up to `count` windows from as many documents as there are; reads no further once each has its own, or, under
+    INVARLOCK_CAPACITY_FAST, once there are enough."""
+    fast = settings.flag("INVARLOCK_CAPACITY_FAST")
     pool: list[_Window] = []
     used = 0
     for rows in documents:
         pool += rows
         used += bool(rows)
-        if used >= count:
+        if used >= count or (fast and len(pool) >= count):
             break
     return _first_rounds(pool, count)
 
 
 def _deal_by_document(documents: Iterable[list[_Window]], request: _Request) -> tuple[list[_Window], list[_Window]]:
     """Like `_deal`, but a document serves preview or final and never both, in proportion to the counts."""
+    fast = settings.flag("INVARLOCK_CAPACITY_FAST")
     pools: tuple[list[_Window], list[_Window]] = ([], [])
     used = 0
     for rows in documents:
@@ -298,7 +301,8 @@ def _deal_by_document(documents: Iterable[list[_Window]], request: _Request) -> 
         turn_of_preview = (used + 1) * request.preview_n // request.total > used * request.preview_n // request.total
         pools[0 if turn_of_preview else 1].extend(rows)
         used += 1
-        if used >= request.total:
+        enough = len(pools[0]) >= request.preview_n and len(pools[1]) >= request.final_n
+        if used >= request.total or (fast and enough):
             break
     preview = _first_rounds(pools[0], request.preview_n)
     final = _first_rounds(pools[1], request.final_n)
@@ -316,9 +320,10 @@ def _too_little(rows: list[_Window], request: _Request, fits: float) -> DataErro
     else:
         advice = "give more text"
     documents = len({row.document_id for row in rows})
-    return DataError(
+    return TooLittleTextError(
         f"too little text: got {len(rows)} windows from {documents} documents, expected {request.total} "
-        f"({request.preview_n} preview + {request.final_n} final) of up to {request.seq_len} tokens: {advice}"
+        f"({request.preview_n} preview + {request.final_n} final) of up to {request.seq_len} tokens: {advice}",
+        (preview_fits, final_fits),
     )
 
 
