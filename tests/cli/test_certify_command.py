@@ -26,7 +26,6 @@ BUNDLE = {"evaluation.cert.json", "evaluation_certificate.md", "evaluation.html"
 def preset(tmp_path: Path, text_file: Path) -> Path:
     path = tmp_path / "preset.yaml"
     data = {"provider": {"kind": "local_jsonl", "file": str(text_file)}, "seq_len": SEQ_LEN}
-    data |= {"preview_n": 4, "final_n": 4}
     path.write_text(json.dumps({"dataset": data}), encoding="utf-8")  # JSON is YAML
     return path
 
@@ -36,7 +35,7 @@ def _files(folder: Path) -> set[str]:
 
 
 def _arguments(folder: Path, **options: Any) -> list[str]:
-    chosen = {"out": folder / "runs", "cert_out": folder / "cert", **options}
+    chosen = {"out": folder / "runs", "cert_out": folder / "cert", "profile": "dev", **options}
     return [x for name, value in chosen.items() for x in (f"--{name.replace('_', '-')}", str(value))]
 
 
@@ -73,7 +72,7 @@ def test_a_pass_writes_the_whole_bundle_and_exits_with_0(
 def test_a_fail_exits_with_1_and_names_the_reason(
     cli: Cli, wrecked: Path, passed: CertifyOutcome, tmp_path: Path
 ) -> None:
-    arguments = _arguments(tmp_path, baseline_report=passed.source_report, subject=wrecked, profile="dev")
+    arguments = _arguments(tmp_path, baseline_report=passed.source_report, subject=wrecked)
     result = cli("certify", *arguments, "--json")
     shown = json.loads(result.stdout)
     assert result.exit_code == shown["exit_code"] == 1
@@ -144,9 +143,7 @@ def test_few_documents_are_inconclusive_and_4(
     preset = tmp_path / "one.yaml"
     data = {"provider": {"kind": "local_jsonl", "file": str(one)}, "seq_len": SEQ_LEN}
     preset.write_text(json.dumps({"dataset": data}), encoding="utf-8")
-    result = script(
-        "certify", *_arguments(tmp_path, baseline=demo_model, subject=harmless, preset=preset, profile="dev")
-    )
+    result = script("certify", *_arguments(tmp_path, baseline=demo_model, subject=harmless, preset=preset))
     assert result.returncode == 4, result.stderr
     assert "INCONCLUSIVE" in result.stdout
     assert script("verify", str(tmp_path / "cert")).returncode == 4
@@ -157,9 +154,7 @@ def test_an_edit_from_a_file_is_applied_to_the_subject(
 ) -> None:
     edit = tmp_path / "edit.yaml"
     edit.write_text("edit: {name: quant_rtn, plan: {bitwidth: 2}}\n", encoding="utf-8")
-    arguments = _arguments(
-        tmp_path, baseline_report=passed.source_report, subject=demo_model, edit_config=edit, profile="dev"
-    )
+    arguments = _arguments(tmp_path, baseline_report=passed.source_report, subject=demo_model, edit_config=edit)
     result = cli("certify", *arguments)
     assert result.exit_code == 1, result.stderr
     certificate = json.loads((tmp_path / "cert" / "evaluation.cert.json").read_text(encoding="utf-8"))
