@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "faults", help="where single runs are kept")
     parser.add_argument("--only", help="only the edits whose name holds this")
     parser.add_argument("--table", action="store_true", help="run nothing; judge again what is stored")
+    parser.add_argument("--as-judged", action="store_true", help="with the verdicts of the day, not judged again")
     parser.add_argument("--no-table", action="store_true", help="run only")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/faults.json")
     arguments = parser.parse_args()
@@ -40,7 +41,8 @@ def main() -> None:
             run_model(name, folder, arguments.work, arguments.only)
     if arguments.no_table:
         return
-    rows = [row for name, folder in models.items() for row in stored(name, folder, arguments.work, rejudge=True)]
+    again = not arguments.as_judged
+    rows = [row for name, folder in models.items() for row in stored(name, folder, arguments.work, rejudge=again)]
     result = table.result(rows)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

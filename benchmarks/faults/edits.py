@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from benchmarks.faults.structure import Attention, attentions, bias_of, feed_forward, layer_of, layers
 from safetensors.torch import load_file, save_file
 
-from benchmarks.faults.structure import Attention, attentions, bias_of, feed_forward, layer_of, layers
 from invarlock.edits.rtn import RTNQuantEdit
 from invarlock.guards.families import WeightMatrix, weight_matrices
 

@@ -1,7 +1,7 @@
 """What an edit really does: exact ratio, exact KL and flips, on other windows than the certificate's and on other text.
 
-Two texts: windows of `python_docs` that the certificate did not use, and source code of the standard library. Of each,
-up to ten times the tokens that the certificate scored, as far as the text reaches. Sequential, to save time: after every
+Two texts: windows of `python_docs` that the certificate did not use, and source code of the standard library, together
+up to ten times the tokens of the certificate, as far as the text reaches. Sequential, to save time: after every
 block the measurement of both stops when some figure of a text is beyond its limit by more than 8 standard errors, or
 every figure of every text is inside by more than 8 (standard errors over documents). Full distributions, no shortcut,
 and none of the library's forward loop: the baseline's distributions are recomputed from its last hidden states.
@@ -73,7 +73,7 @@ def other_windows(tokenizer: Any, task: str, used: Sequence[Window], seq_len: in
             windows = mask_tokens(windows, tokenizer.mask_token_id, tokenizer.all_special_ids, seed=7)
         kept = [w for w in windows.all if _content(w, task) not in taken]
         ends = np.cumsum([len(w.input_ids) for w in kept])
-        found[name] = kept[: int(np.searchsorted(ends, 10 * tokens)) + 1]
+        found[name] = kept[: int(np.searchsorted(ends, 5 * tokens)) + 1]
     return found
 
 

@@ -9,15 +9,16 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-
 from benchmarks.faults.edits import EDITS, UNIFORM, Case, Place, cases
 from benchmarks.faults.oracle import Oracle, load_model, other_windows
+
 from invarlock.adapters import HF_Auto_Adapter
 from invarlock.certificate.make import derive, recall
 from invarlock.certificate.schema import Certificate
@@ -38,8 +39,16 @@ log = logging.getLogger(__name__)
 class Bench:
     """One baseline: its certificate request, its live copy and its oracle."""
 
-    def __init__(self, name: str, folder: Path, work: Path) -> None:
-        self.name, self.folder = name, folder
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        work: Path,
+        *,
+        overrides: Mapping[str, Any] = MappingProxyType(OVERRIDES),
+        seq_len: int = SEQ_LEN,
+    ) -> None:
+        self.name, self.folder, self.overrides, self.seq_len = name, folder, dict(overrides), seq_len
         self.adapter = HF_Auto_Adapter()
         self.adapter.select(str(folder))
         self.task = str(self.adapter.task)
@@ -60,14 +69,14 @@ class Bench:
     @property
     def oracle(self) -> Oracle:
         if self._oracle is None:
-            values = resolve_policy(TIER, PROFILE, overrides=OVERRIDES).values["metrics"]
+            values = resolve_policy(TIER, PROFILE, overrides=self.overrides).values["metrics"]
             limits = {
                 "log_ratio": float(torch.tensor(values["pm_ratio"]["limit"], dtype=torch.float64).log()),
                 "kl": values["divergence"]["kl_max"],
                 "flips": values["divergence"]["flip_max"],
             }
             tokenizer = self.adapter.tokenizer(str(self.folder))
-            found = other_windows(tokenizer, self.task, self.windows.all, SEQ_LEN)
+            found = other_windows(tokenizer, self.task, self.windows.all, self.seq_len)
             self._oracle = Oracle(load_model(self.adapter, self.folder), self.task, found, limits)
         return self._oracle
 
@@ -81,8 +90,8 @@ class Bench:
                 device="cpu",
                 profile=PROFILE,
                 tier=TIER,
-                dataset={"provider": provider, "split": "test", "seq_len": SEQ_LEN},
-                overrides=OVERRIDES,
+                dataset={"provider": provider, "split": "test", "seq_len": self.seq_len},
+                overrides=self.overrides,
                 edit_label="fault",
                 out=self.scratch / "runs",
             )
@@ -142,7 +151,18 @@ class Bench:
         return {"refusal": None, "seconds": seconds, "certificate": outcome.certificate}
 
     def _asked(self, case: Case, subject: Path) -> dict[str, Any]:
-        return self.oracle.judge(load_model(self.adapter, subject))
+        """Ask the oracle, or recall what it said of the same subject: that does not change with the library."""
+        path = self.work / "oracle" / f"{file_name(case)}.json"
+        if not path.is_file():
+            found = self.oracle.judge(load_model(self.adapter, subject))
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(found), encoding="utf-8")
+        answer: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return answer
+
+
+def file_name(case: Case) -> str:
+    return case.name.replace(" ", "_").replace("/", "_")
 
 
 def run_model(name: str, folder: Path, work: Path, only: str | None = None) -> None:
@@ -150,7 +170,7 @@ def run_model(name: str, folder: Path, work: Path, only: str | None = None) -> N
     bench = Bench(name, folder, work)
     try:
         for case in cases(EDITS):
-            path = bench.work / f"{case.name.replace(' ', '_').replace('/', '_')}.json.gz"
+            path = bench.work / f"{file_name(case)}.json.gz"
             if path.is_file() or (only and only not in case.name):
                 continue
             record = bench.run(case)
@@ -167,7 +187,7 @@ def run_model(name: str, folder: Path, work: Path, only: str | None = None) -> N
 def stored(name: str, folder: Path, work: Path, *, rejudge: bool) -> Iterator[dict[str, Any]]:
     """Yield the row of every stored run of a model, judged again under today's tiers when asked."""
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
-    known = {case.name.replace(" ", "_").replace("/", "_"): case for case in cases(EDITS)}
+    known = {file_name(case): case for case in cases(EDITS)}
     for path in sorted((work / f"{name}-{digest}").glob("*.json.gz")):
         case = known.get(path.name.removesuffix(".json.gz"))
         with gzip.open(path, "rt", encoding="utf-8") as stream:

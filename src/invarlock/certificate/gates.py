@@ -232,9 +232,10 @@ def validation_of(gates: Sequence[Gate], m: Measured) -> Validation:
 def verdict_of(gates: Sequence[Gate], m: Measured) -> Verdict:
     """FAIL where a gate fails, else INCONCLUSIVE where one that was asked for is undecided, else PASS.
 
-    An empty list of gates is INCONCLUSIVE. Reasons list what decided, guards' findings with their tensor.
+    An empty list of gates is INCONCLUSIVE. Reasons list what decided, guards' findings with their tensor; what the files
+    themselves show (a changed configuration, a lost tensor) comes before what follows from it.
     """
-    failed = [g for g in gates if g.decision == "fail"]
+    failed = sorted((g for g in gates if g.decision == "fail"), key=lambda gate: gate.name != "invariants")
     open_ones = [g for g in gates if g.decision in ("inconclusive", "not_evaluated")]
     if failed:
         return Verdict(status="FAIL", reasons=[reason for gate in failed for reason in _reasons(gate, m)])
@@ -245,7 +246,9 @@ def verdict_of(gates: Sequence[Gate], m: Measured) -> Verdict:
 
 _MOST_REASONS = 5
 #: gates on what a model does: a symptom, whose cause is the weights that changed
-_SYMPTOMS = ("primary_metric", "preview_final_drift", "primary_metric_tail", "divergence_kl", "token_flips", "rmt", "variance")
+_SYMPTOMS = frozenset(
+    ("primary_metric", "preview_final_drift", "primary_metric_tail", "divergence_kl", "token_flips", "rmt", "variance")
+)
 
 
 def _reasons(gate: Gate, m: Measured) -> list[Reason]:
