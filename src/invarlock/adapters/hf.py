@@ -89,7 +89,7 @@ class HF_Causal_Adapter(ModelAdapter):
                     trust_remote_code=trust,
                     local_files_only=True,
                     output_loading_info=True,
-                    **kwargs,
+                    **{**kwargs, "ignore_mismatched_sizes": True},  # refused below, and by name
                 )
         except Exception as error:  # every way in which loading fails is the same finding: the file cannot be used
             message = (str(error).strip() or type(error).__name__).splitlines()[0]

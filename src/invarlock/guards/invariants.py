@@ -78,7 +78,7 @@ def _dtypes(old: Structure, new: Structure) -> Iterator[Finding]:
     before = {t.name: t.dtype for t in old.tensors}
     types: dict[str, list[str]] = {}
     for tensor in new.tensors:
-        if tensor.dtype in {"F32", "F16", "BF16", "F64"} and before.get(tensor.name) != tensor.dtype:
+        if tensor.dtype in {"F32", "F16", "BF16", "F64"} and before.get(tensor.name, tensor.dtype) != tensor.dtype:
             types.setdefault(tensor.dtype, []).append(tensor.name)
     changed = sum(len(names) for names in types.values())
     if changed and (len(types) > 1 or changed < len([t for t in new.tensors if t.dtype.startswith(("F", "BF"))])):
