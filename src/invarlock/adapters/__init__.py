@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from invarlock.core.exceptions import DependencyError
+from invarlock.core.exceptions import AdapterError, DependencyError
 
 if TYPE_CHECKING:
     from invarlock.adapters.auto import HF_Auto_Adapter, HF_Causal_Auto_Adapter
@@ -27,9 +27,12 @@ _HOMES = {
     "HF_MLM_Adapter": "invarlock.adapters.hf",
     "HF_Seq2Seq_Adapter": "invarlock.adapters.hf",
 }
+_NOT_YET = {"HF_Causal_ONNX_Adapter": "convert the model to a Hugging Face checkpoint and use HF_Causal_Adapter"}
 
 
 def __getattr__(name: str) -> Any:
+    if name in _NOT_YET:
+        raise AdapterError(f"{name} is not part of this version; {_NOT_YET[name]}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     for module in ("torch", "transformers"):

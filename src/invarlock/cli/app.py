@@ -33,6 +33,7 @@ COMMANDS: dict[str, Command] = {
     "report": Command("invarlock.cli.report:app", "Show certificates and runs in other forms."),
     "demo": Command("invarlock.cli.demo:demo", "Certify a good and a bad edit of a small model, offline."),
     "plugins": Command("invarlock.cli.plugins:app", "List adapters, guards, edits and data providers."),
+    "calibrate": Command("invarlock.cli.calibrate:app", "Derive guards' thresholds from harmless edits of a model."),
     "doctor": Command("invarlock.cli.doctor:doctor", "Check the environment, a configuration and stored reports."),
     "version": Command("invarlock.cli.version:version", "Show the version and the certificate schema."),
 }

@@ -29,7 +29,7 @@ def plain_typer(**arguments: Any) -> typer.Typer:
 
 _PROFILE = "invarlock.profile"
 #: the profile of a command that was given none, where it is not ci
-_DEFAULT_PROFILES = {"run": "dev"}
+_DEFAULT_PROFILES = {"run": "dev", "null-sweep": "dev", "ve-sweep": "dev"}
 
 
 def _remember(context: typer.Context, value: str | None) -> str | None:

@@ -35,7 +35,7 @@ from invarlock.core.runner import CoreRunner
 from invarlock.core.sampling import Sample, cut_sample, dataset_options, metric_kind_of, reuse_sample
 from invarlock.core.source import Loading, Side, read_side
 
-__all__ = ["WEAKER", "RunOutcome", "RunRequest", "run", "weaker_plan"]
+__all__ = ["WEAKER", "Opened", "RunOutcome", "RunRequest", "open_model", "run", "weaker_plan"]
 
 Tick = Callable[[str, int, int], None]
 _NOOP = "noop"
@@ -210,6 +210,27 @@ def run(request: RunRequest, tick: Tick | None = None) -> RunOutcome:
             _write(job, plain, folder)
     written = final / "report.json" if job.settings.output.save_report else None
     return RunOutcome(plain, final, written, saved, job.notes, dict(plain["meta"]["timings"]))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A configuration's model, loaded, and the windows that it would be measured on."""
+
+    model: Any
+    adapter: Any
+    side: Side
+    sample: Sample
+    notes: list[str]
+
+
+def open_model(chosen: RunSettings, profile: str, tick: Tick) -> Opened:
+    """Load a configuration's model and cut its windows, without running anything."""
+    job = _open(RunRequest(settings=chosen, profile=profile), tick)
+    _read_files(job)
+    assert job.side is not None and job.sample is not None
+    tick("loading the model", 0, 1)
+    model = Loading.of(chosen.model).load(job.adapter, job.side, job.device)
+    return Opened(model, job.adapter, job.side, job.sample, [*chosen.notes, *job.sample.notes])
 
 
 def _open(request: RunRequest, tick: Tick) -> _Job:
