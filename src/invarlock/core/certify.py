@@ -140,6 +140,7 @@ def _timed(job: _Job, name: str, step: Callable[..., Any], *arguments: Any) -> A
 
 def _open(request: CertifyRequest, tick: Tick) -> _Job:
     from invarlock.core.device import make_deterministic, resolve_device
+    from invarlock.guards.base import configure_guards
 
     policy = resolve_policy(request.tier, request.profile, overrides=request.overrides)
     device = request.device
@@ -151,6 +152,7 @@ def _open(request: CertifyRequest, tick: Tick) -> _Job:
         registry.guards.create(name, **dict(request.guard_arguments.get(name, {})))
         for name in dict.fromkeys(policy.values["guards"]["order"])
     ]
+    configure_guards(guards, policy.values["guards"])
     now = datetime.datetime.now(datetime.UTC)
     return _Job(
         request=request,

@@ -157,12 +157,15 @@ class CoreRunner:
         if not hasattr(edit, "apply"):
             raise ConfigError(f"edit is {type(edit).__name__}; expected an object with name and apply(model, adapter)")
         windows = None
+        from invarlock.guards.base import configure_guards
+
         if calibration_data is not None:
             from invarlock.eval.windows import WindowSet, windows_from_calibration
 
             given = isinstance(calibration_data, WindowSet)
             windows = calibration_data if given else windows_from_calibration(calibration_data, preview_n, final_n)
         policy = _resolve(auto, config.context, guards)
+        configure_guards(guards, policy.values["guards"])
         run_id = str(config.context.get("run_id") or uuid.uuid4().hex[:12])
         context = plain({key: value for key, value in config.context.items() if key != "baseline"})
         report = RunReport(status="pending", context=context)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,7 +121,7 @@ def measure_model(
     from invarlock.guards.sketch import sketch_model
 
     measuring = {guard.name: guard for guard in guards if isinstance(guard, StatsGuard) and guard.name != "invariants"}
-    sampler = ActivationSampler(frozenset(evenly_spaced(len(windows.all), SAMPLED_WINDOWS)))
+    sampler = ActivationSampler(frozenset(_sampled(measuring.values(), len(windows.all))))
     with ExitStack() as hooks:
         for guard in measuring.values():
             observe = getattr(guard, "observe", None)
@@ -165,6 +165,12 @@ def measure_model(
         ),
     )
     return Measurement(evidence, result.reference, stats)
+
+
+def _sampled(guards: Iterable[Guard], total: int) -> list[int]:
+    """Return the windows whose activations are looked at: those that a guard's policy chooses, else a few."""
+    chosen = [list(guard.sample(total)) for guard in guards if hasattr(guard, "sample")]
+    return chosen[0] if chosen else evenly_spaced(total, SAMPLED_WINDOWS)
 
 
 def _rows(result: LoopResult, cut: int, windows: WindowSet) -> tuple[WindowRows, WindowRows]:

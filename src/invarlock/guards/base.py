@@ -11,13 +11,13 @@ so written never sees both models at once and works with a stored baseline; `pre
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, TypeAlias
 
 from invarlock.core.api import Guard
 from invarlock.core.exceptions import GuardError
 
-__all__ = ["Facts", "Policy", "Result", "Stats", "StatsGuard", "result"]
+__all__ = ["Facts", "Policy", "Result", "Stats", "StatsGuard", "configure_guards", "result"]
 
 Stats: TypeAlias = dict[str, Any]  # JSON-ready: what `measure` saw on one model
 Facts: TypeAlias = dict[str, Any]  # JSON-ready: two Stats side by side, all that `judge` needs
@@ -60,6 +60,10 @@ class StatsGuard(Guard):
         self.baseline: Stats | None = None
         self.subject: Stats | None = None
 
+    def configure(self, policy: Policy) -> None:
+        """Take the resolved policy; constructor arguments stand above it. Some keys change what is measured."""
+        self.policy = {**self.defaults, **dict(policy), **self.overrides}
+
     @abstractmethod
     def contract(self) -> dict[str, Any]:
         """Return everything that changes what `measure` measures; two sides with other contracts do not compare."""
@@ -78,7 +82,7 @@ class StatsGuard(Guard):
 
     def prepare(self, model: Any, adapter: Any, calib: Any, policy: Any) -> dict[str, Any]:
         """Measure the unedited model; what the caller has measured already is taken from `calib.measurements`."""
-        self.policy = {**self.defaults, **dict(policy or {}), **self.overrides}
+        self.configure(policy or {})
         ready = getattr(calib, "measurements", {}).get(self.name)
         self.baseline = ready if ready is not None else self.measure(model, adapter, calib)
         self._batches = calib
@@ -93,3 +97,10 @@ class StatsGuard(Guard):
             ready if ready is not None else self.measure(model, adapter, context.get("batches", self._batches))
         )
         return self.judge(self.pair(self.baseline, self.subject), self.policy)
+
+
+def configure_guards(guards: Iterable[Any], policies: Mapping[str, Policy]) -> None:
+    """Give each built-in guard its part of the resolved policy; a plugin guard gets its own in `prepare`."""
+    for guard in guards:
+        if isinstance(guard, StatsGuard):
+            guard.configure(policies.get(guard.name, {}))
