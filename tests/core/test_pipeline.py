@@ -97,6 +97,18 @@ def test_structure_is_held_against_the_stored_baseline_and_not_against_the_model
     assert "layer_norm_epsilon" in outcome.report["meta"]["rollback_reason"]
 
 
+def test_a_plugin_guard_that_did_not_see_the_stored_baseline_is_not_evaluated(
+    edited_run: RunOutcome, run_small: Callable[..., RunOutcome], harmless: Path, demo_model: Path
+) -> None:
+    order = {"order": ["hello_guard"], "hello_guard": {"message": "hi"}}
+    baseline = edited_run.folder / "baseline"
+    same = run_small(guards=order, baseline=baseline)
+    assert same.report["guards"]["hello_guard"]["evaluated"]
+    other = run_small(guards=order, baseline=baseline, model={"id": str(harmless)})
+    assert not other.report["guards"]["hello_guard"]["evaluated"]
+    assert not other.report["guards"]["hello_guard"]["passed"]
+
+
 def _no_windows(report: dict[str, Any]) -> None:
     report["evaluation_windows"] = {}
 

@@ -89,7 +89,7 @@ def _of_run(context: typer.Context, run: Path, baseline: Path | None, format_: F
     from invarlock.core.run_folder import read_report
 
     subject, found = read_report(run)
-    remember_profile(context, subject.get("meta", {}).get("profile"))
+    remember_profile(context, ((subject.get("meta") or {}).get("policy") or {}).get("profile"))
     own = found.parent / "baseline"
     if baseline is None and not own.is_dir():
         raise typer.BadParameter(f"{run} did not measure its baseline itself; name the baseline's run with --baseline")

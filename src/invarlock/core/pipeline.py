@@ -21,7 +21,7 @@ from invarlock.core import registry, settings
 from invarlock.core.api import Guard, RunConfig, RunReport
 from invarlock.core.config import RunSettings
 from invarlock.core.exceptions import ConfigError, PairingError, RunInterruptedError
-from invarlock.core.outcome import checked_result, consequence, worst
+from invarlock.core.outcome import checked_result, consequence, not_evaluated, worst
 from invarlock.core.policy import ResolvedPolicy, profile_values, resolve_policy
 from invarlock.core.run_folder import (
     EVIDENCE,
@@ -396,6 +396,8 @@ def _execute(job: _Job, model: Any, plan: dict[str, Any], folder: Path) -> RunRe
         auto_config=chosen.auto.model_dump(),
     )
     job.baseline = runner.baseline
+    if job.out_of_time() and report.status == "success" and not report.evidence:
+        report.status, report.error = "failed", "stopped by --timeout before the edited model was measured"
     return report
 
 
@@ -408,7 +410,7 @@ def _complete(job: _Job, report: RunReport, model: Any) -> None:
     context = {key: value for key, value in report.context.items() if key != "progress"}
     report.context = context
     report.meta["config"] = {**report.meta["config"], "event_path": "events.jsonl", "context": context}
-    report.meta |= {"created": job.created, "profile": job.request.profile, "plugins": _plugin_facts(job)}
+    report.meta |= {"created": job.created, "plugins": _plugin_facts(job)}
     report.meta["warnings"] = [*job.notes, *report.meta["warnings"]]
     report.dataset = {**job.sample.data.model_dump(mode="json"), **report.dataset}
     if not report.evidence:
@@ -416,8 +418,10 @@ def _complete(job: _Job, report: RunReport, model: Any) -> None:
     evidence = Evidence.model_validate(report.evidence)
     if job.edit_name == _NOOP:
         evidence = _as_files(evidence, job.side)
-    if job.stored is not None and "invariants" in job.policy.values["guards"]["order"]:
-        _hold_structure(report, job.baseline.evidence, evidence)
+    if job.stored is not None:
+        _disown_plugins(job, report)
+        if "invariants" in report.guards:
+            _hold_structure(report, job.baseline.evidence, evidence)
     if report.status == "success":
         limits = job.policy.values["metrics"]["guard_overhead"]
         report.meta["guard_overhead"] = guard_overhead(model, job.sample.windows, evidence, job.device, limits)
@@ -455,6 +459,23 @@ def _hold_structure(report: RunReport, baseline: Any, subject: Any) -> None:
     if report.status == "success" and consequence(outcome) in ("rollback", "abort"):
         report.status = "rollback"
         report.meta["rollback_reason"] = f"guard_failed: guard 'invariants': {outcome['message']}"
+
+
+def _disown_plugins(job: _Job, report: RunReport) -> None:
+    """Take back what plugin guards found where they were shown another model than the stored baseline in `prepare`."""
+    from invarlock.certificate.make import BUILT_IN_GUARDS
+
+    assert job.side is not None
+    structures = (job.baseline.evidence.structure, job.side.structure)
+    if all(s.source == "file" for s in structures) and len({s.weights_digest() for s in structures}) == 1:
+        return
+    for name in report.guards:
+        if name not in BUILT_IN_GUARDS and hasattr(registry.guards.load(name), "prepare"):
+            reason = (
+                "it saw this model in prepare, not the stored baseline: use `invarlock certify`, which loads that one"
+            )
+            report.guards[name] = not_evaluated(name, reason)
+            report.meta["warnings"].append(f"guard {name!r} is not evaluated: {reason}")
 
 
 def _export_target(chosen: RunSettings, final: Path) -> Path | None:
