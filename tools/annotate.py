@@ -57,7 +57,9 @@ def main(folder: Path, exit_code: str) -> int:
     file = folder / "certificate" / "evaluation.cert.json"
     if not file.is_file():
         log = folder / "stderr.txt"
-        lines = [line for line in (log.read_text(encoding="utf-8") if log.is_file() else "").splitlines() if line.strip()]
+        lines = [
+            line for line in (log.read_text(encoding="utf-8") if log.is_file() else "").splitlines() if line.strip()
+        ]
         message = lines[-1] if lines else f"certify ended with exit code {exit_code} and said nothing"
         print(_line("error", "InvarLock made no certificate", message))
         _append("GITHUB_OUTPUT", "verdict=ERROR\ncertificate=\n")

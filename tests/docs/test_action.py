@@ -180,7 +180,9 @@ def test_an_error_without_a_certificate_shows_its_line_and_fails(start: Start, c
 
 
 def test_the_arguments_reach_the_command_unharmed(start: Start) -> None:
-    job = start(0, certificate("PASS"), subject="a b; $(touch hacked)", preset="p.yaml", **{"extra-args": "--intent finetune"})
+    job = start(
+        0, certificate("PASS"), subject="a b; $(touch hacked)", preset="p.yaml", **{"extra-args": "--intent finetune"}
+    )
     whole(job)
     arguments = (job.folder / "arguments").read_text().splitlines()
     assert arguments[:3] == ["certify", "--subject", "a b; $(touch hacked)"]
@@ -195,7 +197,9 @@ def test_without_a_baseline_none_is_passed(start: Start) -> None:
     assert "--baseline" not in arguments and arguments[-2:] == ["--baseline-report", "runs/source"]
 
 
-@pytest.mark.parametrize(("version", "wanted"), [("", f"invarlock[hf] @ file://{ROOT}"), ("1.0.0", "invarlock[hf]==1.0.0")])
+@pytest.mark.parametrize(
+    ("version", "wanted"), [("", f"invarlock[hf] @ file://{ROOT}"), ("1.0.0", "invarlock[hf]==1.0.0")]
+)
 def test_what_is_installed(start: Start, version: str, wanted: str) -> None:
     job = start(0, None, version=version)
     fake = job.folder / "bin" / "python"

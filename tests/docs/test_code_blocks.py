@@ -98,8 +98,12 @@ def page_folder(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     return folder_of
 
 
-@pytest.mark.parametrize("page", [p for p in RUNNABLE if any(b.remark is None for b in blocks(p))], ids=lambda p: p.name)
-def test_the_blocks_of_a_page_run_in_order(page: Path, page_folder: Folders, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "page", [p for p in RUNNABLE if any(b.remark is None for b in blocks(p))], ids=lambda p: p.name
+)
+def test_the_blocks_of_a_page_run_in_order(
+    page: Path, page_folder: Folders, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert page_folder(page).is_dir()
 
 
