@@ -268,7 +268,7 @@ def main() -> None:
     final = train(model, recipe, streams["train"], steps, arguments.seed)
     facts = {
         "model": arguments.model, "parameters": size, "seed": arguments.seed, "steps": steps,
-        "peak_learning_rate": recipe.rate, "tokens_per_step": 2048,
+        "peak_learning_rate": recipe.rate, "tokens_per_step": 16 * (CONTEXT // 2 + 2) if recipe.kind == "seq2seq" else 2048,
         "train_tokens": len(streams["train"]), "test_tokens": len(streams["test"]),
         "final_train_loss": round(final, 4), "test_loss": round(test_loss(model, recipe.kind, streams["test"]), 4),
         "minutes": round((time.monotonic() - started) / 60, 1),
