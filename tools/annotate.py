@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["annotations", "main"]
+__all__ = ["main", "workflow_commands"]
 
 _LEVELS = {"fail": "error", "inconclusive": "warning", "not_evaluated": "warning", "warn": "warning"}
 _MOST_BYTES = 1_000_000  # GitHub drops a larger summary
@@ -29,7 +29,7 @@ def _line(level: str, title: str, message: str) -> str:
     return f"::{level} title={title}::{message}"
 
 
-def annotations(certificate: dict[str, Any]) -> Iterator[str]:
+def workflow_commands(certificate: dict[str, Any]) -> Iterator[str]:
     """Yield a workflow command for the verdict's reasons and for every other gate that did not simply pass."""
     verdict = certificate["verdict"]
     level = "error" if verdict["status"] == "FAIL" else "warning"
@@ -66,7 +66,7 @@ def main(folder: Path, exit_code: str) -> int:
         _append("GITHUB_STEP_SUMMARY", f"## InvarLock made no certificate\n\nExit code {exit_code}.\n\n    {message}\n")
         return 0
     certificate = json.loads(file.read_text(encoding="utf-8"))
-    for line in annotations(certificate):
+    for line in workflow_commands(certificate):
         print(line)
     _append("GITHUB_OUTPUT", f"verdict={certificate['verdict']['status']}\ncertificate={file}\n")
     summary = (file.parent / "evaluation_certificate.md").read_text(encoding="utf-8")

@@ -297,9 +297,9 @@ def _definition(module: str, name: str) -> ast.ClassDef | ast.FunctionDef | None
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == name:
             return node
     for node in ast.walk(tree):
-        imported = isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("invarlock")
-        if imported and any(alias.name == name for alias in node.names):  # type: ignore[union-attr]
-            return _definition(str(node.module), name)  # type: ignore[union-attr]
+        ours = isinstance(node, ast.ImportFrom) and (node.module or "").startswith("invarlock")
+        if isinstance(node, ast.ImportFrom) and ours and any(alias.name == name for alias in node.names):
+            return _definition(str(node.module), name)
     return None
 
 

@@ -35,6 +35,14 @@ def test_every_pairing_code_of_the_source_is_explained() -> None:
     assert used and used == set(re.findall(r"^\| `(E\d{3})`", ERRORS, re.MULTILINE))
 
 
+def test_every_section_of_a_certificate_is_described() -> None:
+    from invarlock.certificate.schema import Certificate
+
+    page = (DOCS / "reference" / "certificates.md").read_text(encoding="utf-8")
+    described = set(re.findall(r"`(\w+)`", page)) | {"schema_version", "run_id"}
+    assert set(Certificate.model_fields) <= described
+
+
 def test_the_divergence_page_has_the_limits_of_the_tiers() -> None:
     from invarlock.core.policy import TIERS, resolve_policy
 
