@@ -339,12 +339,14 @@ def _api() -> str:
     return "\n\n".join(parts)
 
 
-def _methods(node: ast.ClassDef | ast.FunctionDef) -> Iterator[str]:
-    if isinstance(node, ast.ClassDef):
-        for item in node.body:
-            doc = ast.get_docstring(item) if isinstance(item, ast.FunctionDef) else None
-            if isinstance(item, ast.FunctionDef) and not item.name.startswith("_") and doc:
-                yield f"`{item.name}({_signature(item)})`\n:   {doc.split(chr(10) * 2)[0].replace(chr(10), ' ')}"
+def _methods(node: ast.ClassDef | ast.FunctionDef) -> list[str]:
+    """List the public methods of a class, one bullet each, as one paragraph."""
+    found = []
+    for item in node.body if isinstance(node, ast.ClassDef) else ():
+        if isinstance(item, ast.FunctionDef) and not item.name.startswith("_"):
+            said = (ast.get_docstring(item) or "").split("\n\n")[0].replace("\n", " ")
+            found.append(f"- `{item.name}({_signature(item)}){_returns(item)}`" + (f": {said}" if said else ""))
+    return ["\n".join(found)] if found else []
 
 
 def _wrapped(text: str) -> str:
