@@ -160,7 +160,7 @@ def test_interruption_cleans_up_and_exits_130(tmp_path: Path, number: int) -> No
     process.send_signal(number)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert stderr.strip().endswith("nothing was written")
+    assert stderr.strip().endswith("no certificate was written")
     assert stderr.count("\n") == 1
     assert not marker.exists()
 

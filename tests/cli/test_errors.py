@@ -40,7 +40,7 @@ MISSING = e.DependencyError("adapter 'hf_causal'", "adapters")
             "ERROR [ModuleNotFoundError] No module named 'my_own'; set INVARLOCK_DEBUG_TRACE=1 for the traceback",
         ),
         (e.RunInterruptedError("stopped"), None, 130, "stopped"),
-        (KeyboardInterrupt(), None, 130, "interrupted; nothing was written"),
+        (KeyboardInterrupt(), None, 130, "interrupted; no certificate was written"),
         (
             ZeroDivisionError("division by zero"),
             None,

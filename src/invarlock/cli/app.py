@@ -140,7 +140,7 @@ def _invarlock() -> None:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt("terminated; nothing was written")
+    raise KeyboardInterrupt("terminated; no certificate was written")
 
 
 def main() -> None:

@@ -81,7 +81,7 @@ def _line(error: BaseException) -> str:
     if isinstance(error, DependencyError):
         return f"DEPENDENCY-MISSING: {text}"
     if isinstance(error, (KeyboardInterrupt, RunInterruptedError)):
-        return text or "interrupted; nothing was written"
+        return text or "interrupted; no certificate was written"
     if isinstance(error, InvarlockError):
         code = error.code or _default_code(error)
         label = f"[INVARLOCK:{code}]" if _CONTRACT_CODE.match(code) else f"[{code}]"
