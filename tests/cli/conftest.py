@@ -26,9 +26,10 @@ def cli(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cli]:
     """Run the command line within this process; the network and the log are as they were afterwards."""
     for switch in _HF_SWITCHES:
         monkeypatch.setenv(switch, os.environ.get(switch, "1"))
-    for name in ("connect", "connect_ex"):
+    for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, getattr(socket.socket, name))
-    monkeypatch.setattr(socket, "getaddrinfo", socket.getaddrinfo)
+    for name in ("getaddrinfo", "gethostbyname", "gethostbyname_ex", "gethostbyaddr"):
+        monkeypatch.setattr(socket, name, getattr(socket, name))
     logger = logging.getLogger("invarlock")
     before = (logger.handlers[:], logger.level, logger.propagate)
     yield lambda *arguments: CliRunner().invoke(app, list(arguments))
