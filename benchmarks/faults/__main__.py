@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", metavar="NAME|FOLDER", help="which models (default: all)")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "faults", help="where single runs are kept")
     parser.add_argument("--only", help="only the edits whose name holds this")
+    parser.add_argument("--backwards", action="store_true", help="from the last case on, beside another process")
     parser.add_argument("--table", action="store_true", help="run nothing; judge again what is stored")
     parser.add_argument("--as-judged", action="store_true", help="with the verdicts of the day, not judged again")
     parser.add_argument("--no-table", action="store_true", help="run only")
@@ -38,7 +39,7 @@ def main() -> None:
     models = {name: folder for name, folder in models.items() if (folder / "model.safetensors").is_file()}
     if not arguments.table:
         for name, folder in models.items():
-            run_model(name, folder, arguments.work, arguments.only)
+            run_model(name, folder, arguments.work, arguments.only, backwards=arguments.backwards)
     if arguments.no_table:
         return
     again = not arguments.as_judged

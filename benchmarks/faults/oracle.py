@@ -2,8 +2,8 @@
 
 Two texts: windows of `python_docs` that the certificate did not use, and source code of the standard library, together
 up to ten times the tokens of the certificate, as far as the text reaches. Sequential, to save time: after every
-block the measurement of both stops when some figure of a text is beyond its limit by more than 8 standard errors, or
-every figure of every text is inside by more than 8 (standard errors over documents). Full distributions, no shortcut,
+block the measurement of both stops when some figure of a text is beyond its limit by more than 5 standard errors, or
+every figure of every text is inside by more than 5 (standard errors over documents). Full distributions, no shortcut,
 and none of the library's forward loop: the baseline's distributions are recomputed from its last hidden states.
 """
 
@@ -26,7 +26,7 @@ from invarlock.eval.data.synthetic import SyntheticSeq2SeqProvider
 from invarlock.eval.windows import IGNORED, Window, mask_tokens, windows_from_provider
 
 BLOCK_TOKENS = 3072  # run through the model between two looks
-DECIDED = 8.0  # standard errors
+DECIDED = 5.0  # standard errors
 
 
 @lru_cache(maxsize=1)

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import logging
+import os
 import shutil
 import tempfile
 import time
@@ -165,18 +166,18 @@ def file_name(case: Case) -> str:
     return case.name.replace(" ", "_").replace("/", "_")
 
 
-def run_model(name: str, folder: Path, work: Path, only: str | None = None) -> None:
-    """Run every case of one model that has no record yet."""
+def run_model(name: str, folder: Path, work: Path, only: str | None = None, *, backwards: bool = False) -> None:
+    """Run every case of one model that has no record yet; a second process may come from the other end."""
     bench = Bench(name, folder, work)
     try:
-        for case in cases(EDITS):
+        for case in list(cases(EDITS))[:: -1 if backwards else 1]:
             path = bench.work / f"{file_name(case)}.json.gz"
             if path.is_file() or (only and only not in case.name):
                 continue
             record = bench.run(case)
-            with gzip.open(path.with_suffix(".tmp"), "wt", encoding="utf-8") as stream:
+            with gzip.open(path.with_suffix(f".{os.getpid()}"), "wt", encoding="utf-8") as stream:
                 json.dump(record, stream)
-            path.with_suffix(".tmp").rename(path)
+            path.with_suffix(f".{os.getpid()}").rename(path)
             if record is not None:
                 row = summary(record, case)
                 log.info("%s %s: %s, named %s, %.1f s", name, case.name, row["verdict"], row["named"], row["seconds"])

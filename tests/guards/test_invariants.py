@@ -175,3 +175,18 @@ def test_the_tokenizer_must_be_the_same_and_fit_the_embedding(tokenizer: tuple[A
     facts = guard.pair(old, new)
     assert {finding["code"] for finding in facts["findings"]} == codes
     assert guard.judge(facts, {})["passed"] == (not codes)
+
+
+def test_a_tensor_that_does_not_fit_the_subjects_own_configuration_fails_after_the_setting_at_fault() -> None:
+    guard = InvariantsGuard()
+    intact = Structure(source="file", tensors=[])
+    torn = Structure(source="file", tensors=[], misshapen=["h.0.q.weight: got [4, 4], expected [8, 4]"])
+    old = guard.stats_from(intact, {"heads": 2}, None, None)
+    new = guard.stats_from(torn, {"heads": 4}, None, None)
+    found = guard.pair(old, new)["findings"]
+    assert [(finding["code"], finding["tensor"]) for finding in found] == [
+        ("config_changed", None),
+        ("tensor_shape", "h.0.q.weight"),
+    ]
+    again = guard.pair(new, new)["findings"]
+    assert again == []

@@ -106,6 +106,14 @@ def _config_findings(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator
             yield {**_finding("config_changed", None, message, "config"), "key": key}
 
 
+def _misfits(old: Structure, new: Structure, named: set[str | None]) -> Iterator[Finding]:
+    """Tensors that do not fit the subject's own configuration, so that it cannot be loaded."""
+    for line in new.misshapen:
+        name = line.split(":")[0]
+        if line not in old.misshapen and name not in named:
+            yield _finding("tensor_shape", name, f"{line} by the subject's own configuration")
+
+
 def _tokenizer_findings(old: Stats, new: Stats, structure: Structure) -> Iterator[Finding]:
     ours, theirs = new.get("tokenizer_digest"), old.get("tokenizer_digest")
     if ours and theirs and ours != theirs:
@@ -183,6 +191,7 @@ class InvariantsGuard(StatsGuard):
         old, new = (Structure.model_validate(side["structure"]) for side in (baseline, subject))
         findings = [finding for check in _TABLE_CHECKS for finding in check(old, new)]
         findings += _config_findings(baseline["behaviour"], subject["behaviour"])
+        findings += _misfits(old, new, {finding["tensor"] for finding in findings})
         findings += _tokenizer_findings(baseline, subject, new)
         return {"findings": findings, "tensors_compared": len(new.tensors)}
 
