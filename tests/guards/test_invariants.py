@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from invarlock.evidence.model import Structure
 from invarlock.guards import InvariantsGuard
 
 Edit = Callable[[Any], None]
