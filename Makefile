@@ -17,7 +17,7 @@ demo: $(READY)  ## certify a good and a bad edit of the packaged model
 	$(BIN)/invarlock demo
 
 test: $(READY)  ## run the tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
 check: $(READY)  ## lint and types
 	$(BIN)/ruff check .
