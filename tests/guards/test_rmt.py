@@ -95,11 +95,11 @@ def facts(change: float, *, family: str = "ffn", tokens: int = 100) -> dict[str,
 @pytest.mark.parametrize(
     ("change", "policy", "passed"),
     [
-        (1.14, {}, True),  # family mean: (200 + 456) / 600 = 1.093
-        (1.16, {}, False),
-        (0.87, {}, True),
-        (0.85, {}, False),
-        (0.85, {"two_sided": False}, True),
+        (1.07, {}, True),  # family mean: (200 + 400 * 1.07) / 600 = 1.047
+        (1.08, {}, False),
+        (0.93, {}, True),
+        (0.92, {}, False),
+        (0.92, {"two_sided": False}, True),
         (1.16, {"epsilon": {"ffn": 0.2}}, True),
         (1.01, {"epsilon": {"ffn": 0.0}}, False),
     ],

@@ -130,7 +130,7 @@ def test_more_violations_than_max_caps_fail(make_model, count: int, passed: bool
 
 def test_growth_within_the_deadband_or_kappa_or_outside_scope_is_no_violation(make_model) -> None:
     model = make_model("llama")
-    for policy in ({"deadband": 0.31}, {"kappa": {"ffn": 14.0}}, {"scope": ["attn"]}, {"tau": {"ffn": 5.0}}):
+    for policy in ({"deadband": 0.31}, {"kappa": {"ffn": 56.0}}, {"scope": ["attn"]}, {"tau": {"ffn": 5.0}}):
         result, _ = compare(copy.deepcopy(model), scale_ffn(3), **policy)
         assert result["metrics"]["violations"] == 0, policy
     result, _ = compare(model, scale_ffn(3), multiple_testing={"method": "bonferroni", "alpha": 6.25e-4})

@@ -24,9 +24,9 @@ def _rounded_to(dtype: torch.dtype) -> Apply:
     return apply
 
 
-def _quantized(**options: Any) -> Apply:
+def _quantized(bitwidth: int, **options: Any) -> Apply:
     def apply(model: Any, adapter: Any, rng: torch.Generator) -> None:
-        RTNQuantEdit(bitwidth=8, **options).apply(model, adapter)
+        RTNQuantEdit(bitwidth=bitwidth, **options).apply(model, adapter)
 
     return apply
 
@@ -67,9 +67,10 @@ def _normal(shape: Any, rng: torch.Generator, like: torch.Tensor) -> torch.Tenso
 #: name -> (edit, whether another seed makes another edit)
 NULL_EDITS: dict[str, tuple[Apply, bool]] = {
     "bfloat16": (_rounded_to(torch.bfloat16), False),
-    "int8 a channel": (_quantized(), False),
-    "int8 a group of 64": (_quantized(group_size=64), False),
-    "int8 a group of 32": (_quantized(group_size=32), False),
+    "int8 a channel": (_quantized(8), False),
+    "int8 a group of 64": (_quantized(8, group_size=64), False),
+    "int8 a group of 32": (_quantized(8, group_size=32), False),
+    "int4 a group of 32": (_quantized(4, group_size=32), False),
     "noise of 0.3 %": (_noisy(0.003), True),
     "noise of 1 %": (_noisy(0.01), True),
     "LoRA of rank 4, 1 %": (_adapted(0.01, 4), True),

@@ -46,10 +46,16 @@ def spectral_thresholds(rows: Rows, *, false_alarms: float = 0.05, modules: int 
     return {"tau": tau, "kappa": kappa}
 
 
-def rmt_thresholds(rows: Rows, *, quantile: float = 0.999, safety: float = 2.0) -> dict[str, dict[str, float]]:
-    """Return `epsilon` by family: `safety` times the quantile of |r1 / r0 - 1|, taken on the logarithm."""
+def rmt_thresholds(
+    rows: Rows, *, quantile: float = 0.999, safety: float = 4.0, least: float = 0.05
+) -> dict[str, dict[str, float]]:
+    """Return `epsilon` by family: `safety` times the quantile of |r1 / r0 - 1|, taken on the logarithm, at least `least`.
+
+    The floor leaves room for changes that are meant: an adapter that doubles what was intended moves an edge by 1 to 3 %,
+    rounding by a tenth of a percent.
+    """
     epsilon = {
-        family: math.expm1(safety * float(np.quantile(np.abs(values), quantile)))
+        family: max(least, math.expm1(safety * float(np.quantile(np.abs(values), quantile))))
         for family, values in _by_family(rows, "rmt").items()
     }
     return {"epsilon": epsilon}

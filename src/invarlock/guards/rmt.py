@@ -111,7 +111,7 @@ class RMTGuard(StatsGuard):
 
     name = "rmt"
     defaults: ClassVar[dict[str, Any]] = {
-        "epsilon": {"ffn": 0.10, "attn": 0.10, "embed": 0.10, "router": 0.10, "other": 0.10},
+        "epsilon": {"ffn": 0.05, "attn": 0.05, "embed": 0.05, "router": 0.05, "other": 0.05},
         "two_sided": True,
         "activation": {"sampling": {"windows": {"count": 8, "indices_policy": "evenly_spaced"}}},
     }
