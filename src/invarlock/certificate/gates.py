@@ -116,13 +116,19 @@ def _tail(m: Measured) -> Iterator[Gate]:
         yield _gate("primary_metric_tail", m.tail.value, limit, "point estimate", decision, m.tail.reason)
 
 
+_NEAR = 0.9  # of a limit: from here on an estimate whose interval reaches beyond the limit is too weak to pass
+
+
 def _divergence(m: Measured) -> Iterator[Gate]:
     if is_accuracy(m.primary_metric.kind):  # answers are scored there, not next tokens
         return
     limits = m.policy["metrics"]["divergence"]
     mode = "warn" if limits["mode"] == "fail" and m.intent == "finetune" else limits["mode"]
-    rows = (("divergence_kl", "kl_mean", "kl_max", "nats per token"), ("token_flips", "flip_rate", "flip_max", "flips"))
-    for name, field, limit_key, unit in rows:
+    rows = (
+        ("divergence_kl", "kl_mean", "kl_ci", "kl_max", "nats per token"),
+        ("token_flips", "flip_rate", "flip_ci", "flip_max", "flips"),
+    )
+    for name, field, interval, limit_key, unit in rows:
         limit = limits[limit_key]
         if mode == "off":
             yield _gate(name, None, limit, "point estimate", "off", "switched off by policy")
@@ -130,20 +136,23 @@ def _divergence(m: Measured) -> Iterator[Gate]:
         d = m.divergence
         if d is None or not d.reference_matches:
             why = "not measured" if d is None else "measured against another baseline than this one"
-            decision: GateDecision = "not_evaluated" if mode == "fail" else "warn"
-            yield _gate(name, None, limit, "point estimate", decision, f"divergence was {why}")
+            absent: GateDecision = "not_evaluated" if mode == "fail" else "warn"
+            yield _gate(name, None, limit, "point estimate", absent, f"divergence was {why}")
             continue
         value = getattr(d, field)
-        good = _within(value, limit)
         shown = "not finite" if value is None else f"{value:.4g}"
         reason = f"{shown} {unit}, limit {limit}"
+        decision: GateDecision = "pass"
+        if not _within(value, limit):
+            decision, reason = "fail", _named(reason, m)
+        elif value > _NEAR * limit and not _within(getattr(d, interval)[1], limit):
+            decision = "inconclusive"
+            reason += f", within a tenth of it, and the interval reaches {getattr(d, interval)[1]}: measure more windows"
+        if decision != "pass" and mode == "warn":
+            decision = "warn"
         if m.intent == "finetune":
             reason += " (only warns under intent finetune)"
-        if not good:
-            reason = _named(reason, m)
-        yield _gate(
-            name, value, limit, "point estimate", "pass" if good else "fail" if mode == "fail" else "warn", reason
-        )
+        yield _gate(name, value, limit, "point estimate", decision, reason)
 
 
 def _guards(m: Measured) -> Iterator[Gate]:
