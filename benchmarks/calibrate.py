@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.faults.__main__ import MODELS, ROOT
+
 from invarlock.adapters import HF_Auto_Adapter
 from invarlock.calibration import null_sweep, rmt_thresholds, spectral_thresholds, ve_sweep, ve_thresholds
 from invarlock.core.device import library_versions
@@ -60,7 +61,12 @@ def main() -> None:
         "rmt": rmt_thresholds(null),
         "variance": ve_thresholds(trials),
     }
-    stored["settings"] = {"seeds": arguments.seeds, "windows": WINDOWS, "seq_len": SEQ_LEN, "versions": library_versions()}
+    stored["settings"] = {
+        "seeds": arguments.seeds,
+        "windows": WINDOWS,
+        "seq_len": SEQ_LEN,
+        "versions": library_versions(),
+    }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(stored, separators=(",", ":")) + "\n", encoding="utf-8")
     print(json.dumps(stored["thresholds"], indent=1))

@@ -1,8 +1,8 @@
 """`python -m benchmarks.faults`: run the fault matrix, print it, and write benchmarks/results/faults.json.
 
-    python -m benchmarks.faults                          # every model that is there, resuming what was interrupted
-    python -m benchmarks.faults --model FOLDER ...        # other models
-    python -m benchmarks.faults --table                   # judge the stored runs again and print
+python -m benchmarks.faults                          # every model that is there, resuming what was interrupted
+python -m benchmarks.faults --model FOLDER ...        # other models
+python -m benchmarks.faults --table                   # judge the stored runs again and print
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import argparse
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from benchmarks.faults import table
-from benchmarks.faults.run import run_model, stored
+from benchmarks.faults.costs import costs
+from benchmarks.faults.run import Bench, run_model, stored
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = {"gpt2": ROOT / "src/invarlock/data/demo_model"} | {
@@ -29,6 +31,7 @@ def main() -> None:
     parser.add_argument("--backwards", action="store_true", help="from the last case on, beside another process")
     parser.add_argument("--table", action="store_true", help="run nothing; judge again what is stored")
     parser.add_argument("--as-judged", action="store_true", help="with the verdicts of the day, not judged again")
+    parser.add_argument("--costs", action="store_true", help="measure what the guards cost, too")
     parser.add_argument("--no-table", action="store_true", help="run only")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/faults.json")
     arguments = parser.parse_args()
@@ -44,10 +47,31 @@ def main() -> None:
         return
     again = not arguments.as_judged
     rows = [row for name, folder in models.items() for row in stored(name, folder, arguments.work, rejudge=again)]
-    result = table.result(rows)
+    result = table.result(rows, _costs(models, arguments.work) if arguments.costs else _old_costs(arguments.out))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table.render(result))
+
+
+def _costs(models: dict[str, Path], work: Path) -> dict[str, Any]:
+    """Return CPU seconds by model, and over all models the share that each guard adds."""
+    seconds = {}
+    for name, folder in models.items():
+        bench = Bench(name, folder, work)
+        try:
+            seconds[name] = costs(bench)
+        finally:
+            bench.close()
+    bare = sum(row["bare"] for row in seconds.values())
+    share = {
+        key: sum(row[key] for row in seconds.values()) / bare for key in next(iter(seconds.values())) if key != "bare"
+    }
+    return {"seconds": seconds, "share": share}
+
+
+def _old_costs(path: Path) -> dict[str, Any]:
+    """Return the costs of the last time that they were measured."""
+    return dict(json.loads(path.read_text(encoding="utf-8")).get("costs", {})) if path.is_file() else {}
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.faults.run import Bench
+
 from invarlock.adapters import checkpoint
 from invarlock.eval.loop import ActivationSampler, Task, evenly_spaced, forward_windows
 from invarlock.guards import RMTGuard, SpectralGuard, VarianceGuard

@@ -207,7 +207,9 @@ def _wrong_axis(t: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 def _put(value: float) -> Change:
     def change(t: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-        t[int(torch.randint(t.shape[0], (1,), generator=rng)), int(torch.randint(t.shape[1], (1,), generator=rng))] = value
+        t[int(torch.randint(t.shape[0], (1,), generator=rng)), int(torch.randint(t.shape[1], (1,), generator=rng))] = (
+            value
+        )
         return t
 
     return change
@@ -375,7 +377,8 @@ _SETTINGS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "rope": _rope,
     "epsilon": _first(("layer_norm_epsilon", "rms_norm_eps", "layer_norm_eps"), lambda v: v * 1000),
     "activation": _first(
-        ("activation_function", "hidden_act", "feed_forward_proj", "dense_act_fn"), lambda v: "relu" if v != "relu" else "gelu"
+        ("activation_function", "hidden_act", "feed_forward_proj", "dense_act_fn"),
+        lambda v: "relu" if v != "relu" else "gelu",
     ),
     "heads": _first(("n_head", "num_attention_heads", "num_heads"), lambda v: v * 2 if v % 5 else 10),
 }

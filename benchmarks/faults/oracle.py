@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from invarlock.core.exceptions import TooLittleTextError
+from invarlock.core.policy import resolve_policy
 from invarlock.eval.data.base import Document, Pair, PairProvider, TextProvider
 from invarlock.eval.data.python_docs import PythonDocsProvider, _sources, split_of
 from invarlock.eval.data.synthetic import SyntheticSeq2SeqProvider
@@ -82,6 +83,17 @@ def _content(window: Window, task: str) -> tuple[int, ...]:
     if task == "mlm" and window.labels is not None:
         return tuple(i if label == IGNORED else label for i, label in zip(window.input_ids, window.labels, strict=True))
     return window.input_ids
+
+
+def limits_of(tier: str) -> dict[str, float]:
+    """Return the tier's limits of the figures: log_ratio and kl in nats, flips as a share."""
+    metrics = resolve_policy(tier).values["metrics"]
+    divergence = metrics["divergence"]
+    return {
+        "log_ratio": math.log(metrics["pm_ratio"]["limit"]),
+        "kl": divergence["kl_max"],
+        "flips": divergence["flip_max"],
+    }
 
 
 @dataclass

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from benchmarks.faults.edits import EDITS, UNIFORM, Case, Place, cases
-from benchmarks.faults.oracle import Oracle, load_model, other_windows
+from benchmarks.faults.oracle import Oracle, limits_of, load_model, other_windows
 
 from invarlock.adapters import HF_Auto_Adapter
 from invarlock.certificate.make import derive, recall
@@ -26,13 +26,19 @@ from invarlock.certificate.schema import Certificate
 from invarlock.core.certify import CertifyOutcome, CertifyRequest, certify
 from invarlock.core.exceptions import InvarlockError
 from invarlock.core.policy import resolve_policy
-from invarlock.edits import rtn
 from invarlock.eval.windows import WindowSet
 
 TIER, PROFILE, SEQ_LEN = "balanced", "ci_cpu", 128
 #: fewer windows than the profile, to save time, and a token floor that masked models reach: they score one token in seven
 OVERRIDES: dict[str, Any] = {"sample": {"preview": 80, "final": 80, "min_tokens": 2000}}
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model")
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+)
 
 log = logging.getLogger(__name__)
 
@@ -70,15 +76,9 @@ class Bench:
     @property
     def oracle(self) -> Oracle:
         if self._oracle is None:
-            values = resolve_policy(TIER, PROFILE, overrides=self.overrides).values["metrics"]
-            limits = {
-                "log_ratio": float(torch.tensor(values["pm_ratio"]["limit"], dtype=torch.float64).log()),
-                "kl": values["divergence"]["kl_max"],
-                "flips": values["divergence"]["flip_max"],
-            }
             tokenizer = self.adapter.tokenizer(str(self.folder))
             found = other_windows(tokenizer, self.task, self.windows.all, self.seq_len)
-            self._oracle = Oracle(load_model(self.adapter, self.folder), self.task, found, limits)
+            self._oracle = Oracle(load_model(self.adapter, self.folder), self.task, found, limits_of(TIER))
         return self._oracle
 
     def _certify(self, subject: Path, **source: Any) -> CertifyOutcome:
@@ -225,7 +225,12 @@ def summary(record: dict[str, Any], case: Case) -> dict[str, Any]:
     }
     if certificate is None:
         named = "tokenizer" if record["refusal"] == "E002" else None
-        row |= {"verdict": "FAIL", "refusal": record["refusal"], "failed": ["invariants"], "reasons": [record["message"]]}
+        row |= {
+            "verdict": "FAIL",
+            "refusal": record["refusal"],
+            "failed": ["invariants"],
+            "reasons": [record["message"]],
+        }
         row |= {"figures": {}, "culprits": []}
     else:
         gates = {gate["name"]: gate for gate in certificate["gates"]}

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
+
+from benchmarks.faults.oracle import limits_of
 
 from invarlock.core.device import library_versions
 
 HELD_OUT = ("neox", "qwen")
+KINDS = ("harmless", "structure", "degenerate", "unseen", "behaviour")
 NEAR = 0.1  # of (limit - no effect): where INCONCLUSIVE is acceptable
-GATES = ("primary_metric", "preview_final_drift", "divergence_kl", "token_flips", "invariants", "spectral", "rmt", "variance")
+GATES = (
+    "primary_metric",
+    "preview_final_drift",
+    "divergence_kl",
+    "token_flips",
+    "invariants",
+    "spectral",
+    "rmt",
+    "variance",
+)
 
 Row = dict[str, Any]
 
@@ -22,6 +34,14 @@ def outcome(row: Row) -> str:
     if row["harmful"]:
         return "right" if row["verdict"] == "FAIL" else "missed"
     return "right" if row["verdict"] == "PASS" else "false alarm"
+
+
+def only_on_other_text(row: Row) -> bool:
+    """Say whether an edit stays within every limit on text of the certificate's own kind and leaves one on source code."""
+    texts = (row["oracle"] or {}).get("texts")
+    if not texts or not row["harmful"]:
+        return False
+    return all(texts["docs"][name] <= limit for name, limit in limits_of("balanced").items())
 
 
 def totals(rows: Iterable[Row]) -> dict[str, Any]:
@@ -39,6 +59,8 @@ def totals(rows: Iterable[Row]) -> dict[str, Any]:
         "harmless": {"runs": len(harmless), "false_alarms": count(harmless, "false alarm"),
                      "undecided": count(harmless, "undecided")},
         "harmful": {"runs": len(harmful), "detected": len(caught), "missed": count(harmful, "missed"),
+                    "missed_and_harmful_on_other_text_only": sum(
+                        outcome(r) == "missed" and only_on_other_text(r) for r in harmful),
                     "undecided": count(harmful, "undecided"),
                     "undecided_near_a_limit": count(harmful, "undecided near a limit")},
         "damage_the_oracle_calls_harmless": {
@@ -73,7 +95,9 @@ def result(rows: list[Row], costs: dict[str, Any] | None = None) -> dict[str, An
         "settings": {"versions": library_versions(), "held_out": list(HELD_OUT), "near": NEAR},
         "totals": totals(rows),
         "held_out": totals(held),
-        "models": {name: totals([r for r in rows if r["model"] == name]) for name in dict.fromkeys(r["model"] for r in rows)},
+        "models": {
+            name: totals([r for r in rows if r["model"] == name]) for name in dict.fromkeys(r["model"] for r in rows)
+        },
         "guards": guards(rows),
         "costs": costs or {},
         "wrong": wrong,
@@ -85,60 +109,91 @@ def result(rows: list[Row], costs: dict[str, Any] | None = None) -> dict[str, An
 def _lines(title: str, header: list[str], rows: list[list[Any]]) -> list[str]:
     cells = [header, *([str(c) for c in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    shown = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in cells]
+    shown = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    ]
     return [title, *shown, ""]
 
 
 def render(found: dict[str, Any]) -> str:
-    """Print the edits, the totals, the guards and whatever went wrong."""
-    rows = found["runs"]
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["kind"], row["edit"]), []).append(row)
-    lines: list[str] = []
-    order: Callable[[tuple[str, str]], int] = lambda key: (  # noqa: E731
-        "harmless", "structure", "degenerate", "unseen", "behaviour").index(key[0])
-    body = []
-    for key in sorted(groups, key=order):
-        group = groups[key]
-        total = totals(group)
-        verdicts = [sum(r["verdict"] == v for r in group) for v in ("PASS", "FAIL", "INCONCLUSIVE")]
-        wrong = sum(outcome(r) not in ("right", "undecided near a limit") for r in group)
-        named = f"{total['named']['rightly']}/{total['named']['of']}" if total["named"]["of"] else "-"
-        seconds = f"{sum(r['seconds'] for r in group) / len(group):.1f}"
-        body.append([key[1], key[0], len(group), total["harmful"]["runs"], *verdicts, wrong, named, seconds])
-    head = ["edit", "kind", "runs", "harmful", "PASS", "FAIL", "INCONCL", "wrong", "named", "s/run"]
-    lines += _lines("Edits", head, body)
-    body = []
-    for name, total in {**found["models"], "held out": found["held_out"], "all": found["totals"]}.items():
-        spared = total["damage_the_oracle_calls_harmless"]
-        body.append([
-            name, total["runs"], f"{total['harmless']['false_alarms'] + total['harmless']['undecided']}/{total['harmless']['runs']}",
-            f"{total['harmful']['detected']}/{total['harmful']['runs']}", total["harmful"]["missed"],
-            total["harmful"]["undecided"], total["harmful"]["undecided_near_a_limit"],
-            f"{spared['false_alarms']}/{spared['runs']}", spared["undecided"] + spared["undecided_near_a_limit"],
-            f"{total['named']['rightly']}/{total['named']['of']}",
-        ])  # fmt: skip
-    head = ["model", "runs", "false alarms", "detected", "missed", "undecided", "undec. near", "alarms on spared", "undec.", "named"]
-    lines += _lines("Totals", head, body)
-    head = ["gate", "caught", "beyond primary", "only it", "alarms on harmless", "cost"]
-    body = [[g, *values.values(), found["costs"].get(g, "-")] for g, values in found["guards"].items()]
-    lines += _lines("Gates", head, body)
+    """Print the edits, the totals, the gates and whatever went wrong."""
+    lines = [*_edits(found["runs"]), *_totals(found), *_gates(found)]
     for title, key in (("Wrong", "wrong"), ("Misnamed", "misnamed")):
         lines.append(f"{title}: {len(found[key])}")
         lines += [_describe(row) for row in found[key]]
     return "\n".join(lines)
 
 
+def _edits(rows: list[Row]) -> list[str]:
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: KINDS.index(row["kind"])):
+        groups.setdefault((row["kind"], row["edit"]), []).append(row)
+    body = []
+    for (kind, edit), group in groups.items():
+        total = totals(group)
+        verdicts = [sum(r["verdict"] == v for r in group) for v in ("PASS", "FAIL", "INCONCLUSIVE")]
+        wrong = sum(outcome(r) not in ("right", "undecided near a limit") for r in group)
+        named = _share(total["named"], "rightly", "of") if total["named"]["of"] else "-"
+        seconds = f"{sum(r['seconds'] for r in group) / len(group):.1f}"
+        body.append([edit, kind, len(group), total["harmful"]["runs"], *verdicts, wrong, named, seconds])
+    head = ["edit", "kind", "runs", "harmful", "PASS", "FAIL", "INCONCL", "wrong", "named", "s/run"]
+    return _lines("Edits", head, body)
+
+
+def _share(counts: dict[str, int], part: str, whole: str = "runs") -> str:
+    return f"{counts[part]}/{counts[whole]}"
+
+
+def _totals(found: dict[str, Any]) -> list[str]:
+    body = []
+    for name, total in {**found["models"], "held out": found["held_out"], "all": found["totals"]}.items():
+        harmless, harmful = total["harmless"], total["harmful"]
+        spared = total["damage_the_oracle_calls_harmless"]
+        body.append(
+            [
+                name,
+                total["runs"],
+                _share(harmless, "false_alarms"),
+                _share(harmful, "detected"),
+                harmful["missed"],
+                harmful["missed_and_harmful_on_other_text_only"],
+                harmless["undecided"] + harmful["undecided"] + spared["undecided"],
+                harmful["undecided_near_a_limit"] + spared["undecided_near_a_limit"],
+                _share(spared, "false_alarms"),
+                _share(total["named"], "rightly", "of"),
+            ]
+        )
+    head = [
+        "model",
+        "runs",
+        "false alarms",
+        "detected",
+        "missed",
+        "(by other text only)",
+        "undecided",
+        "(near a limit)",
+    ]
+    return _lines("Totals", [*head, "alarms on spared", "named"], body)
+
+
+def _gates(found: dict[str, Any]) -> list[str]:
+    head = ["gate", "caught", "beyond primary", "only it", "alarms on harmless", "cost"]
+    costs = found["costs"].get("share", {})
+    body = [
+        [gate, *values.values(), f"{100 * costs[gate]:.1f} %" if gate in costs else "-"]
+        for gate, values in found["guards"].items()
+    ]
+    return _lines("Gates (cost: CPU time added to a side's bare measurement)", head, body)
+
+
 def _describe(row: Row) -> str:
-    oracle = row["oracle"]
-    truth = ""
-    if oracle:
-        shown = (f"{n} {t['log_ratio']:+.3f}/{t['kl']:.3f}/{t['flips']:.3f}" for n, t in oracle["texts"].items())
-        truth = f"; oracle {'harmful' if oracle['harmful'] else 'harmless'} ({', '.join(shown)}; nearest {oracle['nearest']:.2f})"
-    figures = ", ".join(f"{n} {v:.3f}" for n, v in row["figures"].items() if isinstance(v, float))
-    return (
-        f"  {row['model']} {row['edit']} {row['severity']} @{row['place']:g}#{row['seed']}: {outcome(row)}, {row['verdict']} by "
-        f"{'+'.join(row['failed']) or '-'}, named {row['named']}, expected {row['expected'][:2]}{truth}; {figures}"
-        + (f"; {row['reasons'][0][:160]}" if row["reasons"] else "")
+    what = f"  {row['model']} {row['edit']} {row['severity']} @{row['place']:g}#{row['seed']}: {outcome(row)}"
+    verdict = (
+        f"{row['verdict']} by {'+'.join(row['failed']) or '-'}, named {row['named']}, expected {row['expected'][:2]}"
     )
+    parts = [what, verdict, ", ".join(f"{n} {v:.3f}" for n, v in row["figures"].items() if isinstance(v, float))]
+    if oracle := row["oracle"]:
+        shown = [f"{n} {t['log_ratio']:+.3f}/{t['kl']:.3f}/{t['flips']:.3f}" for n, t in oracle["texts"].items()]
+        parts.append(f"oracle log ratio/KL/flips: {', '.join(shown)}; nearest {oracle['nearest']:.2f}")
+    return "; ".join([*parts, *(reason[:120] for reason in row["reasons"][:1])])
