@@ -57,6 +57,18 @@ def test_divergence_fails_where_the_ratio_sees_nothing(kl: float, flips: float, 
     assert certificate["verdict"]["status"] == ("PASS" if decision == "pass" else "FAIL")
 
 
+@pytest.mark.parametrize(
+    ("limit", "decision"),
+    [(0.98, "fail"), (1.002, "inconclusive"), (1.05, "pass"), (1.2, "pass")],  # relative to the estimate
+)
+def test_an_estimate_just_under_its_limit_passes_only_if_its_interval_does(limit: float, decision: str) -> None:
+    rate = _certificate(flips=0.1)["divergence"]["flip_rate"]
+    certificate = _certificate({"metrics": {"divergence": {"flip_max": rate * limit}}}, flips=0.1)
+    assert gates(certificate)["token_flips"] == decision
+    low, high = certificate["divergence"]["flip_ci"]
+    assert low < rate < high < rate * 1.05
+
+
 def test_intent_finetune_turns_divergence_into_a_warning_and_says_so() -> None:
     certificate = _certificate(kl=0.3, flips=0.4, facts={"intent": "finetune"})
     gate = next(gate for gate in certificate["gates"] if gate["name"] == "divergence_kl")
