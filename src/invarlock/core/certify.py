@@ -213,9 +213,7 @@ def _refuse_subject(job: _Job, baseline: Side, subject: Side) -> dict[str, Any] 
     findings = guard.pair(old, new)["findings"]
     foreign = [f for f in findings if f["code"] == "E002"]
     if foreign and job.policy.values["sample"]["shortfall"] == "stop":
-        raise PairingError(
-            foreign[0]["message"] + "; certify with the tokenizer that the subject ships with", code="E002"
-        )
+        raise PairingError(foreign[0]["message"] + "; put the baseline's tokenizer beside the subject", code="E002")
     fatal = [f for f in findings if f["group"] == "structure" or f["code"] in ("E002", "vocabulary_size")]
     return _refused_certificate(job, baseline, subject) if fatal else None
 
