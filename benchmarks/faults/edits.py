@@ -308,11 +308,12 @@ def lose_head(folder: Path, place: Place) -> Culprits:
     """Drop the output layer from the file; where it is tied, store another one beside the embedding."""
     head = next(n for n, m in place.model.named_modules() if m is place.model.get_output_embeddings()) + ".weight"
     tensors = load_file(folder / "model.safetensors")
-    if head in tensors:
-        del tensors[head]
-    else:
-        like = place.model.get_output_embeddings().weight
-        tensors[head] = (torch.randn(like.shape, generator=place.rng) * 0.02).half()
+    weight = place.model.get_output_embeddings().weight.detach()
+    if torch.equal(weight, place.model.get_input_embeddings().weight):
+        tensors[head] = (torch.randn(weight.shape, generator=place.rng) * 0.02).half()
+    else:  # found by its values: a file may have another name for it
+        stored = next(n for n, t in tensors.items() if t.shape == weight.shape and torch.equal(t, weight.to(t.dtype)))
+        del tensors[stored]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return {head}
 

@@ -316,3 +316,17 @@ def test_a_single_file_of_any_name_is_read(llama_model: Path, tmp_path: Path) ->
     (folder / "model.safetensors").unlink()
     save_file(tensors, folder / "weights.safetensors")
     assert _findings(llama_model, folder) == []
+
+
+def test_a_tensor_stored_twice_with_other_values_is_a_finding_under_the_foreign_name(
+    llama_model: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(llama_model, tmp_path / "copy"))
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name.removeprefix("model.")] = tensors[name].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert _findings(llama_model, folder) == []
+    tensors[name.removeprefix("model.")] *= 2
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert _findings(llama_model, folder) == [("tensor_unexpected", name.removeprefix("model."))]

@@ -233,15 +233,24 @@ def _files(folder: Path) -> list[Path]:
 def read_structure(folder: Path, layout: Layout | None) -> Structure:
     """Stream the checkpoint's tensors once, one at a time: names, shapes, types, digests, non-finite values.
 
-    Raises ModelLoadError for a file that is truncated or no safetensors file, naming it.
+    Where two stored names stand for one tensor and differ, the one that is not the model's own name counts as
+    unexpected: which of them is loaded nobody can tell. Raises ModelLoadError for a file that is truncated or no
+    safetensors file, naming it.
     """
     rows: dict[str, TensorFacts] = {}
+    stored_as: dict[str, str] = {}
     for path in _files(folder):
         try:
             with safe_open(path, framework="pt") as shard:
                 for stored in shard.keys():  # noqa: SIM118 - safe_open is no mapping
                     name = layout.canonical(stored) if layout else stored
-                    rows[name] = _facts(name, shard.get_tensor(stored))
+                    facts = _facts(name, shard.get_tensor(stored))
+                    if name in rows and rows[name].digest != facts.digest:
+                        other = stored_as[name] if stored == name else stored
+                        rows[other] = (rows[name] if stored == name else facts).model_copy(update={"name": other})
+                        if stored != name:
+                            continue
+                    rows[name], stored_as[name] = facts, stored
         except (SafetensorError, OSError) as error:
             raise ModelLoadError(
                 f"{path} cannot be read ({_first_line(error)}); it is truncated or not a safetensors file: copy it again"
