@@ -7,9 +7,11 @@ files changes what was saved. Both return the names of what they changed: the cu
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,15 +29,16 @@ UNIFORM = {"uniform"}
 
 @dataclass
 class Place:
-    """What an edit works on. `at` in [0, 1] chooses the layer, `rng` everything else that is left to chance."""
+    """What an edit works on. `at` in [0, 1] chooses the layer, `rng` everything else that is left to chance.
+
+    `earlier` are the generators of the same edit's lower seeds, as they began.
+    """
 
     model: Any
     at: float
     rng: torch.Generator
+    earlier: tuple[torch.Generator, ...] = ()
     seen: frozenset[int] = frozenset()  # token ids in the windows of the certificate
-
-    def pick(self, items: list[Any]) -> Any:
-        return items[int(torch.randint(len(items), (1,), generator=self.rng))]
 
     def layer(self) -> list[WeightMatrix]:
         found = list(layers(self.model).values())
@@ -68,6 +71,15 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.edit.name}@{self.at:g}#{self.seed}"
+
+    def place(self, model: Any, seen: frozenset[int]) -> Place:
+        """Return where the edit is made."""
+        generators = [_generator(replace(self, seed=seed).name) for seed in range(self.seed + 1)]
+        return Place(model, self.at, generators[-1], tuple(generators[:-1]), seen)
+
+
+def _generator(name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(int(hashlib.sha256(name.encode()).hexdigest()[:12], 16))
 
 
 def cases(edits: tuple[Edit, ...]) -> Iterator[Case]:
@@ -148,17 +160,26 @@ def permute_heads(place: Place) -> Culprits:
 
 
 def move_factor(factor: float) -> Callable[[Place], Culprits]:
-    """Multiply the values (or queries) by a factor and divide the output projection (or the keys) by it."""
+    """Multiply values (every second seed: queries) by a factor and divide the output projection (or the keys) by it.
+
+    The first two seeds do so in all heads, the others in some.
+    """
 
     def change(place: Place) -> Culprits:
         attention = _one_attention(place)
         if attention is None:
             return None
-        values = bool(torch.randint(2, (1,), generator=place.rng))
-        for part in attention.value if values else attention.query:
-            part.mul_(factor)
-        for part in [attention.output] if values else attention.key:
-            part.div_(factor)
+        seed, count = len(place.earlier), attention.output.shape[1]
+        chosen = torch.rand(count, generator=place.rng).argsort()[
+            : count if seed < 2 else 1 + (seed // 2) % (count - 1)
+        ]
+        for part in attention.query if seed % 2 else attention.value:
+            part[chosen] *= factor
+        if seed % 2:
+            for part in attention.key:
+                part[chosen] /= factor
+        else:
+            attention.output[:, chosen] /= factor
         return set(attention.names)
 
     return change
@@ -168,11 +189,18 @@ Change = Callable[[torch.Tensor, torch.Generator], torch.Tensor | None]
 
 
 def one_matrix(change: Change, family: str | None = None) -> Callable[[Place], Culprits]:
-    """Change one matrix of the layer, the family left to chance unless given; None from `change`: try the next."""
+    """Change one matrix of the layer, the family left to chance unless given; None from `change`: try the next.
+
+    No seed takes a matrix that a lower seed has taken, as long as there are others.
+    """
 
     def apply(place: Place) -> Culprits:
         members = [w for w in place.layer() if family is None or w.family == family]
-        order = torch.randperm(len(members), generator=place.rng).tolist()
+        taken: list[int] = []
+        for rng in (*place.earlier, place.rng):
+            order = torch.randperm(len(members), generator=rng).tolist()
+            order.sort(key=lambda i: taken.count(i))
+            taken.append(order[0])
         for weight in (members[i] for i in order):
             tensor = weight.tensor()
             changed = change(tensor.clone(), place.rng)
@@ -244,19 +272,18 @@ def swap_layers(place: Place) -> Culprits:
     stacks: dict[str, list[str]] = {}
     for path in paths:
         stacks.setdefault(path.rpartition(".")[0], []).append(path)
-    stack = [s for s in stacks.values() if len(s) > 1]
-    if not stack:
-        return None
-    chosen = stack[round(place.at * (len(stack) - 1))] if len(stack) > 1 else stack[0]
-    first = round(place.at * (len(chosen) - 2))
-    one, two = (place.model.get_submodule(path).state_dict() for path in chosen[first : first + 2])
+    pairs = [pair for stack in stacks.values() for pair in itertools.pairwise(stack)]
+    if len(pairs) < len(_THREE) and place.at not in (0.0, 1.0):
+        return None  # the pair of another place
+    chosen = pairs[round(place.at * (len(pairs) - 1))]
+    one, two = (place.model.get_submodule(path).state_dict() for path in chosen)
     names = set()
     for key, tensor in one.items():
         if key in two and two[key].shape == tensor.shape:
             kept = tensor.clone()
             tensor.copy_(two[key])
             two[key].copy_(kept)
-            names |= {f"{path}.{key}" for path in chosen[first : first + 2]}
+            names |= {f"{path}.{key}" for path in chosen}
     return names
 
 

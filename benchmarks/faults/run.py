@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from benchmarks.faults.edits import EDITS, UNIFORM, Case, Place, cases
+from benchmarks.faults.edits import EDITS, UNIFORM, Case, cases
 from benchmarks.faults.oracle import Oracle, limits_of, load_model, other_windows
 
 from invarlock.adapters import HF_Auto_Adapter
@@ -117,9 +117,8 @@ class Bench:
             shutil.rmtree(subject.parent)
 
     def _make(self, case: Case, folder: Path) -> set[str] | None:
-        seed = int(hashlib.sha256(case.name.encode()).hexdigest()[:12], 16)
         used = {token for w in self.windows.all for token in (*w.input_ids, *(w.labels or ()))}
-        place = Place(self.live, case.at, torch.Generator().manual_seed(seed), frozenset(used))
+        place = case.place(self.live, frozenset(used))
         culprits: set[str] | None = set()
         if case.edit.name == "self":
             shutil.copytree(self.folder, folder)
