@@ -69,7 +69,9 @@ def main() -> None:
     for name in layers:
         whole = layers[name] / options.layers * LAYERS + ends[name]
         total += whole
-        print(f"{name:7s} {layers[name] / options.layers:7.2f} s/layer  {ends[name]:6.2f} s ends  {whole:7.1f} s in all")
+        print(
+            f"{name:7s} {layers[name] / options.layers:7.2f} s/layer  {ends[name]:6.2f} s ends  {whole:7.1f} s in all"
+        )
     print(f"total {total:.0f} s ({options.layers} of {LAYERS} layers measured), threads {torch.get_num_threads()}")
     print(f"peak memory {peak_mb() - before:.0f} MB above the start")
 

@@ -34,7 +34,9 @@ def test_as_many_windows_are_sampled_as_the_policy_says(demo_model: Path, tmp_pa
 
 def test_variance_watches_the_tap_of_the_policy(demo_model: Path, tmp_path: Path) -> None:
     taps = {
-        tap: [row["name"] for row in _facts(demo_model, tmp_path, {"variance": {"tap": tap}})["variance"]["facts"]["taps"]]
+        tap: [
+            row["name"] for row in _facts(demo_model, tmp_path, {"variance": {"tap": tap}})["variance"]["facts"]["taps"]
+        ]
         for tap in ("ffn", "attn")
     }
     assert all(".mlp." in name for name in taps["ffn"])

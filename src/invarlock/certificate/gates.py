@@ -147,7 +147,9 @@ def _divergence(m: Measured) -> Iterator[Gate]:
             decision, reason = "fail", _named(reason, m)
         elif value > _NEAR * limit and not _within(getattr(d, interval)[1], limit):
             decision = "inconclusive"
-            reason += f", within a tenth of it, and the interval reaches {getattr(d, interval)[1]}: measure more windows"
+            reason += (
+                f", within a tenth of it, and the interval reaches {getattr(d, interval)[1]}: measure more windows"
+            )
         if decision != "pass" and mode == "warn":
             decision = "warn"
         if m.intent == "finetune":
@@ -265,9 +267,7 @@ def _reasons(gate: Gate, m: Measured) -> list[Reason]:
     symptom = gate.name in _SYMPTOMS and gate.decision == "fail"
     if section is None or not section.errors:
         return [
-            Reason(
-                code=gate.name.upper(), message=gate.reason, gate=gate.name, tensor=m.culprit if symptom else None
-            )
+            Reason(code=gate.name.upper(), message=gate.reason, gate=gate.name, tensor=m.culprit if symptom else None)
         ]
     reasons = []
     for finding in section.errors[:_MOST_REASONS]:

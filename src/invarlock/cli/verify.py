@@ -19,8 +19,12 @@ __all__ = ["verify"]
 def verify(
     certificates: Annotated[list[Path], typer.Argument(metavar="CERT...", help="Certificate files, or their folders.")],
     baseline: Annotated[Path | None, typer.Option(help="Also hold it against the baseline's report.json.")] = None,
-    baseline_model: Annotated[Path | None, typer.Option(help="Also hold the weights digest against this folder.")] = None,
-    subject_model: Annotated[Path | None, typer.Option(help="Also hold the weights digest against this folder.")] = None,
+    baseline_model: Annotated[
+        Path | None, typer.Option(help="Also hold the weights digest against this folder.")
+    ] = None,
+    subject_model: Annotated[
+        Path | None, typer.Option(help="Also hold the weights digest against this folder.")
+    ] = None,
     tolerance: Annotated[float, typer.Option(help="Relative tolerance of numbers that are derived again.")] = 1e-9,
     profile: ProfileOption = None,
     json: JsonOption = False,
