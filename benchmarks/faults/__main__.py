@@ -1,4 +1,4 @@
-"""`python -m benchmarks.faults`: run the fault matrix, print it, and write benchmarks/results/faults.json.
+"""`python -m benchmarks.faults`: run the fault matrix, print it, and write benchmarks/results/faults.{json,txt}.
 
 python -m benchmarks.faults                          # every model that is there, resuming what was interrupted
 python -m benchmarks.faults --model FOLDER ...        # other models
@@ -49,8 +49,11 @@ def main() -> None:
     rows = [row for name, folder in models.items() for row in stored(name, folder, arguments.work, rejudge=again)]
     result = table.result(rows, _costs(models, arguments.work) if arguments.costs else _old_costs(arguments.out))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(table.render(result))
+    lines = json.dumps(result, separators=(",", ":")).replace('{"model":', '\n{"model":')  # a run a line
+    arguments.out.write_text(lines + "\n", encoding="utf-8")
+    text = table.render(result)
+    arguments.out.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+    print(text)
 
 
 def _costs(models: dict[str, Path], work: Path) -> dict[str, Any]:

@@ -367,7 +367,13 @@ def drop_layer(folder: Path, place: Place) -> Culprits:
             kept[f"{base}.{int(index) - (int(index) > number)}.{rest}"] = tensor
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     keys = ("num_hidden_layers", "n_layer", "num_decoder_layers" if "decoder" in stack else "num_layers")
-    return names | _configure(folder, lambda c: {k: c[k] - 1 for k in keys if isinstance(c.get(k), int)})
+
+    def shorter(config: dict[str, Any]) -> dict[str, Any]:
+        counts = {k: config[k] - 1 for k in keys if isinstance(config.get(k), int)}
+        lists = {k: v for k, v in config.items() if isinstance(v, list) and len(v) == last + 1}  # one entry a layer
+        return counts | {k: [*v[:number], *v[number + 1 :]] for k, v in lists.items()}
+
+    return names | _configure(folder, shorter)
 
 
 def _configure(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> set[str]:

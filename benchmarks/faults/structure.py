@@ -90,7 +90,8 @@ def _attention(model: Any, members: list[WeightMatrix]) -> Attention | None:
     if "output" not in roles:
         return None
     output = roles["output"].tensor().unflatten(1, (count, -1))
-    return Attention(tuple(w.name for w in members), parts["query"], parts["key"], parts["value"], output)
+    biases = [f"{w.module}.bias" for role, w in roles.items() if role != "output" and bias_of(model, w)]
+    return Attention((*(w.name for w in members), *biases), parts["query"], parts["key"], parts["value"], output)
 
 
 def _cut_fused(model: Any, weight: WeightMatrix, count: int) -> dict[str, list[torch.Tensor]]:
