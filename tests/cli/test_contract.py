@@ -1,0 +1,101 @@
+"""Every command through the installed script: its help, one success, one failure; and the form of what `--json` prints."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from certification import CertifyOutcome
+from invarlock.cli.app import COMMANDS
+from invarlock.cli.envelopes import ENVELOPES, envelope_schemas
+from invarlock.reporting.bundle import write_bundle
+from runs import Configure
+
+from .conftest import Script
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a command is given in a success and in a failure; `code` is the failure's exit code."""
+
+    success: list[str]
+    failure: list[str]
+    code: int
+    envelope: str | None = None
+
+
+@pytest.fixture
+def cases(
+    passed: CertifyOutcome, configure: Configure, demo_model: Path, text_file: Path, tmp_path: Path
+) -> dict[str, Case]:
+    certificate = tmp_path / "certified"
+    write_bundle(passed.certificate, certificate)
+    config = str(configure("contract"))
+    preset = tmp_path / "preset.yaml"
+    data = {"provider": {"kind": "local_jsonl", "file": str(text_file)}, "seq_len": 32}
+    preset.write_text(json.dumps({"dataset": data}), encoding="utf-8")
+    certify = ["certify", "--subject", str(demo_model), "--profile", "dev", "--preset", str(preset)]
+    certify += ["--out", str(tmp_path / "runs"), "--cert-out", str(tmp_path / "cert")]
+    run = ["run", "-c", config, "--out", str(tmp_path / "made"), "--profile", "dev"]
+    sweep = ["calibrate", "null-sweep", "--seeds", "2", "--out", str(tmp_path / "sweep")]
+    missing = str(tmp_path / "missing")
+    return {
+        "certify": Case([*certify, "--baseline", str(demo_model)], [*certify, "--baseline", missing], 1, "certify-v1"),
+        "run": Case(run, [*run, "--edit", "no_such_edit"], 2, "run-v1"),
+        "verify": Case(["verify", str(certificate)], ["verify", missing], 2, "verify-v1"),
+        "report": Case(["report", "explain", str(certificate)], ["report", "explain", missing], 2),
+        "plugins": Case(["plugins", "list"], ["plugins", "guards", "--explain", "no_such_guard"], 2, "plugins-v1"),
+        "calibrate": Case([*sweep, "-c", config], [*sweep, "-c", missing], 2, "calibration-v1"),
+        "doctor": Case(["doctor"], ["doctor", "--config", missing], 1, "doctor-v1"),
+        "demo": Case(["demo", "--out", str(tmp_path / "demo")], ["demo", "--out", str(preset)], 1),
+        "version": Case(["version"], ["version", "--no-such-flag"], 2, "version"),
+    }
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_plain_and_fits_80_columns(script: Script, command: str) -> None:
+    shown = script(command, "--help", COLUMNS="80", NO_COLOR="1")
+    assert shown.returncode == 0 and f"invarlock {command}" in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+    assert "\x1b" not in shown.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_success_exits_with_0_and_a_failure_is_one_line(script: Script, cases: dict[str, Case], command: str) -> None:
+    case = cases[command]
+    done = script(*case.success, COLUMNS="80")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() and "\x1b" not in done.stdout + done.stderr
+    failed = script(*case.failure)
+    assert failed.returncode == case.code, failed.stderr
+    said = failed.stderr.strip() or failed.stdout.strip()
+    assert "Traceback" not in failed.stderr and said
+    assert len(failed.stderr.strip().splitlines()) <= 1
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("report", "demo")])
+def test_json_is_one_line_and_follows_the_shipped_schema(script: Script, cases: dict[str, Case], command: str) -> None:
+    case = cases[command]
+    assert case.envelope is not None
+    done = script(*case.success, "--json")
+    assert done.returncode == 0 and done.stdout.count("\n") == 1, done.stderr
+    Draft202012Validator(_shipped()[case.envelope]).validate(json.loads(done.stdout))
+
+
+def test_the_shipped_schemas_are_current() -> None:
+    assert _shipped() == json.loads(json.dumps(envelope_schemas()))
+    assert set(_shipped()) == set(ENVELOPES)
+    for schema in _shipped().values():
+        Draft202012Validator.check_schema(schema)
+        assert list(Draft202012Validator(schema).iter_errors({}))
+
+
+def _shipped() -> dict[str, dict[str, object]]:
+    text = resources.files("invarlock.data").joinpath("envelopes.schema.json").read_text(encoding="utf-8")
+    found: dict[str, dict[str, object]] = json.loads(text)
+    return found
