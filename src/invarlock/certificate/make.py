@@ -39,7 +39,7 @@ from invarlock.core.exceptions import PairingError
 from invarlock.core.policy import ResolvedPolicy
 from invarlock.eval.bootstrap import Interval
 from invarlock.eval.metrics import confidence_label
-from invarlock.evidence.model import DataFacts, Evidence, Structure, WindowRows, canonical_digest
+from invarlock.evidence.model import DataFacts, Evidence, WindowRows, canonical_digest
 from invarlock.guards import sketch
 from invarlock.guards.base import StatsGuard
 from invarlock.guards.invariants import InvariantsGuard
@@ -506,11 +506,6 @@ def recall(certificate: Certificate) -> Recorded:
         provenance=c.provenance,
         refused=refused,
     )
-
-
-def structure_of(baseline: Structure, subject: Structure, **others: Any) -> StructureSection:
-    """Return the section for two tables that were read from files."""
-    return StructureSection(baseline=baseline, subject=subject, **others)
 
 
 def plugin_section(outcome: Mapping[str, Any]) -> PluginGuardSection:
