@@ -120,13 +120,13 @@ def test_every_value_falls_into_the_bin_whose_lower_edge_is_at_most_an_eighth_be
     assert histogram_quantile([0] * len(HISTOGRAM_EDGES), 0.5) is None
 
 
-def _rows(logits: torch.Tensor, labels: torch.Tensor) -> tuple[TokenReference, torch.Tensor]:
-    norm = logits.logsumexp(-1)
-    return reference_rows(logits, norm, logits.gather(-1, labels[:, None])[:, 0] - norm), norm
+def _rows(logits: torch.Tensor, labels: torch.Tensor) -> TokenReference:
+    log_probs = logits.log_softmax(-1)
+    return reference_rows(log_probs, log_probs.gather(-1, labels[:, None])[:, 0])
 
 
 def _compare(before: torch.Tensor, after: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return coarsened_kl(_rows(before, labels)[0], after, after.amax(-1), after.logsumexp(-1), labels)
+    return coarsened_kl(_rows(before, labels), after.log_softmax(-1), labels)
 
 
 @pytest.mark.parametrize("vocabulary", [5, TOP, TOP + 1, 500])

@@ -208,11 +208,11 @@ def test_accuracy_counts_the_top_token_and_gives_nothing_for_indifference() -> N
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([window.input_ids])).logits[0, :-1]
     expected = (logits.argmax(-1) == torch.tensor(window.input_ids[1:])).float().mean()
-    assert forward_windows(model, [window]).correct == pytest.approx([float(expected)])
+    assert forward_windows(model, [window], want_correct=True).correct == pytest.approx([float(expected)])
     mute = copy.deepcopy(model)
     with torch.no_grad():
         mute.transformer.wte.weight.zero_()
-    assert forward_windows(mute, [window]).correct == [0.0]
+    assert forward_windows(mute, [window], want_correct=True).correct == [0.0]
 
 
 def test_progress_reaches_the_end() -> None:

@@ -19,6 +19,7 @@ from invarlock.eval.metrics import (
     decide_upper,
     drift,
     flip_rate_interval,
+    is_accuracy,
     paired_log_ratio,
     perplexity,
     safe_exp,
@@ -30,7 +31,6 @@ __all__ = [
     "Rows",
     "divergence_section",
     "drift_interval",
-    "is_accuracy",
     "not_evaluated_metric",
     "primary_metric",
     "tail_section",
@@ -39,11 +39,6 @@ __all__ = [
 Policy = Mapping[str, Any]
 Array = NDArray[np.float64]
 _EDGES = "0, then 20 bins a decade from 1e-7 to 1e2 nats"
-
-
-def is_accuracy(kind: str) -> bool:
-    """Say whether the metric is an accuracy (higher is better, judged in percentage points)."""
-    return kind.endswith("accuracy")
 
 
 def _floats(values: list[float | None] | list[int] | list[float]) -> Array:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from invarlock.certificate.derive import is_accuracy
 from invarlock.certificate.schema import (
     Divergence,
     Gate,
@@ -25,7 +24,7 @@ from invarlock.certificate.schema import (
     Verdict,
 )
 from invarlock.eval.bootstrap import Interval
-from invarlock.eval.metrics import safe_exp
+from invarlock.eval.metrics import is_accuracy, safe_exp
 from invarlock.evidence.model import finite_or_none
 
 __all__ = ["Measured", "all_gates", "validation_of", "verdict_of"]

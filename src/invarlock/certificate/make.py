@@ -38,7 +38,7 @@ from invarlock.certificate.schema import (
 from invarlock.core.exceptions import PairingError
 from invarlock.core.policy import ResolvedPolicy
 from invarlock.eval.bootstrap import Interval
-from invarlock.eval.metrics import confidence_label
+from invarlock.eval.metrics import confidence_label, is_accuracy
 from invarlock.evidence.model import DataFacts, Evidence, WindowRows, canonical_digest
 from invarlock.guards import sketch
 from invarlock.guards.base import StatsGuard
@@ -168,7 +168,7 @@ def record(baseline: Evidence, subject: Evidence, policy: ResolvedPolicy, facts:
     """Put two pieces of evidence side by side. Raises PairingError where they are not about the same windows."""
     _check_pairing(baseline, subject)
     reference = baseline.reference_digest
-    compared = not stats.is_accuracy(baseline.metric_kind) and subject.kl_histogram is not None
+    compared = not is_accuracy(baseline.metric_kind) and subject.kl_histogram is not None
     families = {
         row["name"]: row["family"] for row in baseline.guards.get("spectral", {}).get("modules", ()) if "family" in row
     }
@@ -330,7 +330,7 @@ def _figures(r: Recorded) -> _Figures:
     if r.refused is not None:
         return _Figures(stats.not_evaluated_metric(r.metric_kind, r.policy, r.refused), None, None, None)
     rows = stats.Rows.of(r.rows["preview"], r.rows["final"])
-    language = not stats.is_accuracy(r.metric_kind)
+    language = not is_accuracy(r.metric_kind)
     return _Figures(
         metric=stats.primary_metric(r.metric_kind, rows, r.policy, same_weights=_same_weights(r)),
         drift=stats.drift_interval(rows, r.policy) if language else None,

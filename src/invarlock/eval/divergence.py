@@ -63,12 +63,12 @@ def contract() -> dict[str, Any]:
     }
 
 
-def reference_rows(logits: torch.Tensor, log_norm: torch.Tensor, label_log_prob: torch.Tensor) -> TokenReference:
-    """Return the compact form of `logits` [n, V] with `log_norm` = logsumexp [n]."""
+def reference_rows(log_probs: torch.Tensor, label_log_prob: torch.Tensor) -> TokenReference:
+    """Return the compact form of `log_probs` [n, V]; `label_log_prob` [n] are those of the tokens that came."""
     import torch
 
-    values, ids = torch.topk(logits, min(TOP, logits.shape[-1]), dim=-1)
-    return TokenReference(ids.to(torch.int32), values - log_norm[:, None], label_log_prob)
+    values, ids = torch.topk(log_probs, min(TOP, log_probs.shape[-1]), dim=-1)
+    return TokenReference(ids.to(torch.int32), values, label_log_prob)
 
 
 def _cells(log_probs: torch.Tensor, label: torch.Tensor, label_is_apart: torch.Tensor) -> torch.Tensor:
@@ -82,43 +82,37 @@ def _cells(log_probs: torch.Tensor, label: torch.Tensor, label_is_apart: torch.T
 
 
 def coarsened_kl(
-    reference: TokenReference, logits: torch.Tensor, top: torch.Tensor, log_norm: torch.Tensor, labels: torch.Tensor
+    reference: TokenReference, log_probs: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (KL in nats [n] float64, flipped [n] bool) of the subject's `logits` [n, V] against the reference.
+    """Return (KL in nats [n] float64, flipped [n] bool) of the subject's `log_probs` [n, V] against the reference.
 
-    `top` [n] is each row's largest logit, `log_norm` [n] its logsumexp, `labels` [n] the tokens that came.
-
-    A token flips when the baseline's most likely id is not the subject's (see `is_top`; as many ties as the baseline
-    had are no flip). Non-finite logits give NaN and count as flipped.
+    `labels` [n] are the tokens that came. A token flips when the baseline's most likely id is not the subject's (see
+    `is_top`; as many ties as the baseline had are no flip). NaN log-probabilities give NaN and count as flipped.
     """
     import torch
 
     ids = reference.ids.long()
-    picked = logits.gather(-1, ids)
+    picked = log_probs.gather(-1, ids)
     apart = (ids != labels[:, None]).all(-1)
-    label_log_prob = logits.gather(-1, labels[:, None])[:, 0] - log_norm
     p = _cells(reference.log_probs, reference.label_log_prob, apart)
-    q = _cells(picked - log_norm[:, None], label_log_prob, apart)
+    q = _cells(picked, log_probs.gather(-1, labels[:, None])[:, 0], apart)
     terms = torch.where(p > 0, p * (p / q.clamp_min(1e-300)).log(), 0.0)
-    kl = terms.sum(-1)
-    broken = torch.isnan(q).any(-1) | ~torch.isfinite(log_norm)
-    kl = torch.where(broken, torch.nan, kl.clamp_min(0.0))
+    kl = torch.where(torch.isnan(q).any(-1), torch.nan, terms.sum(-1).clamp_min(0.0))
     ties = (reference.log_probs >= reference.log_probs[:, :1]).sum(-1)
-    allowed = torch.where(ties == ids.shape[-1], logits.shape[-1], ties).clamp_min(TIES)
-    return kl, ~is_top(logits, top, picked[:, 0], log_norm, allowed)
+    allowed = torch.where(ties == ids.shape[-1], log_probs.shape[-1], ties).clamp_min(TIES)
+    return kl, ~is_top(log_probs, picked[:, 0], allowed)
 
 
-def is_top(
-    logits: torch.Tensor, top: torch.Tensor, picked: torch.Tensor, log_norm: torch.Tensor, allowed: torch.Tensor
-) -> torch.Tensor:
-    """Say for each row of `logits` [n, V] whether `picked` [n] is its largest (`top` [n]) and at most `allowed` [n] share it.
+def is_top(log_probs: torch.Tensor, picked: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """Say for each row of `log_probs` [n, V] whether `picked` [n] is its largest and at most `allowed` [n] share it.
 
     Where k share it, each has a probability of at most 1/k: only rows that low are counted. NaN is never the top.
     """
+    top = log_probs.amax(-1)
     among = picked >= top
-    unsure = among & (top - log_norm <= 1e-3 - math.log(TIES + 1))
+    unsure = among & (top <= 1e-3 - math.log(TIES + 1))
     if bool(unsure.any()):
-        sharing = (logits[unsure] >= top[unsure, None]).sum(-1)
+        sharing = (log_probs[unsure] >= top[unsure, None]).sum(-1)
         among[unsure] = sharing <= allowed[unsure]
     return among
 

@@ -5,6 +5,8 @@
 - The output layer is applied to a few hundred tokens at a time, so logits never exist whole. That shortcut (body, then
   output embedding) is checked against the model's own logits on the first batch, bit for bit, and dropped for models
   that do more after the output layer (soft caps, scales, transforms), however little that changes small logits.
+- What follows is done for a few dozen tokens at a time, whose log-probabilities stay in the processor's cache: fresh
+  memory for every step over whole chunks would cost more than the arithmetic.
 - All sums run in double precision. Baseline and subject see the same batches in the same order, so a model against
   itself gives the same bits.
 """
@@ -32,6 +34,7 @@ Progress = Callable[[int, int], None]
 
 BATCH_TOKENS = 2048
 _CHUNK_BYTES = 48 * 2**20  # of logits held at a time
+_BLOCK_BYTES = 8 * 2**20  # of log-probabilities worked on at a time
 _EXACT_BYTES = 48 * 2**20  # of whole distributions kept of the baseline, for the exact divergence of a few windows
 _EXACT_WINDOWS = 8
 _PROBE_TOKENS = 16
@@ -60,7 +63,7 @@ class LoopResult:
 
     loss: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
-    correct: list[float] = field(default_factory=list)
+    correct: list[float] | None = None
     kl_sum: list[float] | None = None
     kl_max: list[float] | None = None
     flips: list[int] | None = None
@@ -153,8 +156,8 @@ def _collate(windows: Sequence[Window], indices: list[int], task: Task, device: 
     return _Batch(indices, inputs, labels, labels != IGNORED)
 
 
-class _Logits:
-    """Yields the logits of the scored positions of a batch, a chunk of tokens at a time."""
+class _LogProbs:
+    """Yields the log-probabilities at the scored positions of a batch, a block of tokens at a time."""
 
     def __init__(self, model: Any, task: Task) -> None:
         self.model = model
@@ -204,8 +207,8 @@ class _Logits:
         if self.shortcut is None:
             self.shortcut = self._check_shortcut(batch)
 
-    def chunks(self, batch: _Batch) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Yield (start, stop, logits float32 [stop - start, V]) over the scored tokens of the batch, row by row."""
+    def blocks(self, batch: _Batch) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Yield (start, stop, log-probabilities float32 [stop - start, V]) over the scored tokens, row by row."""
         states = (self._hidden(batch) if self.shortcut else self._call(batch))[batch.scored]
         if self.shortcut:
             assert self.head is not None
@@ -216,7 +219,10 @@ class _Logits:
         for start in range(0, len(states), step):
             piece = states[start : start + step]
             logits = self.head(piece) if self.shortcut and self.head is not None else piece
-            yield start, start + len(piece), logits.float()
+            rows = max(1, _BLOCK_BYTES // (4 * width))
+            for first in range(0, len(piece), rows):
+                block = logits[first : first + rows].float().log_softmax(-1)
+                yield start + first, start + first + len(block), block
 
 
 @dataclass
@@ -225,6 +231,7 @@ class _Columns:
 
     count: int
     want_kl: bool
+    want_correct: bool
     keep_reference: bool
     exact: dict[int, Any]  # window -> whole log-probabilities of the baseline [t, V], where there is room for them
     loss: list[float] = field(init=False)
@@ -252,6 +259,7 @@ def forward_windows(
     task: Task = "causal",
     device: str = "cpu",
     batch_tokens: int = BATCH_TOKENS,
+    want_correct: bool = False,
     keep_reference: bool = False,
     reference: divergence.TokenReference | None = None,
     sampler: ActivationSampler | None = None,
@@ -259,6 +267,7 @@ def forward_windows(
 ) -> LoopResult:
     """Measure `model` on every window.
 
+    want_correct: also return each window's share of tokens that are the model's most likely ones.
     keep_reference: also return the compact distribution of each scored token (the baseline's side).
     reference: compare each scored token with this one (the subject's side); rows follow the order of `windows`.
     Returns mean log-loss per window in nats (NaN where the model gives NaN). Raises DataError for a window without
@@ -276,8 +285,8 @@ def forward_windows(
     exact = (
         dict.fromkeys(_exact_windows(counts, model)) if keep_reference else dict(reference.whole) if reference else {}
     )
-    columns = _Columns(len(windows), reference is not None, keep_reference, exact)
-    source = _Logits(model, task)
+    columns = _Columns(len(windows), reference is not None, want_correct, keep_reference, exact)
+    source = _LogProbs(model, task)
     done = 0
     with torch.inference_mode(), _evaluation_mode(model):
         for indices in _batches(windows, batch_tokens):
@@ -310,7 +319,7 @@ def _check_vocabulary(model: Any, windows: Sequence[Window]) -> None:
 
 
 def _measure_batch(
-    source: _Logits,
+    source: _LogProbs,
     batch: _Batch,
     columns: _Columns,
     counts: list[int],
@@ -329,23 +338,22 @@ def _measure_batch(
         compared = divergence.TokenReference(ids, log_probs, label)
     labels = batch.labels[batch.scored]
     pieces: dict[str, list[Any]] = {"loss": [], "hit": [], "kl": [], "flip": [], "reference": []}
-    for start, stop, logits in source.chunks(batch):
+    exact = columns.exact.keys() & set(batch.indices)
+    for start, stop, log_probs in source.blocks(batch):
         if sampler is not None:
             sampler.leave()  # the body has run: the output layer's chunks are no activations of a window
         target = labels[start:stop]
-        top = logits.amax(-1)
-        log_norm = top + (logits - top[:, None]).exp_().sum(-1).log_()  # logsumexp, with its maximum at hand
-        label_logit = logits.gather(-1, target[:, None])[:, 0]
-        label_log_prob = label_logit - log_norm
+        label_log_prob = log_probs.gather(-1, target[:, None])[:, 0]
         pieces["loss"].append(-label_log_prob.double())
-        few = torch.full_like(target, divergence.TIES)
-        pieces["hit"].append(divergence.is_top(logits, top, label_logit, log_norm, few))
-        if columns.exact:
-            _exact_rows(batch.indices, sizes, start, logits - log_norm[:, None], columns)
+        if columns.want_correct:
+            few = torch.full_like(target, divergence.TIES)
+            pieces["hit"].append(divergence.is_top(log_probs, label_log_prob, few))
+        if exact:
+            _exact_rows(batch.indices, sizes, start, log_probs, columns)
         if columns.keep_reference:
-            pieces["reference"].append(divergence.reference_rows(logits, log_norm, label_log_prob))
+            pieces["reference"].append(divergence.reference_rows(log_probs, label_log_prob))
         if compared is not None:
-            kl, flip = divergence.coarsened_kl(compared.rows(start, stop), logits, top, log_norm, target)
+            kl, flip = divergence.coarsened_kl(compared.rows(start, stop), log_probs, target)
             pieces["kl"].append(kl)
             pieces["flip"].append(flip)
     _file(batch.indices, sizes, pieces, columns)
@@ -393,11 +401,12 @@ def _file(indices: list[int], sizes: list[int], pieces: dict[str, list[Any]], co
     """Cut the batch's tokens into windows again and file the numbers under their windows."""
     import torch
 
-    losses, hits = (torch.split(torch.cat(pieces[key]).cpu(), sizes) for key in ("loss", "hit"))
-    for index, loss, hit in zip(indices, losses, hits, strict=True):
+    for index, loss in zip(indices, torch.split(torch.cat(pieces["loss"]).cpu(), sizes), strict=True):
         columns.loss[index] = float(loss.mean())
         columns.tokens[index] = len(loss)
-        columns.correct[index] = float(hit.double().mean())
+    if columns.want_correct:
+        for index, hit in zip(indices, torch.split(torch.cat(pieces["hit"]).cpu(), sizes), strict=True):
+            columns.correct[index] = float(hit.double().mean())
     if columns.want_kl:
         kls, flips = (torch.split(torch.cat(pieces[key]).cpu(), sizes) for key in ("kl", "flip"))
         for index, kl, flip in zip(indices, kls, flips, strict=True):
@@ -412,7 +421,9 @@ def _file(indices: list[int], sizes: list[int], pieces: dict[str, list[Any]], co
 def _collect(columns: _Columns, used_shortcut: bool) -> LoopResult:
     import torch
 
-    out = LoopResult(columns.loss, columns.tokens, columns.correct, used_shortcut=used_shortcut)
+    out = LoopResult(columns.loss, columns.tokens, used_shortcut=used_shortcut)
+    if columns.want_correct:
+        out.correct = columns.correct
     if columns.want_kl:
         out.kl_sum = [float(k.sum()) for k in columns.kl]
         out.kl_max = [float(k.max()) for k in columns.kl]

@@ -22,6 +22,7 @@ from invarlock.eval.loop import (
     evenly_spaced,
     forward_windows,
 )
+from invarlock.eval.metrics import is_accuracy
 from invarlock.eval.windows import WindowSet
 from invarlock.evidence.model import (
     DataFacts,
@@ -133,6 +134,7 @@ def measure_model(
             task=task_of(metric_kind),
             device=device,
             batch_tokens=batch_tokens,
+            want_correct=is_accuracy(metric_kind),
             keep_reference=keep_reference,
             reference=reference,
             sampler=sampler,

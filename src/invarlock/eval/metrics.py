@@ -30,6 +30,7 @@ __all__ = [
     "decide_upper",
     "drift",
     "flip_rate_interval",
+    "is_accuracy",
     "paired_log_ratio",
     "perplexity",
     "safe_exp",
@@ -72,6 +73,11 @@ class AccuracyComparison:
     right_to_wrong: int
     wrong_to_right: int
     n: int
+
+
+def is_accuracy(kind: str) -> bool:
+    """Say whether the metric is an accuracy (higher is better, judged in percentage points)."""
+    return kind.endswith("accuracy")
 
 
 def paired_log_ratio(
