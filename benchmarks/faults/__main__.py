@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.faults import table
 from benchmarks.faults.costs import costs
-from benchmarks.faults.run import OVERRIDES, PROFILE, SEQ_LEN, TIER, Bench, run_model, stored
+from benchmarks.faults.run import OVERRIDES, PROFILE, SEQ_LEN, TEXTS, TIER, Bench, run_model, stored
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = {"gpt2": ROOT / "src/invarlock/data/demo_model"} | {
@@ -49,7 +49,7 @@ def main() -> None:
     rows = [row for name, folder in models.items() for row in stored(name, folder, arguments.work, rejudge=again)]
     result = table.result(rows, _costs(models, arguments.work) if arguments.costs else _old_costs(arguments.out))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    result["settings"] |= {"tier": TIER, "profile": PROFILE, "seq_len": SEQ_LEN, "overrides": OVERRIDES}
+    result["settings"] |= {"tier": TIER, "profile": PROFILE, "seq_len": SEQ_LEN, "overrides": OVERRIDES, "texts": TEXTS}
     result = json.loads(json.dumps(result), parse_float=lambda digits: float(f"{float(digits):.5g}"))
     lines = json.dumps(result, separators=(",", ":")).replace('{"model":', '\n{"model":')  # a run a line
     arguments.out.write_text(lines + "\n", encoding="utf-8")

@@ -23,7 +23,7 @@ REPEATS = 3
 def costs(bench: Bench) -> dict[str, Any]:
     """Return CPU seconds of a bare measurement and of what each guard adds; the least of three."""
     bench.live.load_state_dict(bench.state)
-    windows = bench.windows.all
+    windows = bench.used["docs"].all
     task: Task = bench.task  # type: ignore[assignment]  # the adapter's, one of the three
     sampled = frozenset(evenly_spaced(len(windows), 8))
 

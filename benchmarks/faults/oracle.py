@@ -1,7 +1,7 @@
-"""What an edit really does: exact ratio, exact KL and flips, on other windows than the certificate's and on other text.
+"""What an edit really does: exact ratio, exact KL and flips, on text that no certificate used.
 
-Two texts: windows of `python_docs` that the certificate did not use, and source code of the standard library, together
-up to ten times the tokens of the certificate, as far as the text reaches. Sequential, to save time: after every
+Two kinds of text, documentation and source code of the standard library, up to ten times the tokens of a certificate
+each, as far as the text reaches. Sequential, to save time: after every
 block the measurement of both stops when some figure of a text is beyond its limit by more than 5 standard errors, or
 every figure of every text is inside by more than 5 (standard errors over documents). Full distributions, no shortcut,
 and none of the library's forward loop: the baseline's distributions are recomputed from its last hidden states.
@@ -9,6 +9,7 @@ and none of the library's forward loop: the baseline's distributions are recompu
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -56,15 +57,27 @@ class _CodePairs(PairProvider):
         return found
 
 
-def other_windows(tokenizer: Any, task: str, used: Sequence[Window], seq_len: int) -> dict[str, list[Window]]:
-    """Return windows by text, none of them with the content of one in `used`."""
+def write_code(folder: Path, task: str) -> dict[str, str]:
+    """Write the source code for certificates to read, and return their `dataset` section."""
+    path = folder / ("code_pairs.jsonl" if task == "seq2seq" else "code.jsonl")
+    if task == "seq2seq":
+        rows = [{"source": pair.source, "target": pair.target} for pair in _CodePairs().pairs()]
+    else:
+        rows = [{"text": document.text} for document in _code()]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    return {"provider": "local_jsonl_pairs" if task == "seq2seq" else "local_jsonl", "file": str(path)}
+
+
+def other_windows(
+    tokenizer: Any, task: str, used: Sequence[Window], seq_len: int, tokens: int
+) -> dict[str, list[Window]]:
+    """Return windows by kind of text, at most `tokens` tokens each, none of them with the content of one in `used`."""
     pairs = task == "seq2seq"
     docs = SyntheticSeq2SeqProvider() if pairs else PythonDocsProvider()
     taken = {_content(window, task) for window in used}
-    tokens = sum(len(window.input_ids) for window in used)
     found = {}
     for name, provider in (("docs", docs), ("code", _CodePairs() if pairs else _CodeText())):
-        count = 12 * len(used)
+        count = 2 * tokens // seq_len + len(used)
         try:
             parts = provider.windows(tokenizer, preview_n=count - 1, final_n=1, seq_len=seq_len, seed=7)
         except TooLittleTextError as error:
@@ -74,7 +87,7 @@ def other_windows(tokenizer: Any, task: str, used: Sequence[Window], seq_len: in
             windows = mask_tokens(windows, tokenizer.mask_token_id, tokenizer.all_special_ids, seed=7)
         kept = [w for w in windows.all if _content(w, task) not in taken]
         ends = np.cumsum([len(w.input_ids) for w in kept])
-        found[name] = kept[: int(np.searchsorted(ends, 5 * tokens)) + 1]
+        found[name] = kept[: int(np.searchsorted(ends, tokens)) + 1]
     return found
 
 

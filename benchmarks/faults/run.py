@@ -1,4 +1,8 @@
-"""Run the matrix: make each subject, certify it, ask the oracle, and keep what came out, so that a run can be resumed."""
+"""Run the matrix: make each subject, certify it, ask the oracle, and keep what came out, so that a run can be resumed.
+
+A model serves several kinds of text, so each subject is certified on two, documentation and source code, as its owner
+should: it may ship when both certificates say so. The second is not made where the first has failed.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +22,7 @@ from typing import Any
 
 import torch
 from benchmarks.faults.edits import EDITS, UNIFORM, Case, cases
-from benchmarks.faults.oracle import Oracle, limits_of, load_model, other_windows
+from benchmarks.faults.oracle import Oracle, limits_of, load_model, other_windows, write_code
 
 from invarlock.adapters import HF_Auto_Adapter
 from invarlock.certificate.make import derive, recall
@@ -31,6 +35,8 @@ from invarlock.eval.windows import WindowSet
 TIER, PROFILE, SEQ_LEN = "balanced", "ci_cpu", 128
 #: fewer windows than the profile, to save time, and a token floor that masked models reach: they score one token in seven
 OVERRIDES: dict[str, Any] = {"sample": {"preview": 80, "final": 80, "min_tokens": 2000}}
+TEXTS = ("docs", "code")
+_TIMES = 10  # how many times the tokens of a certificate the oracle may look at, of each kind of text
 _TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -44,7 +50,7 @@ log = logging.getLogger(__name__)
 
 
 class Bench:
-    """One baseline: its certificate request, its live copy and its oracle."""
+    """One baseline: its reports, one a kind of text, its live copy and its oracle."""
 
     def __init__(
         self,
@@ -52,6 +58,7 @@ class Bench:
         folder: Path,
         work: Path,
         *,
+        texts: Sequence[str] = TEXTS,
         overrides: Mapping[str, Any] = MappingProxyType(OVERRIDES),
         seq_len: int = SEQ_LEN,
     ) -> None:
@@ -63,11 +70,10 @@ class Bench:
         self.work = work / f"{name}-{digest}"
         self.work.mkdir(parents=True, exist_ok=True)
         self.scratch = Path(tempfile.mkdtemp(dir=self.work))
-        outcome = self._certify(folder, baseline=str(folder))
-        assert outcome.source_report is not None
-        self.report = outcome.source_report
-        stored = json.loads(self.report.read_text(encoding="utf-8"))
-        self.windows = WindowSet.from_dict(stored["evaluation_windows"])
+        docs = {"provider": "seq2seq" if self.task == "seq2seq" else "python_docs", "split": "test"}
+        self.datasets = {"docs": docs, "code": write_code(self.work, self.task)}
+        self.reports = {text: self._baseline(text) for text in texts}
+        self.used = {text: _windows_of(report) for text, report in self.reports.items()}
         self.live = load_model(self.adapter, folder)
         self.state = {key: value.clone() for key, value in self.live.state_dict().items()}
         self.dtype = json.loads((folder / "config.json").read_text()).get("dtype", "float16")
@@ -77,12 +83,18 @@ class Bench:
     def oracle(self) -> Oracle:
         if self._oracle is None:
             tokenizer = self.adapter.tokenizer(str(self.folder))
-            found = other_windows(tokenizer, self.task, self.windows.all, self.seq_len)
+            used = [window for windows in self.used.values() for window in windows.all]
+            tokens = _TIMES * sum(len(window.input_ids) for window in self.used["docs"].all)
+            found = other_windows(tokenizer, self.task, used, self.seq_len, tokens)
             self._oracle = Oracle(load_model(self.adapter, self.folder), self.task, found, limits_of(TIER))
         return self._oracle
 
-    def _certify(self, subject: Path, **source: Any) -> CertifyOutcome:
-        provider = "seq2seq" if self.task == "seq2seq" else "python_docs"
+    def _baseline(self, text: str) -> Path:
+        report = self._certify(self.folder, text, baseline=str(self.folder)).source_report
+        assert report is not None
+        return report
+
+    def _certify(self, subject: Path, text: str, **source: Any) -> CertifyOutcome:
         return certify(
             CertifyRequest(
                 subject=str(subject),
@@ -91,10 +103,10 @@ class Bench:
                 device="cpu",
                 profile=PROFILE,
                 tier=TIER,
-                dataset={"provider": provider, "split": "test", "seq_len": self.seq_len},
+                dataset={**self.datasets[text], "seq_len": self.seq_len},
                 overrides=self.overrides,
                 edit_label="fault",
-                out=self.scratch / "runs",
+                out=self.scratch / "runs" / text,
             )
         )
 
@@ -117,8 +129,8 @@ class Bench:
             shutil.rmtree(subject.parent)
 
     def _make(self, case: Case, folder: Path) -> set[str] | None:
-        used = {token for w in self.windows.all for token in (*w.input_ids, *(w.labels or ()))}
-        place = case.place(self.live, frozenset(used))
+        seen = {t for found in self.used.values() for w in found.all for t in (*w.input_ids, *(w.labels or ()))}
+        place = case.place(self.live, frozenset(seen))
         culprits: set[str] | None = set()
         if case.edit.name == "self":
             shutil.copytree(self.folder, folder)
@@ -141,14 +153,21 @@ class Bench:
 
     def _certified(self, case: Case, subject: Path) -> dict[str, Any]:
         started = time.perf_counter()
+        certificates: dict[str, Any] = {}
         try:
-            outcome = self._certify(subject, baseline_report=self.report)
+            for text, report in self.reports.items():
+                certificates[text] = self._certify(subject, text, baseline_report=report).certificate
+                if _status(certificates[text]) == "FAIL":
+                    break
         except InvarlockError as error:
-            seconds = time.perf_counter() - started
             code = str(getattr(error, "code", None) or type(error).__name__)
-            return {"refusal": code, "message": str(error), "seconds": seconds, "certificate": None}
-        seconds = time.perf_counter() - started
-        return {"refusal": None, "seconds": seconds, "certificate": outcome.certificate}
+            return {
+                "refusal": code,
+                "message": str(error),
+                "seconds": time.perf_counter() - started,
+                "certificates": {},
+            }
+        return {"refusal": None, "seconds": time.perf_counter() - started, "certificates": certificates}
 
     def _asked(self, case: Case, subject: Path) -> dict[str, Any]:
         """Ask the oracle, or recall what it said of the same subject: that does not change with the library."""
@@ -159,6 +178,14 @@ class Bench:
             path.write_text(json.dumps(found), encoding="utf-8")
         answer: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return answer
+
+
+def _windows_of(report: Path) -> WindowSet:
+    return WindowSet.from_dict(json.loads(report.read_text(encoding="utf-8"))["evaluation_windows"])
+
+
+def _status(certificate: Mapping[str, Any]) -> str:
+    return str(certificate["verdict"]["status"])
 
 
 def file_name(case: Case) -> str:
@@ -194,8 +221,8 @@ def stored(name: str, folder: Path, work: Path, *, rejudge: bool) -> Iterator[di
             record = json.load(stream)
         if record is None or case is None:
             continue
-        if rejudge and record["certificate"] is not None:
-            record["certificate"] = judged_again(record["certificate"])
+        if rejudge:
+            record["certificates"] = {text: judged_again(c) for text, c in record["certificates"].items()}
         yield summary(record, case)
 
 
@@ -206,9 +233,12 @@ def judged_again(certificate: dict[str, Any]) -> dict[str, Any]:
     return derive(replace(recorded, policy=values)).model_dump(mode="json")
 
 
+_WORST = ("FAIL", "INCONCLUSIVE", "PASS")
+
+
 def summary(record: dict[str, Any], case: Case) -> dict[str, Any]:
-    """Reduce a record to what the table and faults.json hold."""
-    certificate, oracle = record["certificate"], record.get("oracle")
+    """Reduce a record to what the table and faults.json hold; the verdict is the worse of the two certificates'."""
+    certificates, oracle = record["certificates"], record.get("oracle")
     kind = case.edit.kind
     harmful = oracle["harmful"] if kind == "behaviour" and oracle else kind != "harmless"
     row: dict[str, Any] = {
@@ -222,24 +252,32 @@ def summary(record: dict[str, Any], case: Case) -> dict[str, Any]:
         "oracle": oracle,
         "seconds": round(record["seconds"], 2),
     }
-    if certificate is None:
+    if not certificates:
         named = "tokenizer" if record["refusal"] == "E002" else None
         row |= {
             "verdict": "FAIL",
+            "verdicts": {},
             "refusal": record["refusal"],
             "failed": ["invariants"],
             "reasons": [record["message"]],
+            "figures": {},
+            "culprits": [],
         }
-        row |= {"figures": {}, "culprits": []}
     else:
+        text = min(certificates, key=lambda text: _WORST.index(_status(certificates[text])))
+        certificate = certificates[text]
         gates = {gate["name"]: gate for gate in certificate["gates"]}
         named = named_by(certificate)
         row |= {
-            "verdict": certificate["verdict"]["status"],
+            "verdict": _status(certificate),
+            "verdicts": {text: _status(found) for text, found in certificates.items()},
             "failed": [name for name, gate in gates.items() if gate["decision"] == "fail"],
             "undecided": [n for n, gate in gates.items() if gate["decision"] in ("inconclusive", "not_evaluated")],
             "reasons": [reason["message"] for reason in certificate["verdict"]["reasons"]][:4],
-            "figures": {n: gates[n]["measured"] for n in _FIGURES if n in gates},
+            "figures": {
+                text: {gate["name"]: gate["measured"] for gate in found["gates"] if gate["name"] in _FIGURES}
+                for text, found in certificates.items()
+            },
             "culprits": certificate["weights"]["culprits"][:4],
         }
     row["named"] = named

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.faults.oracle import limits_of
-
 from invarlock.core.device import library_versions
 
 HELD_OUT = ("neox", "qwen")
@@ -36,12 +34,9 @@ def outcome(row: Row) -> str:
     return "right" if row["verdict"] == "PASS" else "false alarm"
 
 
-def only_on_other_text(row: Row) -> bool:
-    """Say whether an edit stays within every limit on text of the certificate's own kind and leaves one on source code."""
-    texts = (row["oracle"] or {}).get("texts")
-    if not texts or not row["harmful"]:
-        return False
-    return all(texts["docs"][name] <= limit for name, limit in limits_of("balanced").items())
+def with_one_text(row: Row) -> Row:
+    """Return the row as if only the certificate on documentation had been made."""
+    return {**row, "verdict": row["verdicts"].get("docs", row["verdict"])}
 
 
 def totals(rows: Iterable[Row]) -> dict[str, Any]:
@@ -59,8 +54,7 @@ def totals(rows: Iterable[Row]) -> dict[str, Any]:
         "harmless": {"runs": len(harmless), "false_alarms": count(harmless, "false alarm"),
                      "undecided": count(harmless, "undecided")},
         "harmful": {"runs": len(harmful), "detected": len(caught), "missed": count(harmful, "missed"),
-                    "missed_and_harmful_on_other_text_only": sum(
-                        outcome(r) == "missed" and only_on_other_text(r) for r in harmful),
+                    "missed_with_docs_alone": count([with_one_text(r) for r in harmful], "missed"),
                     "undecided": count(harmful, "undecided"),
                     "undecided_near_a_limit": count(harmful, "undecided near a limit")},
         "damage_the_oracle_calls_harmless": {
@@ -157,7 +151,7 @@ def _totals(found: dict[str, Any]) -> list[str]:
                 _share(harmless, "false_alarms"),
                 _share(harmful, "detected"),
                 harmful["missed"],
-                harmful["missed_and_harmful_on_other_text_only"],
+                harmful["missed_with_docs_alone"],
                 harmless["undecided"] + harmful["undecided"] + spared["undecided"],
                 harmful["undecided_near_a_limit"] + spared["undecided_near_a_limit"],
                 _share(spared, "false_alarms"),
@@ -170,7 +164,7 @@ def _totals(found: dict[str, Any]) -> list[str]:
         "false alarms",
         "detected",
         "missed",
-        "(by other text only)",
+        "(with docs alone)",
         "undecided",
         "(near a limit)",
     ]
@@ -192,7 +186,10 @@ def _describe(row: Row) -> str:
     verdict = (
         f"{row['verdict']} by {'+'.join(row['failed']) or '-'}, named {row['named']}, expected {row['expected'][:2]}"
     )
-    parts = [what, verdict, ", ".join(f"{n} {v:.3f}" for n, v in row["figures"].items() if isinstance(v, float))]
+    parts = [what, verdict]
+    for text, figures in row["figures"].items():
+        shown = (f"{name} {value:.3f}" for name, value in figures.items() if isinstance(value, float))
+        parts.append(f"{text} {row['verdicts'][text]}: {', '.join(shown)}")
     if oracle := row["oracle"]:
         shown = [f"{n} {t['log_ratio']:+.3f}/{t['kl']:.3f}/{t['flips']:.3f}" for n, t in oracle["texts"].items()]
         parts.append(f"oracle log ratio/KL/flips: {', '.join(shown)}; nearest {oracle['nearest']:.2f}")
