@@ -39,7 +39,9 @@ def main() -> None:
     logging.getLogger("benchmarks.faults").setLevel(logging.INFO)
     wanted = arguments.model or list(MODELS)
     models = {Path(name).name: MODELS.get(name, Path(name)) for name in wanted}
-    models = {name: folder for name, folder in models.items() if (folder / "model.safetensors").is_file()}
+    for name, folder in models.items():
+        if not (folder / "model.safetensors").is_file():
+            parser.error(f"{name}: {folder} has no model.safetensors; expected a checkpoint in one file")
     if not arguments.table:
         for name, folder in models.items():
             run_model(name, folder, arguments.work, arguments.only, backwards=arguments.backwards)

@@ -76,7 +76,8 @@ class Bench:
         self.used = {text: _windows_of(report) for text, report in self.reports.items()}
         self.live = load_model(self.adapter, folder)
         self.state = {key: value.clone() for key, value in self.live.state_dict().items()}
-        self.dtype = json.loads((folder / "config.json").read_text()).get("dtype", "float16")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
         self._oracle: Oracle | None = None
 
     @property

@@ -19,16 +19,14 @@ from typing import Any
 
 from invarlock import __version__
 from invarlock.core import registry, settings
-from invarlock.core.api import Guard, GuardWithContext, GuardWithPrepare, RunReport
+from invarlock.core.api import Guard, GuardWithPrepare, RunReport
 from invarlock.core.events import EventLog
 from invarlock.core.exceptions import (
     CheckpointDamagedError,
     ConfigError,
-    GuardError,
-    InvarlockError,
     PairingError,
 )
-from invarlock.core.outcome import checked_result, not_evaluated
+from invarlock.core.outcome import not_evaluated, prepare_guard, validate_guard
 from invarlock.core.policy import ResolvedPolicy, profile_values, resolve_policy
 from invarlock.core.run_folder import EVIDENCE, find_report, read_report, time_stamp, write_report
 from invarlock.core.sampling import cut_sample, metric_kind_of, reuse_sample
@@ -407,37 +405,24 @@ def _prepare_plugins(job: _Job, guards: Sequence[Guard], model: Any) -> dict[str
     from invarlock.core.runner import CalibrationBatches
 
     failed: dict[str, str] = {}
+    calib = CalibrationBatches(job.windows.all)
     for guard in guards:
-        if isinstance(guard, GuardWithContext):
-            guard.set_run_context(RunReport(context={"profile": job.request.profile, "tier": job.request.tier}))
-        if not isinstance(guard, GuardWithPrepare):
-            continue
+        report = RunReport(context={"profile": job.request.profile, "tier": job.request.tier})
         policy = job.policy.values["guards"].get(guard.name, {})
-        try:
-            guard.prepare(model, job.adapter, CalibrationBatches(job.windows.all), policy)
-        except Exception as error:  # the plugin boundary: a guard's prepare may raise anything
-            message = f"{type(error).__name__}: {error}"
-            if settings.flag("INVARLOCK_GUARD_PREPARE_STRICT"):
-                raise GuardError(f"guard {guard.name!r} failed in prepare: {message}") from error
-            job.notes.append(f"guard {guard.name!r} failed in prepare and is not evaluated: {message}")
-            failed[guard.name] = message
+        failure = prepare_guard(guard, model, job.adapter, calib, policy, report)
+        if failure is not None:
+            job.notes.append(f"guard {guard.name!r} failed in prepare and is not evaluated: {failure}")
+            failed[guard.name] = failure
     return failed
 
 
 def _validate_plugins(job: _Job, model: Any, failed: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    results: dict[str, dict[str, Any]] = {}
-    for guard in _plugin_guards(job):
-        if guard.name in failed:
-            results[guard.name] = not_evaluated(guard.name, failed[guard.name])
-            continue
-        try:
-            returned = guard.validate(model, job.adapter, {"device": job.device})
-        except InvarlockError:
-            raise
-        except Exception as error:  # the plugin boundary: a guard's validate may raise anything
-            raise GuardError(f"guard {guard.name!r} failed in validate: {type(error).__name__}: {error}") from error
-        results[guard.name] = checked_result(guard.name, returned)
-    return results
+    return {
+        guard.name: not_evaluated(guard.name, failed[guard.name])
+        if guard.name in failed
+        else validate_guard(guard, model, job.adapter, {"device": job.device})
+        for guard in _plugin_guards(job)
+    }
 
 
 def _measure_subject(job: _Job, side: Side, source: _Measured) -> _Measured:

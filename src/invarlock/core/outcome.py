@@ -1,4 +1,4 @@
-"""What guard results mean for a run: their contract, the worst of several, and the action that follows."""
+"""The boundary to guards, and what their results mean for a run: the contract, the worst of several, what follows."""
 
 from __future__ import annotations
 
@@ -6,10 +6,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from invarlock.core import settings
-from invarlock.core.exceptions import GuardError
+from invarlock.core.api import Guard, GuardWithContext, GuardWithPrepare, RunReport
+from invarlock.core.exceptions import GuardError, InvarlockError
 from invarlock.core.files import plain
 
-__all__ = ["Consequence", "checked_result", "consequence", "not_evaluated", "worst"]
+__all__ = [
+    "Consequence",
+    "checked_result",
+    "consequence",
+    "not_evaluated",
+    "oneline",
+    "prepare_guard",
+    "validate_guard",
+    "worst",
+]
 
 Consequence = Literal["keep", "warn", "rollback", "abort"]
 _ACTIONS = ("continue", "none", "warn", "rollback", "abort")
@@ -23,6 +33,40 @@ _TYPES: dict[str, type] = {
     "errors": list,
     "evaluated": bool,
 }
+
+
+def oneline(error: BaseException) -> str:
+    """Return `Type: first line`; our own errors without the type."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text if isinstance(error, InvarlockError) else f"{type(error).__name__}: {text}"
+
+
+def prepare_guard(guard: Guard, model: Any, adapter: Any, calib: Any, policy: Any, report: RunReport) -> str | None:
+    """Show a guard the unedited model. Return why it failed where INVARLOCK_GUARD_PREPARE_STRICT=0 tolerates that.
+
+    Raises GuardError where it is not tolerated.
+    """
+    try:
+        if isinstance(guard, GuardWithContext):
+            guard.set_run_context(report)
+        if isinstance(guard, GuardWithPrepare):
+            guard.prepare(model, adapter, calib, policy)
+    except Exception as error:  # the plugin boundary: a guard's prepare may raise anything
+        if settings.flag("INVARLOCK_GUARD_PREPARE_STRICT"):
+            raise GuardError(f"guard {guard.name!r} failed in prepare: {oneline(error)}") from error
+        return oneline(error)
+    return None
+
+
+def validate_guard(guard: Guard, model: Any, adapter: Any, context: dict[str, Any]) -> dict[str, Any]:
+    """Return a guard's checked result on the edited model. Raises GuardError where it fails or breaks the contract."""
+    try:
+        returned = guard.validate(model, adapter, context)
+    except InvarlockError:
+        raise
+    except Exception as error:  # the plugin boundary: a guard's validate may raise anything
+        raise GuardError(f"guard {guard.name!r} failed in validate: {oneline(error)}") from error
+    return checked_result(guard.name, returned)
 
 
 def checked_result(name: str, returned: Any) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from invarlock.core import settings
-from invarlock.core.api import EditLike, Guard, GuardWithContext, GuardWithPrepare, RunConfig, RunReport
+from invarlock.core.api import EditLike, Guard, GuardWithPrepare, RunConfig, RunReport
 from invarlock.core.events import EventLog
-from invarlock.core.exceptions import ConfigError, GuardError, InvarlockError
+from invarlock.core.exceptions import ConfigError, GuardError
 from invarlock.core.files import plain, write_json
-from invarlock.core.outcome import checked_result, consequence, not_evaluated, worst
+from invarlock.core.outcome import consequence, not_evaluated, oneline, prepare_guard, validate_guard, worst
 from invarlock.core.policy import ResolvedPolicy, merge, resolve_policy
 from invarlock.core.snapshot import Snapshot, plan_snapshot, take_snapshot
 
@@ -244,21 +244,15 @@ class CoreRunner:
         calib = CalibrationBatches(windows, run.baseline.guard_stats if run.baseline else None)
         for index, guard in enumerate(run.guards):
             policy = {**run.policy.values["guards"].get(guard.name, {}), "intent": run.report.meta["intent"]}
-            try:
-                if isinstance(guard, GuardWithContext):
-                    guard.set_run_context(run.report)
-                if not isinstance(guard, GuardWithPrepare):
-                    continue
-                guard.prepare(run.model, run.adapter, calib, policy)
-            except Exception as error:  # the plugin boundary: a guard's prepare may raise anything
-                if settings.flag("INVARLOCK_GUARD_PREPARE_STRICT"):
-                    raise GuardError(f"guard {guard.name!r} failed in prepare: {_oneline(error)}") from error
-                self._warn(run, f"guard {guard.name!r} failed in prepare and is not evaluated: {_oneline(error)}")
+            failure = prepare_guard(guard, run.model, run.adapter, calib, policy, run.report)
+            if failure is not None:
+                self._warn(run, f"guard {guard.name!r} failed in prepare and is not evaluated: {failure}")
                 run.skipped.add(index)
-                run.results.setdefault(guard.name, []).append(not_evaluated(guard.name, _oneline(error)))
+                run.results.setdefault(guard.name, []).append(not_evaluated(guard.name, failure))
                 run.log.log("guard_prepare", "not_evaluated", guard=guard.name)
                 continue
-            run.log.log("guard_prepare", "prepared", guard=guard.name)
+            if isinstance(guard, GuardWithPrepare):
+                run.log.log("guard_prepare", "prepared", guard=guard.name)
 
     def _apply_edit(self, run: _Run) -> None:
         name = getattr(run.edit, "name", type(run.edit).__name__)
@@ -304,13 +298,7 @@ class CoreRunner:
         for index, guard in enumerate(run.guards):
             if index in run.skipped:
                 continue
-            try:
-                returned = guard.validate(run.model, run.adapter, context)
-            except InvarlockError:
-                raise
-            except Exception as error:  # the plugin boundary: a guard's validate may raise anything
-                raise GuardError(f"guard {guard.name!r} failed in validate: {_oneline(error)}") from error
-            outcome = checked_result(guard.name, returned)
+            outcome = validate_guard(guard, run.model, run.adapter, context)
             run.results.setdefault(guard.name, []).append(outcome)
             run.report.guards = {name: worst(outcomes) for name, outcomes in run.results.items()}
             if isinstance(guard, StatsGuard) and guard.subject is not None:
@@ -337,7 +325,7 @@ class CoreRunner:
         except Exception as error:  # the model under test may raise anything
             if settings.flag("INVARLOCK_EVAL_STRICT"):
                 raise
-            self._warn(run, f"evaluation failed and no metric was measured: {_oneline(error)}")
+            self._warn(run, f"evaluation failed and no metric was measured: {oneline(error)}")
             return
         run.report.evidence = subject.evidence.model_dump(mode="json")
         metric = _primary_metric(run, subject.evidence)
@@ -412,11 +400,11 @@ class CoreRunner:
         run.log.log("finalize", "rollback", reason=reason)
 
     def _fail(self, run: _Run, error: Exception) -> None:
-        text = _oneline(error)
+        text = oneline(error)
         try:
             self._restore(run, text)
         except Exception as second:  # noqa: BLE001 - an adapter of a plugin; the report says what is left behind
-            text += f"; the model could not be restored, load it again: {_oneline(second)}"
+            text += f"; the model could not be restored, load it again: {oneline(second)}"
         run.report.status = "failed"
         run.report.error = text
         run.report.meta["rollback_reason"] = f"exception: {run.report.error}"
@@ -427,12 +415,6 @@ class CoreRunner:
         logger.warning("%s", message)
         run.report.meta["warnings"].append(message)
         run.log.log("run", "warning", message=message)
-
-
-def _oneline(error: BaseException) -> str:
-    """Return `Type: first line`; our own errors without the type."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text if isinstance(error, InvarlockError) else f"{type(error).__name__}: {text}"
 
 
 def _checked_auto(given: Mapping[str, Any]) -> dict[str, Any]:
