@@ -71,7 +71,7 @@ class Bench:
         self.work.mkdir(parents=True, exist_ok=True)
         self.scratch = Path(tempfile.mkdtemp(dir=self.work))
         docs = {"provider": "seq2seq" if self.task == "seq2seq" else "python_docs", "split": "test"}
-        self.datasets = {"docs": docs, "code": write_code(self.work, self.task)}
+        self.datasets = {"docs": docs, "code": write_code(self.scratch, self.task)}
         self.reports = {text: self._baseline(text) for text in texts}
         self.used = {text: _windows_of(report) for text, report in self.reports.items()}
         self.live = load_model(self.adapter, folder)

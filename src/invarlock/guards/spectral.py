@@ -58,7 +58,7 @@ class SpectralGuard(StatsGuard):
     defaults: ClassVar[dict[str, Any]] = {
         "sigma_quantile": 0.95,
         "deadband": 0.10,
-        "kappa": {"ffn": 3.8, "attn": 3.8, "embed": 3.8, "router": 3.8, "other": 3.8},
+        "kappa": {"ffn": 3.8, "attn": 4.8, "embed": 3.8, "router": 3.8, "other": 3.8},
         "tau": {"ffn": 0.005, "attn": 0.005, "embed": 0.005, "router": 0.005, "other": 0.005},
         "max_caps": 5,
         "multiple_testing": {"method": "bh", "alpha": 0.05},
