@@ -41,8 +41,9 @@ class Place:
     seen: frozenset[int] = frozenset()  # token ids in the windows of the certificate
 
     def layer(self) -> list[WeightMatrix]:
+        """Return the matrices of the layer; none where the model has no stack of layers of its own (ALBERT shares one)."""
         found = list(layers(self.model).values())
-        return found[round(self.at * (len(found) - 1))]
+        return found[round(self.at * (len(found) - 1))] if found else []
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,8 @@ def one_matrix(change: Change, family: str | None = None) -> Callable[[Place], C
 
     def apply(place: Place) -> Culprits:
         members = [w for w in place.layer() if family is None or w.family == family]
+        if not members:
+            return None
         taken: list[int] = []
         for rng in (*place.earlier, place.rng):
             order = torch.randperm(len(members), generator=rng).tolist()
@@ -291,6 +294,8 @@ def reset_norms(place: Place) -> Culprits:
     """Set the normalisation weights to 1 and their biases to 0, those of one layer; place above 1: all."""
     names = set()
     paths = list(layers(place.model))
+    if not paths:
+        return None
     only = paths[round(place.at * (len(paths) - 1))] if place.at <= 1 else None
     for path, module in place.model.named_modules():
         if "norm" not in type(module).__name__.lower() or (only and layer_of(f"{path}.weight") != only):
@@ -349,6 +354,8 @@ def drop_layer(folder: Path, place: Place) -> Culprits:
     """Remove a layer's tensors and close the gap; the configuration says one layer less."""
     tensors = load_file(folder / "model.safetensors")
     paths = list(layers(place.model))
+    if not paths:
+        return None
     path = paths[round(place.at * (len(paths) - 1))]
     stack, number = path.rpartition(".")[0], int(path.rpartition(".")[2])
     stored = next(k for k in tensors if f"{path}." in k or k.startswith(path.split(".", 1)[1]))

@@ -78,7 +78,11 @@ def _attention(model: Any, members: list[WeightMatrix]) -> Attention | None:
     for weight in members:
         role = next((role for role, pattern in _ROLES.items() if pattern.search(weight.module)), "output")
         roles[role] = weight
+    if "output" not in roles:
+        return None
     if "fused" in roles:
+        if roles["fused"].shape[0] != 3 * roles["output"].shape[1]:
+            return None  # fewer keys and values than queries, in an order of the architecture's own
         parts = _cut_fused(model, roles["fused"], count)
     elif {"query", "key", "value"} <= roles.keys():
         parts = {
@@ -86,8 +90,6 @@ def _attention(model: Any, members: list[WeightMatrix]) -> Attention | None:
             for role in ("query", "key", "value")
         }
     else:
-        return None
-    if "output" not in roles:
         return None
     output = roles["output"].tensor().unflatten(1, (count, -1))
     biases = [f"{w.module}.bias" for role, w in roles.items() if role != "output" and bias_of(model, w)]

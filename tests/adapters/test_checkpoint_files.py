@@ -44,6 +44,16 @@ def _findings(baseline: Path, subject: Path) -> list[tuple[str, str | None]]:
     return [(f["code"], f["tensor"] or f.get("key")) for f in guard.pair(*stats)["findings"]]
 
 
+def test_what_is_inert_is_inert_in_a_nested_configuration_too() -> None:
+    """MPT keeps its attention's settings in a configuration of their own, the type of its weights among them."""
+    from transformers import MptConfig
+
+    single, half = (MptConfig(attn_config={"dtype": dtype}) for dtype in ("float32", "bfloat16"))
+    assert behaviour(single) == behaviour(half)
+    other = MptConfig(attn_config={"alibi_bias_max": 4})
+    assert behaviour(single) != behaviour(other)
+
+
 # -- where a checkpoint is --------------------------------------------------------------------------------------------
 
 

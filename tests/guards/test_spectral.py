@@ -57,6 +57,21 @@ def test_nan_is_fatal_and_named_on_either_side(make_model) -> None:
         ]
 
 
+def test_columns_of_a_few_rows_are_single_weights_and_may_round_to_zero() -> None:
+    """As in the gate of a shared expert, [1, width]: 8-bit rounding zeroes its smallest weights and harms nobody."""
+    gate = torch.nn.Sequential(torch.nn.Linear(256, 1, bias=False))
+    torch.nn.init.normal_(gate[0].weight, generator=torch.Generator().manual_seed(1))
+
+    def round_it(model: Any) -> None:
+        step = model[0].weight.abs().max() / 127
+        model[0].weight.copy_((model[0].weight / step).round() * step)
+        assert int((model[0].weight == 0).sum()) > 0
+
+    result, _ = compare(gate, round_it)
+    assert result["passed"] and not result["warnings"], result["message"]
+    assert not compare(gate, lambda model: model[0].weight.zero_())[0]["passed"]
+
+
 def test_a_zeroed_embedding_row_is_named_by_its_number(make_model) -> None:
     def edit(model: Any) -> None:
         model.get_input_embeddings().weight[17] = 0

@@ -141,8 +141,16 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 def behaviour(config: Any) -> dict[str, Any]:
     """Return the configuration values that change what the network computes, with the library's defaults filled in."""
-    values = json.loads(json.dumps(config.to_dict(), default=str))
-    return {key: values[key] for key in sorted(values) if not _INERT.match(key)}
+    return _without_inert(json.loads(json.dumps(config.to_dict(), default=str)))
+
+
+def _without_inert(values: dict[str, Any]) -> dict[str, Any]:
+    """Drop inert keys, those of nested configurations too: some keep an attention's or an encoder's settings in one."""
+    return {
+        key: _without_inert(values[key]) if isinstance(values[key], dict) else values[key]
+        for key in sorted(values)
+        if not _INERT.match(key)
+    }
 
 
 def layout_of(config: Any, auto_class: Any) -> Layout | None:

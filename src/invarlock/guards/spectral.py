@@ -33,6 +33,7 @@ __all__ = ["SpectralGuard"]
 
 _TESTS = {"bh": bh, "bonferroni": bonferroni}
 _TAILS, _MIDDLE = 32, 64  # of a sorted profile of norms: the lowest and highest 32, and 64 evenly spaced between
+_FEW = 16  # a column of fewer weights has no norm to speak of: rounding may zero it, as in a gate of shape [1, width]
 _DEAD = 1e-3  # a row under this fraction of the baseline's median norm has no ratio to speak of
 _MAX_SEVERITY = 99.0
 # ratio: (fatal below, warn below, warn above, fatal above)
@@ -197,19 +198,31 @@ def _pair(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]
         "same_shape": before["shape"] == after["shape"],
         "sigma": [before["sigma"], after["sigma"]],
         "frobenius": [before["frobenius"], after["frobenius"]],
-        "row_norm": _extremes(before["rows"], after["rows"]),
-        "column_norm": _extremes(before["columns"], after["columns"]),
+        "row_norm": _extremes(*(_vector_norms(side, "rows") for side in (before, after))),
+        "column_norm": _extremes(*(_vector_norms(side, "columns") for side in (before, after))),
         "by_row": before["role"] != "linear",
     }
 
 
-def _extremes(before: str, after: str) -> dict[str, Any]:
-    """Return the smallest and largest ratio of norms, after over before, and where; None where it has no value.
+def _vector_norms(module: Mapping[str, Any], kind: str) -> NDArray[np.float64]:
+    """Return the norms of the rows or columns; where these hold only a few weights, the norm of the whole instead.
+
+    Rows of embeddings and heads count one by one, however short.
+    """
+    rows, columns = module["shape"]
+    length = rows if kind == "columns" else columns
+    if length >= _FEW or (kind == "rows" and module["role"] != "linear"):
+        return unpack(module[kind])
+    whole = finite(module["frobenius"])
+    return np.array([math.nan if whole is None else whole])
+
+
+def _extremes(old: NDArray[np.float64], new: NDArray[np.float64]) -> dict[str, Any]:
+    """Return the smallest and largest ratio of norms, new over old, and where; None where it has no value.
 
     A row that is dead in the baseline is left out, unless it rose above the median of the living: then its ratio is
     taken to that median.
     """
-    old, new = unpack(before), unpack(after)
     nothing = {"min": None, "at_min": None, "max": None, "at_max": None}
     if len(old) != len(new) or not len(old) or not (np.isfinite(old).all() and np.isfinite(new).all()):
         return nothing
