@@ -33,6 +33,9 @@ def tokenizer_facts(tokenizer: Any) -> tuple[str | None, int | None]:
     return hashlib.sha256(text.encode()).hexdigest()[:32], len(tokenizer)
 
 
+_MASKED = ("ForMaskedLM", "ForPreTraining")
+
+
 class HF_Causal_Adapter(ModelAdapter):
     """Causal language models such as GPT-2 and Llama."""
 
@@ -75,6 +78,11 @@ class HF_Causal_Adapter(ModelAdapter):
         dtype = str(kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto")
         folder = checkpoint.resolve_folder(model_id, kwargs.pop("revision", None))
         config = checkpoint.load_config(folder, trust_remote_code=trust)
+        if self.task == "causal" and config.architectures and config.architectures[0].endswith(_MASKED):
+            raise ModelLoadError(
+                f"{model_id} is a masked language model ({config.architectures[0]}), whose tokens see what they are to "
+                "predict; expected a causal one: use the adapter hf_mlm, or auto"
+            )
         if dtype == "auto":
             dtype = "float32" if device == "cpu" else "auto"
         wanted = dtype if dtype == "auto" else checkpoint.require_known_dtype(dtype)
@@ -166,7 +174,7 @@ class HF_MLM_Adapter(HF_Causal_Adapter):
     task = "mlm"
     metric_kind = "ppl_mlm"
     auto_class_name = "AutoModelForMaskedLM"
-    architecture_suffixes = ("ForMaskedLM", "ForPreTraining")
+    architecture_suffixes = _MASKED
 
 
 class HF_Seq2Seq_Adapter(HF_Causal_Adapter):
