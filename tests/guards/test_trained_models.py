@@ -55,8 +55,8 @@ HARMLESS = {
 }
 
 
-#: matrices of a few large and many small values (the BERT begins with heads that look at neighbours), which 8 bits a row round
-#: more coarsely than the others: that their change stands out is true, and harms nobody
+#: matrices of a few large and many small values (the BERT begins with heads that look at neighbours), which 8 bits a row
+#: round more coarsely than the others: that their change stands out is true, and harms nobody
 COARSE = {("bert", "8 bits"): {f"bert.encoder.layer.0.attention.self.{part}.weight" for part in ("query", "key")}}
 
 
