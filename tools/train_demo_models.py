@@ -48,6 +48,7 @@ class Recipe:
     steps: int = 1500
     rate: float = 2e-3
     decay: float = 0.1
+    warm: int = 100  # steps in which the rate rises
 
 
 _ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -68,7 +69,7 @@ RECIPES = {
         {"hidden_size": 160, "num_hidden_layers": 4, "num_attention_heads": 5, "intermediate_size": 640,
          "max_position_embeddings": CONTEXT // 2, "pad_token_id": 0, "attention_probs_dropout_prob": 0.0,
          "hidden_dropout_prob": 0.0},
-        "tests/assets/models/bert", steps=4000, rate=1e-3,
+        "tests/assets/models/bert", steps=4000, rate=1e-3, warm=200,
     ),
     "t5": Recipe(
         "seq2seq", "T5ForConditionalGeneration", "T5Config",
@@ -220,7 +221,7 @@ def train(model: Any, recipe: Recipe, stream: torch.Tensor, steps: int, seed: in
     """Train in place with warm-up and a cosine; returns the mean loss of the last 50 steps, in nats a token."""
     rng = torch.Generator().manual_seed(seed)
     optimizer = optimizer_for(model, recipe.rate, recipe.decay)
-    warm = max(1, min(200 if recipe.kind == "mlm" else 100, steps // 10))
+    warm = max(1, min(recipe.warm, steps // 10))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min(1.0, (step + 1) / warm) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))),

@@ -38,12 +38,16 @@ class Place:
     at: float
     rng: torch.Generator
     earlier: tuple[torch.Generator, ...] = ()
-    seen: frozenset[int] = frozenset()  # token ids in the windows of the certificate
+    seen: frozenset[int] = frozenset()  # token ids in the windows of the certificates
+
+    def path(self) -> str | None:
+        """Return the path of the layer; None where the model has no stack of layers of its own (ALBERT shares one)."""
+        paths = list(layers(self.model))
+        return paths[round(self.at * (len(paths) - 1))] if paths else None
 
     def layer(self) -> list[WeightMatrix]:
-        """Return the matrices of the layer; none where the model has no stack of layers of its own (ALBERT shares one)."""
-        found = list(layers(self.model).values())
-        return found[round(self.at * (len(found) - 1))] if found else []
+        """Return the matrices of the layer."""
+        return layers(self.model).get(self.path() or "", [])
 
 
 @dataclass(frozen=True)
@@ -293,10 +297,9 @@ def swap_layers(place: Place) -> Culprits:
 def reset_norms(place: Place) -> Culprits:
     """Set the normalisation weights to 1 and their biases to 0, those of one layer; place above 1: all."""
     names = set()
-    paths = list(layers(place.model))
-    if not paths:
+    only = place.path() if place.at <= 1 else None
+    if only is None and place.at <= 1:
         return None
-    only = paths[round(place.at * (len(paths) - 1))] if place.at <= 1 else None
     for path, module in place.model.named_modules():
         if "norm" not in type(module).__name__.lower() or (only and layer_of(f"{path}.weight") != only):
             continue
@@ -352,11 +355,11 @@ def lose_head(folder: Path, place: Place) -> Culprits:
 
 def drop_layer(folder: Path, place: Place) -> Culprits:
     """Remove a layer's tensors and close the gap; the configuration says one layer less."""
-    tensors = load_file(folder / "model.safetensors")
-    paths = list(layers(place.model))
-    if not paths:
+    path = place.path()
+    if path is None:
         return None
-    path = paths[round(place.at * (len(paths) - 1))]
+    paths = list(layers(place.model))
+    tensors = load_file(folder / "model.safetensors")
     stack, number = path.rpartition(".")[0], int(path.rpartition(".")[2])
     stored = next(k for k in tensors if f"{path}." in k or k.startswith(path.split(".", 1)[1]))
     prefix = "" if stored.startswith(stack) else stack.split(".", 1)[0] + "."

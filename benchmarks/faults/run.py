@@ -74,6 +74,8 @@ class Bench:
         self.datasets = {"docs": docs, "code": write_code(self.scratch, self.task)}
         self.reports = {text: self._baseline(text) for text in texts}
         self.used = {text: _windows_of(report) for text, report in self.reports.items()}
+        windows = [window for found in self.used.values() for window in found.all]
+        self.seen = frozenset(token for w in windows for token in (*w.input_ids, *(w.labels or ())))
         self.live = load_model(self.adapter, folder)
         self.state = {key: value.clone() for key, value in self.live.state_dict().items()}
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -130,8 +132,7 @@ class Bench:
             shutil.rmtree(subject.parent)
 
     def _make(self, case: Case, folder: Path) -> set[str] | None:
-        seen = {t for found in self.used.values() for w in found.all for t in (*w.input_ids, *(w.labels or ()))}
-        place = case.place(self.live, frozenset(seen))
+        place = case.place(self.live, self.seen)
         culprits: set[str] | None = set()
         if case.edit.name == "self":
             shutil.copytree(self.folder, folder)
