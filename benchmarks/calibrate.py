@@ -1,6 +1,6 @@
 """Calibrate the guards' thresholds on small trained models: `python -m benchmarks.calibrate [--model NAME ...]`.
 
-Runs the harmless edits of `invarlock.calibration` on the models of four architectures, never on those held out, and on
+Runs the harmless edits of `invarlock.flow.calibration` on the models of four architectures, never on those held out, and on
 the text that the fault matrix does not use (`train`). Writes every run and the thresholds that follow from them to
 benchmarks/results/calibration.json; the numbers in tiers.yaml are these, rounded up.
 """
@@ -15,10 +15,10 @@ from typing import Any
 from benchmarks.faults.__main__ import MODELS, ROOT
 
 from invarlock.adapters import HF_Auto_Adapter
-from invarlock.calibration import null_sweep, rmt_thresholds, spectral_thresholds, ve_sweep, ve_thresholds
 from invarlock.core.device import library_versions
 from invarlock.eval.data import get_provider
-from invarlock.eval.windows import mask_tokens, windows_from_provider
+from invarlock.evidence.windows import mask_tokens, windows_from_provider
+from invarlock.flow.calibration import null_sweep, rmt_thresholds, spectral_thresholds, ve_sweep, ve_thresholds
 
 CALIBRATED_ON = ("gpt2", "llama", "bert", "t5")
 SEQ_LEN, WINDOWS = 128, 16

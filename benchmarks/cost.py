@@ -41,9 +41,9 @@ FULL = {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "window
 EXTRAS = (
     ("invarlock.eval.divergence", "reference_rows"),
     ("invarlock.eval.divergence", "coarsened_kl"),
-    ("invarlock.eval.loop", "_exact_rows"),
-    ("invarlock.eval.measure", "reference_digest"),
-    ("invarlock.eval.measure", "write_reference"),
+    ("invarlock.eval.sources.torch_model", "_exact_rows"),
+    ("invarlock.flow.measure", "reference_digest"),
+    ("invarlock.flow.measure", "write_reference"),
     ("invarlock.guards.spectral", "SpectralGuard.measure"),
     ("invarlock.guards.rmt", "Observation.receive"),
     ("invarlock.guards.variance", "_Spread.add"),
@@ -91,7 +91,7 @@ def clocked(seconds: dict[str, float]) -> Iterator[None]:
 
 def certify_job(folder: Path, size: dict[str, int], out: Path, baseline_report: str, overrides: Any) -> dict[str, Any]:
     """Certify the model against itself; returns seconds, those spent on extras, and the source report's path."""
-    from invarlock.core.certify import CertifyRequest, certify
+    from invarlock.flow.certify import CertifyRequest, certify
 
     count = size["windows"]
     sample = {"preview": count, "final": count, "min_tokens": 0}
@@ -118,7 +118,7 @@ def plain_job(folder: Path, report: str) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from invarlock.eval.loop import BATCH_TOKENS
+    from invarlock.eval.sources.torch_model import BATCH_TOKENS
 
     windows = json.loads(Path(report).read_text())["evaluation_windows"]
     rows = windows["preview"]["input_ids"] + windows["final"]["input_ids"]
@@ -152,9 +152,9 @@ def child(job: str, *arguments: Any) -> None:
     import transformers.models.gpt2.modeling_gpt2
     import transformers.tokenization_utils_tokenizers  # noqa: F401
 
-    import invarlock.core.certify
     import invarlock.eval.data
-    import invarlock.eval.measure
+    import invarlock.flow.certify
+    import invarlock.flow.measure
     import invarlock.guards  # noqa: F401
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -194,7 +194,7 @@ def help_imports_torch() -> bool:
 def bootstrap_seconds() -> float:
     import numpy as np
 
-    from invarlock.eval.bootstrap import weighted_mean_interval
+    from invarlock.stats.intervals import weighted_mean_interval
 
     values = np.random.default_rng(0).normal(size=400)
     weighted_mean_interval(values, np.ones(400), range(400), replicates=100)

@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from invarlock.eval import bootstrap
-from invarlock.eval.bootstrap import weighted_mean_interval
+from invarlock.stats import intervals as bootstrap
+from invarlock.stats.intervals import weighted_mean_interval
 
 Draw = Callable[[np.random.Generator, int], np.ndarray]
 

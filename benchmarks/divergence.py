@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.faults.__main__ import MODELS
 
-from invarlock.core.certify import CertifyRequest, certify
+from invarlock.flow.certify import CertifyRequest, certify
 
 BITS = (8, 4, 3, 2)
 

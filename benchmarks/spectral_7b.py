@@ -17,8 +17,8 @@ import time
 
 import torch
 
-from invarlock.guards.linalg import norms, sigma_max
 from invarlock.guards.sketch import sketch_tensor
+from invarlock.stats.linalg import norms, sigma_max
 
 LAYERS = 32
 LAYER_SHAPES = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from invarlock.certificate.make import RunFacts, record, refuse
 from invarlock.certificate.reports import certificate_json
 from invarlock.certificate.schema import Meta, Overhead, PluginGuardSection, StructureSection
-from invarlock.core.policy import ResolvedPolicy, resolve_policy
 from invarlock.eval.divergence import histogram
 from invarlock.evidence.model import (
     DataFacts,
@@ -27,7 +26,8 @@ from invarlock.evidence.model import (
     WindowRows,
     canonical_digest,
 )
-from invarlock.guards.linalg import pack, sign_vectors
+from invarlock.policy.resolve import ResolvedPolicy, resolve_policy
+from invarlock.stats.linalg import pack, sign_vectors
 
 __all__ = ["HOSTILE", "KINDS", "certify", "make_cert", "make_evidence", "make_weights"]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from invarlock.core.certify import CertifyOutcome, CertifyRequest
-from invarlock.core.certify import certify as run_certify
-from invarlock.core.policy import merge
+from invarlock.flow.certify import CertifyOutcome, CertifyRequest
+from invarlock.flow.certify import certify as run_certify
+from invarlock.policy.resolve import merge
 
 SEQ_LEN = 48
 WINDOWS = 12  # preview, and as many final

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from invarlock.core.config import load_config
-from invarlock.core.pipeline import RunOutcome, RunRequest
-from invarlock.core.pipeline import run as run_pipeline
-from invarlock.core.policy import merge
+from invarlock.flow.run import RunOutcome, RunRequest
+from invarlock.flow.run import run as run_pipeline
+from invarlock.policy.config import load_config
+from invarlock.policy.resolve import merge
 
 Configure = Callable[..., Path]
 Run = Callable[..., RunOutcome]

@@ -29,7 +29,7 @@ DOCS = ROOT / "docs"
 _REGION = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
 _PUBLIC = (
     "invarlock.core.api",
-    "invarlock.core.runner",
+    "invarlock.flow.execute",
     "invarlock.core.exceptions",
     "invarlock.adapters",
     "invarlock.edits",
@@ -144,7 +144,7 @@ def _schema_sections(schema: Mapping[str, Any], order: Iterable[str], first: str
 
 
 def _config_schema() -> str:
-    from invarlock.core.config import config_schema
+    from invarlock.policy.config import config_schema
 
     schema = config_schema()
     top = {"properties": {k: v for k, v in schema["properties"].items() if k != "defaults"}}
@@ -197,7 +197,7 @@ def _tiers() -> str:
 
 
 def _profiles() -> str:
-    from invarlock.core.policy import PROFILES, profile_values
+    from invarlock.policy.resolve import PROFILES, profile_values
 
     return _columns({name: profile_values(name) for name in PROFILES})
 
@@ -249,7 +249,7 @@ def _extras() -> str:
 
 
 def _doctor_codes() -> str:
-    from invarlock.core.doctor import CODES
+    from invarlock.flow.doctor import CODES
 
     return _table(("Code", "Level", "What it is about"), ((code, *rest) for code, rest in CODES.items()))
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from benchmarks.faults.run import Bench
 
-from invarlock.adapters import checkpoint
-from invarlock.eval.loop import ActivationSampler, Task, evenly_spaced, forward_windows
+from invarlock.checkpoints import files as checkpoint
+from invarlock.eval.sources.torch_model import ActivationSampler, Task, evenly_spaced, forward_windows
 from invarlock.guards import RMTGuard, SpectralGuard, VarianceGuard
 from invarlock.guards.sketch import sketch_model
 

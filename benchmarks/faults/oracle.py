@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 from invarlock.core.exceptions import TooLittleTextError
-from invarlock.core.policy import resolve_policy
 from invarlock.eval.data.base import Document, Pair, PairProvider, TextProvider
 from invarlock.eval.data.python_docs import PythonDocsProvider, _sources, split_of
 from invarlock.eval.data.synthetic import SyntheticSeq2SeqProvider
-from invarlock.eval.windows import IGNORED, Window, mask_tokens, windows_from_provider
+from invarlock.evidence.windows import IGNORED, Window, mask_tokens, windows_from_provider
+from invarlock.policy.resolve import resolve_policy
 
 BLOCK_TOKENS = 3072  # run through the model between two looks
 DECIDED = 5.0  # standard errors

@@ -27,10 +27,10 @@ from benchmarks.faults.oracle import Oracle, limits_of, load_model, other_window
 from invarlock.adapters import HF_Auto_Adapter
 from invarlock.certificate.make import derive, recall
 from invarlock.certificate.schema import Certificate
-from invarlock.core.certify import CertifyOutcome, CertifyRequest, certify
 from invarlock.core.exceptions import InvarlockError
-from invarlock.core.policy import resolve_policy
-from invarlock.eval.windows import WindowSet
+from invarlock.evidence.windows import WindowSet
+from invarlock.flow.certify import CertifyOutcome, CertifyRequest, certify
+from invarlock.policy.resolve import resolve_policy
 
 TIER, PROFILE, SEQ_LEN = "balanced", "ci_cpu", 128
 #: fewer windows than the profile, to save time, and a token floor that masked models reach: they score one token in seven

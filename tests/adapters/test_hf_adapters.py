@@ -168,8 +168,8 @@ def test_the_adapter_of_the_plugin_guide_works_as_printed(demo_model: Path) -> N
             model.load_state_dict(state_dict)
 
     from invarlock.core.api import RunConfig
-    from invarlock.core.runner import CoreRunner
     from invarlock.edits import RTNQuantEdit
+    from invarlock.flow.execute import CoreRunner
     from invarlock.guards import InvariantsGuard
 
     adapter = CustomFormatAdapter()

@@ -13,8 +13,8 @@ from certificates import KINDS, make_cert
 from certification import reread
 from invarlock.certificate.schema import json_schema
 from invarlock.certificate.verify import validate_certificate
-from invarlock.core.certify import CertifyOutcome
 from invarlock.core.exceptions import CertificateError
+from invarlock.flow.certify import CertifyOutcome
 
 from .tampering import replaced
 

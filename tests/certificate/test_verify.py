@@ -20,10 +20,10 @@ from invarlock.certificate.verify import (
     validate_certificate,
     verify_certificate,
 )
-from invarlock.core.certify import CertifyOutcome
 from invarlock.core.exceptions import CertificateError, InvarlockError
 from invarlock.core.files import read_json
-from invarlock.core.policy import merge
+from invarlock.flow.certify import CertifyOutcome
+from invarlock.policy.resolve import merge
 
 from .tampering import alterations, replaced
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from invarlock.core.config import load_config
+from invarlock.policy.config import load_config
 
 
 @pytest.mark.parametrize(

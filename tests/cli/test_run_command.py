@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from invarlock.assurance import validate_certificate
-from invarlock.core.pipeline import RunOutcome
+from invarlock.flow.run import RunOutcome
 
 Configure = Callable[..., Path]
 

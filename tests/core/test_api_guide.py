@@ -14,8 +14,8 @@ from invarlock.core.api import Guard, GuardChain, ModelEdit
 def quick_start(demo_model: Path, calibration: list[dict[str, Any]]) -> dict[str, Any]:
     from invarlock.adapters import HF_Causal_Auto_Adapter
     from invarlock.core.api import RunConfig
-    from invarlock.core.runner import CoreRunner
     from invarlock.edits import NoopEdit, RTNQuantEdit
+    from invarlock.flow.execute import CoreRunner
     from invarlock.guards import InvariantsGuard, SpectralGuard
 
     adapter = HF_Causal_Auto_Adapter()
@@ -73,8 +73,8 @@ class CustomGuard(Guard):
 def test_the_custom_guard_and_the_calibration_format(demo_model: Path) -> None:
     from invarlock.adapters import HF_Causal_Adapter
     from invarlock.core.api import RunConfig
-    from invarlock.core.runner import CoreRunner
     from invarlock.edits import NoopEdit
+    from invarlock.flow.execute import CoreRunner
 
     batch = {"input_ids": [[101, 102, 103]], "attention_mask": [[1, 1, 1]], "labels": [[101, 102, 103]]}
     adapter = HF_Causal_Adapter()

@@ -13,9 +13,9 @@ import pytest
 
 from invarlock.core import settings
 from invarlock.core.exceptions import ConfigError, ModelLoadError, PairingError
-from invarlock.core.pipeline import RunOutcome
-from invarlock.core.policy import merge, resolve_policy
 from invarlock.core.settings import SETTINGS
+from invarlock.flow.run import RunOutcome
+from invarlock.policy.resolve import merge, resolve_policy
 
 TESTS = Path(__file__).parents[1]
 #: what is shown by the tests beside the code that reads the variable
@@ -181,9 +181,9 @@ def test_threads_follow_the_environment(monkeypatch: Environment) -> None:
 def test_overhead_is_measured_where_required_unless_skipped(
     monkeypatch: Environment, edited_run: RunOutcome, load_model: Callable[[Path], Any]
 ) -> None:
-    from invarlock.eval.overhead import guard_overhead
-    from invarlock.eval.windows import WindowSet
     from invarlock.evidence.model import Evidence
+    from invarlock.evidence.windows import WindowSet
+    from invarlock.flow.overhead import guard_overhead
 
     windows = WindowSet.from_dict(edited_run.report["evaluation_windows"])
     evidence = Evidence.model_validate(edited_run.report["evidence"])

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from invarlock.core.config import load_config
+from invarlock.policy.config import load_config
 
 from .pages import DOCS, Block, blocks, continues, pages
 
@@ -122,8 +122,8 @@ def api_guide_names(demo_model: Path, calibration: list[Mapping[str, Any]]) -> d
 
     from invarlock.adapters import HF_Causal_Adapter
     from invarlock.core.api import RunConfig
-    from invarlock.core.runner import CoreRunner
     from invarlock.edits import NoopEdit
+    from invarlock.flow.execute import CoreRunner
     from invarlock.guards import InvariantsGuard, SpectralGuard
 
     adapter = HF_Causal_Adapter()

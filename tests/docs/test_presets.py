@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from invarlock.cli.certify import request_from
-from invarlock.core.config import load_config, load_edit_config
+from invarlock.policy.config import load_config, load_edit_config
 
 from .pages import ROOT
 

@@ -44,7 +44,7 @@ def test_every_section_of_a_certificate_is_described() -> None:
 
 
 def test_the_divergence_page_has_the_limits_of_the_tiers() -> None:
-    from invarlock.core.policy import TIERS, resolve_policy
+    from invarlock.policy.resolve import TIERS, resolve_policy
 
     page = (DOCS / "assurance" / "05-divergence.md").read_text(encoding="utf-8")
     for tier in TIERS:
@@ -62,7 +62,7 @@ def test_every_gate_of_the_code_stands_in_the_decision_rule() -> None:
 
 
 def test_the_coverage_table_is_that_of_the_bootstrap() -> None:
-    from invarlock.eval import bootstrap
+    from invarlock.stats import intervals as bootstrap
 
     page = (DOCS / "assurance" / "03-ratio-and-interval.md").read_text(encoding="utf-8")
     figures = re.findall(r"0\.\d{3} \(0\.\d{3}\)", str(bootstrap.__doc__))

@@ -22,9 +22,9 @@ from invarlock.eval.divergence import (
     histogram_quantile,
     reference_rows,
 )
-from invarlock.eval.loop import LoopResult, forward_windows
-from invarlock.eval.measure import read_reference, reference_digest, write_reference
-from invarlock.eval.windows import Window, windows_from_calibration
+from invarlock.eval.sources.torch_model import LoopResult, forward_windows
+from invarlock.evidence.windows import Window, windows_from_calibration
+from invarlock.flow.measure import read_reference, reference_digest, write_reference
 
 BITS = (8, 4, 2)
 

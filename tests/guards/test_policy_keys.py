@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from invarlock.core.policy import TIERS, resolve_policy
 from invarlock.guards import InvariantsGuard, RMTGuard, SpectralGuard, VarianceGuard
+from invarlock.policy.resolve import TIERS, resolve_policy
 
 GUARDS = (InvariantsGuard, SpectralGuard, RMTGuard, VarianceGuard)
 

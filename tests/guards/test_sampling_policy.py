@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from invarlock.core.certify import CertifyRequest, certify
+from invarlock.flow.certify import CertifyRequest, certify
 
 SAMPLE = {"preview": 6, "final": 6, "min_tokens": 1}
 

@@ -15,7 +15,7 @@ from .conftest import EXAMPLE
 CHECK = """
 import torch
 from invarlock.core import registry
-from invarlock.core.config import load_config
+from invarlock.policy.config import load_config
 from invarlock.core.api import GuardWithPrepare
 
 settings = load_config({path!r})

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from invarlock.adapters import checkpoint
 from invarlock.adapters.hf import HF_Causal_Adapter, HF_MLM_Adapter, HF_Seq2Seq_Adapter
+from invarlock.checkpoints import files as checkpoint
 from invarlock.core import settings
 from invarlock.core.api import ModelAdapter
 from invarlock.core.exceptions import AdapterError

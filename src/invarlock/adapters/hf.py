@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from invarlock.adapters import checkpoint, state
+from invarlock.adapters import state
+from invarlock.checkpoints import files as checkpoint
 from invarlock.core import settings
 from invarlock.core.api import ModelAdapter
 from invarlock.core.device import resolve_device

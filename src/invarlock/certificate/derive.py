@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from invarlock.certificate.schema import Divergence, PairedRows, PrimaryMetric, Tail
 from invarlock.eval import divergence as kl
-from invarlock.eval.bootstrap import Interval, weighted_mean_interval
-from invarlock.eval.metrics import (
+from invarlock.evidence.model import finite_or_none
+from invarlock.stats.intervals import Interval, weighted_mean_interval
+from invarlock.stats.paired import (
     accuracy_paired,
     decide_lower_pp,
     decide_upper,
@@ -24,8 +25,7 @@ from invarlock.eval.metrics import (
     perplexity,
     safe_exp,
 )
-from invarlock.eval.tail import tail_gate, tail_statistics
-from invarlock.evidence.model import finite_or_none
+from invarlock.stats.tail import tail_gate, tail_statistics
 
 __all__ = [
     "Rows",

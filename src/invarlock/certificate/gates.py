@@ -23,9 +23,9 @@ from invarlock.certificate.schema import (
     Validation,
     Verdict,
 )
-from invarlock.eval.bootstrap import Interval
-from invarlock.eval.metrics import is_accuracy, safe_exp
 from invarlock.evidence.model import finite_or_none
+from invarlock.stats.intervals import Interval
+from invarlock.stats.paired import is_accuracy, safe_exp
 
 __all__ = ["Measured", "all_gates", "validation_of", "verdict_of"]
 

@@ -36,13 +36,13 @@ from invarlock.certificate.schema import (
     Windows,
 )
 from invarlock.core.exceptions import PairingError
-from invarlock.core.policy import ResolvedPolicy
-from invarlock.eval.bootstrap import Interval
-from invarlock.eval.metrics import confidence_label, is_accuracy
 from invarlock.evidence.model import DataFacts, Evidence, WindowRows, canonical_digest
 from invarlock.guards import sketch
 from invarlock.guards.base import StatsGuard
 from invarlock.guards.invariants import InvariantsGuard
+from invarlock.policy.resolve import ResolvedPolicy
+from invarlock.stats.intervals import Interval
+from invarlock.stats.paired import confidence_label, is_accuracy
 
 __all__ = [
     "BUILT_IN_GUARDS",

@@ -13,8 +13,8 @@ from invarlock.certificate.make import BUILT_IN_GUARDS, RunFacts, derive, plugin
 from invarlock.certificate.schema import Meta, Overhead
 from invarlock.core.api import RunReport
 from invarlock.core.exceptions import CertificateError
-from invarlock.core.policy import ResolvedPolicy
 from invarlock.evidence.model import Evidence
+from invarlock.policy.resolve import ResolvedPolicy
 
 __all__ = ["certificate_json", "check_baseline", "evidence_of", "make_certificate", "policy_of"]
 

@@ -16,8 +16,8 @@ from pydantic import ValidationError
 from invarlock.certificate.make import derive, recall
 from invarlock.certificate.schema import Certificate, PairedRows
 from invarlock.core.exceptions import CertificateError, InvarlockError
-from invarlock.core.policy import resolve_policy
 from invarlock.eval.divergence import HISTOGRAM_EDGES
+from invarlock.policy.resolve import resolve_policy
 
 __all__ = ["SIGNATURE_ONLY", "STEPS", "Verification", "validate_certificate", "verify_certificate"]
 

@@ -75,11 +75,11 @@ def _sweep(
     """Load the model, sweep it, and write rows and thresholds with what they were measured on."""
     import yaml
 
-    from invarlock.core.config import load_config
     from invarlock.core.device import library_versions
     from invarlock.core.files import write_json
-    from invarlock.core.pipeline import open_model
-    from invarlock.core.runner import CalibrationBatches
+    from invarlock.flow.execute import CalibrationBatches
+    from invarlock.flow.run import open_model
+    from invarlock.policy.config import load_config
 
     chosen = load_config(config, cli_overrides={"model.device": device}, profile=profile)
     with progress() as tick:

@@ -59,7 +59,7 @@ def certify(
 
     Exit codes: 0 PASS, 1 FAIL or error, 2 wrong configuration, 3 the sides cannot be paired, 4 INCONCLUSIVE.
     """
-    from invarlock.core.certify import certify as run_certify
+    from invarlock.flow.certify import certify as run_certify
 
     chosen = {"adapter": adapter, "device": device, "profile": profile, "tier": tier}
     request = request_from(
@@ -81,7 +81,7 @@ def certify(
 def _edit(path: Path | None) -> dict[str, Any] | None:
     if path is None:
         return None
-    from invarlock.core.config import load_edit_config
+    from invarlock.policy.config import load_edit_config
 
     edit = load_edit_config(path)
     return {"name": edit.name, "plan": dict(edit.plan)}
@@ -89,10 +89,10 @@ def _edit(path: Path | None) -> dict[str, Any] | None:
 
 def request_from(chosen: Mapping[str, Any], preset: Path | None, **facts: Any) -> Any:
     """Build the request: flags first, then the profile, then the preset, then the defaults."""
-    from invarlock.core.certify import CertifyRequest
-    from invarlock.core.config import RunSettings, load_config
-    from invarlock.core.sampling import dataset_options
-    from invarlock.core.source import Loading
+    from invarlock.checkpoints.side import Loading
+    from invarlock.flow.certify import CertifyRequest
+    from invarlock.flow.sampling import dataset_options
+    from invarlock.policy.config import RunSettings, load_config
 
     profile = chosen["profile"] or "ci"
     if preset is None:

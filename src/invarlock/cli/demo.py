@@ -24,7 +24,7 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for the two certificates
     Everything runs offline, in under a minute on two cores. The exit code is 0 when the verdicts are those that the two
     edits deserve: PASS and FAIL.
     """
-    from invarlock.core.certify import CertifyRequest, certify
+    from invarlock.flow.certify import CertifyRequest, certify
     from invarlock.reporting.bundle import HTML, write_bundle
     from invarlock.reporting.terminal import summary_lines
 

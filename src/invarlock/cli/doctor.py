@@ -31,7 +31,7 @@ def doctor(
 
     Ends with 1 where there is an ERROR, or, under --strict, a WARNING.
     """
-    from invarlock.core.doctor import Request, examine
+    from invarlock.flow.doctor import Request, examine
 
     found = examine(Request(config, profile, tier, baseline_report, subject_report))
     counts = {level: sum(finding.level == level for finding in found) for level in ("ERROR", "WARNING", "NOTE")}

@@ -98,8 +98,8 @@ def uninstall(name: NameArgument, apply: ApplyOption = False) -> int:
 
 
 def _show(category: str, json: bool, verbose: bool, name: str | None, only: str | None, show_unsupported: bool) -> int:
+    from invarlock.core import inventory as status
     from invarlock.core import settings
-    from invarlock.plugins import status
 
     if name is not None:
         found = status.explain(name, category)

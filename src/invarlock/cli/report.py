@@ -86,7 +86,7 @@ def _compare(paths: list[Path], format_: Format, output: Path | None) -> int:
 def _of_run(context: typer.Context, run: Path, baseline: Path | None, format_: Format, output: Path | None) -> int:
     """Make the certificate of a stored run, show it, and return the exit code of its verdict."""
     from invarlock.certificate.reports import make_certificate
-    from invarlock.core.run_folder import read_report
+    from invarlock.flow.run_folder import read_report
 
     subject, found = read_report(run)
     remember_profile(context, ((subject.get("meta") or {}).get("policy") or {}).get("profile"))

@@ -50,9 +50,9 @@ def run(
 
     Exit codes: 0 kept, 1 rolled back or failed, 2 wrong configuration, 3 the sides cannot be paired (ci and release).
     """
-    from invarlock.core.config import load_config
-    from invarlock.core.pipeline import RunRequest
-    from invarlock.core.pipeline import run as run_pipeline
+    from invarlock.flow.run import RunRequest
+    from invarlock.flow.run import run as run_pipeline
+    from invarlock.policy.config import load_config
 
     overrides = {
         "model.device": device,

@@ -71,7 +71,7 @@ def _digest(path: Path) -> str:
 
     try:
         from invarlock.adapters.auto import HF_Auto_Adapter
-        from invarlock.adapters.checkpoint import layout_of, load_config, read_structure, resolve_folder
+        from invarlock.checkpoints.files import layout_of, load_config, read_structure, resolve_folder
     except ImportError:
         raise DependencyError("verify with model folders", "adapters") from None
     folder = resolve_folder(str(path))
@@ -84,7 +84,7 @@ def _check(
 ) -> dict[str, Any]:
     from invarlock.certificate.verify import verify_certificate
     from invarlock.core.files import read_json
-    from invarlock.core.run_folder import find_report
+    from invarlock.flow.run_folder import find_report
     from invarlock.reporting.bundle import CERTIFICATE
 
     target = path / CERTIFICATE if path.is_dir() else path

@@ -57,7 +57,7 @@ class CheckpointEdit(ModelEdit):
 
 
 def _require_same_behaviour(model: Any, other: Any, path: str) -> None:
-    from invarlock.adapters.checkpoint import behaviour
+    from invarlock.checkpoints.files import behaviour
 
     if not (hasattr(model, "config") and hasattr(other, "config")):
         return

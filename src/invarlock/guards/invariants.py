@@ -168,7 +168,7 @@ class InvariantsGuard(StatsGuard):
 
     def measure(self, model: Any, adapter: Any, batches: Any = None) -> Stats:
         """Read the table off a live model; `stats_from` does the same for files."""
-        from invarlock.adapters.checkpoint import behaviour, live_structure
+        from invarlock.checkpoints.files import behaviour, live_structure
 
         config = getattr(model, "config", None)
         facts = behaviour(config) if config is not None and hasattr(config, "to_dict") else {}

@@ -25,7 +25,7 @@ from invarlock.guards.activations import (
     watched_modules,
 )
 from invarlock.guards.base import Facts, Policy, Result, Stats, StatsGuard, result
-from invarlock.guards.linalg import SIGMA_CONTRACT, finite, marchenko_pastur_edge, sigma_max, single_thread
+from invarlock.stats.linalg import SIGMA_CONTRACT, finite, marchenko_pastur_edge, sigma_max, single_thread
 
 if TYPE_CHECKING:
     from torch import Tensor

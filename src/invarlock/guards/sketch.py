@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from invarlock.guards.families import classify, is_expert_stack
-from invarlock.guards.linalg import finite, pack, sign_vectors, unpack
+from invarlock.stats.linalg import finite, pack, sign_vectors, unpack
 
 if TYPE_CHECKING:
     from torch import Tensor

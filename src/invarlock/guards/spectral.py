@@ -16,10 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from invarlock.core.exceptions import ConfigError, DataError
-from invarlock.eval.multiplicity import bh, bonferroni
 from invarlock.guards.base import Facts, Policy, Result, Stats, StatsGuard, result
 from invarlock.guards.families import WeightMatrix, unreadable_weights, weight_matrices
-from invarlock.guards.linalg import (
+from invarlock.stats.linalg import (
     SIGMA_CONTRACT,
     finite,
     norms,
@@ -28,6 +27,7 @@ from invarlock.guards.linalg import (
     stable_rank,
     unpack,
 )
+from invarlock.stats.multiplicity import bh, bonferroni
 
 __all__ = ["SpectralGuard"]
 

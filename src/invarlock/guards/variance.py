@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from invarlock.core.exceptions import ConfigError, DataError
-from invarlock.eval.bootstrap import weighted_mean_interval
 from invarlock.guards.activations import Sampler, each_row, forward_sampled, hook_outputs, pick_indices
 from invarlock.guards.base import Facts, Policy, Result, Stats, StatsGuard, result
-from invarlock.guards.linalg import finite
+from invarlock.stats.intervals import weighted_mean_interval
+from invarlock.stats.linalg import finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -270,8 +270,8 @@ def _verdict(trial: Mapping[str, Any], policy: Policy) -> dict[str, Any]:
 
 def _losses(model: Any, batches: Any) -> tuple[list[float], list[int]]:
     """Mean log-loss and scored tokens of up to 64 evenly spaced calibration windows."""
-    from invarlock.eval.loop import Task, forward_windows
-    from invarlock.eval.windows import windows_from_calibration
+    from invarlock.eval.sources.torch_model import Task, forward_windows
+    from invarlock.evidence.windows import windows_from_calibration
 
     windows = windows_from_calibration(batches, None, None).all
     chosen = [windows[index] for index in pick_indices(len(windows), _TRIED, "evenly_spaced")]

@@ -8,8 +8,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from invarlock.core.exceptions import ConfigError
+from invarlock.core.inventory import inventory
 from invarlock.core.registry import Entry, nearest
-from invarlock.plugins.status import inventory
 
 __all__ = ["install_command", "uninstall_command"]
 

@@ -1,0 +1,75 @@
+"""A checkpoint before it is loaded: what its files say, and how to load it. What `certify` and `run` share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from invarlock.core import settings
+
+__all__ = ["Loading", "Side", "read_side"]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How models are loaded. `revision` is that of hub ids; `options` are further arguments of `load_model`."""
+
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    revision: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: Any) -> Loading:
+        """Return what a configuration's `model` section asks for."""
+        return cls(model.dtype, model.trust_remote_code, model.revision, dict(model.options))
+
+    @property
+    def trusts(self) -> bool:
+        """Whether code that ships with a checkpoint may run: by the configuration, or by the environment."""
+        return self.trust_remote_code or settings.flag("INVARLOCK_TRUST_REMOTE_CODE")
+
+    def load(self, adapter: Any, side: Side, device: str) -> Any:
+        """Load the model. A plugin's adapter gets only what was asked for, since it may know none of our keywords."""
+        keywords: dict[str, Any] = {}
+        if hasattr(adapter, "auto_class"):
+            keywords = {"dtype": self.dtype, "trust_remote_code": self.trusts, "revision": self.revision}
+        else:
+            asked = {"dtype": self.dtype, "trust_remote_code": self.trusts, "revision": self.revision}
+            keywords = {key: value for key, value in asked.items() if value not in ("auto", False, None)}
+        return adapter.load_model(str(side.folder or side.id), device=device, **{**keywords, **self.options})
+
+
+@dataclass
+class Side:
+    """One checkpoint as files. `folder` is None where the adapter is a plugin's: its files are not ours to read."""
+
+    id: str
+    folder: Path | None
+    structure: Any
+    behaviour: dict[str, Any]
+    tokenizer: Any
+    tokenizer_facts: tuple[str | None, int | None]
+    max_length: int | None = None
+
+
+def read_side(adapter: Any, model_id: str, loading: Loading) -> Side:
+    """Read a checkpoint as files. A plugin adapter's checkpoint is measured live instead."""
+    from invarlock.adapters.hf import tokenizer_facts
+    from invarlock.checkpoints import files as checkpoint
+    from invarlock.evidence.model import Structure
+
+    if not hasattr(adapter, "auto_class"):
+        tokenizer = adapter.tokenizer(model_id) if hasattr(adapter, "tokenizer") else None
+        return Side(model_id, None, Structure(source="model", tensors=[]), {}, tokenizer, tokenizer_facts(tokenizer))
+    folder = checkpoint.resolve_folder(model_id, loading.revision)
+    if hasattr(adapter, "select"):
+        adapter.select(str(folder), trust_remote_code=loading.trusts)
+    tokenizer = adapter.tokenizer(str(folder))
+    config = checkpoint.load_config(folder, trust_remote_code=loading.trusts)
+    structure = checkpoint.read_structure(folder, checkpoint.layout_of(config, adapter.auto_class))
+    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    facts = tokenizer_facts(tokenizer)
+    return Side(model_id, folder, structure, checkpoint.behaviour(config), tokenizer, facts, longest)
