@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from invarlock.core.exceptions import AdapterError, ConfigError
 from invarlock.core.files import plain
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
 __all__ = [
+    "AdapterLike",
+    "Batches",
+    "Context",
     "EditLike",
     "Guard",
     "GuardChain",
@@ -22,12 +29,57 @@ __all__ = [
     "GuardWithPrepare",
     "ModelAdapter",
     "ModelEdit",
+    "ModelLike",
     "RunConfig",
     "RunReport",
     "Status",
 ]
 
 Status = Literal["pending", "running", "success", "failed", "rollback"]
+Context: TypeAlias = dict[str, Any]  # what a run tells its guards, open to callers' own keys
+
+
+class ModelLike(Protocol):
+    """What is used of a model: the part of `torch.nn.Module` that every model has.
+
+    What only some have (`config`, `get_input_embeddings`, ...) is asked for with `getattr`. An inference session has
+    nothing but its call: who walks modules or weights checks with `hasattr` first.
+    """
+
+    training: bool
+
+    def __call__(self, *args: object, **kwargs: object) -> Any: ...
+    def parameters(self) -> Iterator[Tensor]: ...
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]: ...
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]: ...
+    def named_modules(self) -> Iterator[tuple[str, Module]]: ...
+    def get_submodule(self, target: str) -> Module: ...
+    def state_dict(self, *, keep_vars: bool = False) -> Mapping[str, Tensor]: ...
+    def eval(self) -> object: ...
+    def train(self, mode: bool = True) -> object: ...
+    def to(self, device: str) -> object: ...
+
+
+class AdapterLike(Protocol):
+    """What is used of every adapter; `ModelAdapter` has it, and the rest with defaults."""
+
+    name: str
+
+    def load_model(self, model_id: str, device: str = "auto") -> ModelLike: ...
+    def describe(self, model: ModelLike) -> dict[str, Any]: ...
+    def snapshot(self, model: ModelLike) -> bytes: ...
+    def restore(self, model: ModelLike, snapshot: bytes) -> None: ...
+
+
+class Batches(Protocol):
+    """Calibration batches: indexable, each {input_ids, attention_mask?, labels?} of token ids [B, T] or [T]."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
 
 
 @dataclass
@@ -89,32 +141,32 @@ class ModelAdapter(ABC):
     name: str = ""
 
     @abstractmethod
-    def load_model(self, model_id: str, device: str = "auto", **kwargs: Any) -> Any:
+    def load_model(self, model_id: str, device: str = "auto", **kwargs: object) -> ModelLike:
         """Load the model from a folder or hub id, in evaluation mode, on `device`."""
 
     @abstractmethod
-    def describe(self, model: Any) -> dict[str, Any]:
+    def describe(self, model: ModelLike) -> dict[str, Any]:
         """Return structural facts; keys that are absent read as None."""
 
     @abstractmethod
-    def snapshot(self, model: Any) -> bytes:
+    def snapshot(self, model: ModelLike) -> bytes:
         """Return the state of the model, enough for `restore` to bring it back bit for bit."""
 
     @abstractmethod
-    def restore(self, model: Any, snapshot: bytes) -> None:
+    def restore(self, model: ModelLike, snapshot: bytes) -> None:
         """Bring the model back to the state in `snapshot`, bit for bit."""
 
     def can_handle(self, model_id: str) -> bool:
         """Say whether this adapter recognises the checkpoint. The default recognises nothing."""
         return False
 
-    def snapshot_chunked(self, model: Any, folder: Path) -> Path:
+    def snapshot_chunked(self, model: ModelLike, folder: Path) -> Path:
         """Write the state into `folder`, a piece at a time, and return where. Default: one file with `snapshot`."""
         path = folder / "snapshot.bin"
         path.write_bytes(self.snapshot(model))
         return path
 
-    def restore_chunked(self, model: Any, path: Path) -> None:
+    def restore_chunked(self, model: ModelLike, path: Path) -> None:
         """Bring the model back from what `snapshot_chunked` wrote."""
         self.restore(model, path.read_bytes())
 
@@ -122,11 +174,11 @@ class ModelAdapter(ABC):
         """Return the tokenizer that belongs to the checkpoint, or None where there is none."""
         return None
 
-    def module_families(self, model: Any) -> dict[str, str]:
+    def module_families(self, model: ModelLike) -> dict[str, str]:
         """Map weight names to ffn, attn, embed, router or other, where the built-in rules would guess wrong."""
         return {}
 
-    def save(self, model: Any, folder: Path) -> None:
+    def save(self, model: ModelLike, folder: Path) -> None:
         """Write the model as a checkpoint that `load_model` reads."""
         raise AdapterError(f"adapter {self.name!r} cannot save models; expected one with `save`, such as hf_auto")
 
@@ -137,7 +189,7 @@ class EditLike(Protocol):
 
     name: str
 
-    def apply(self, model: Any, adapter: Any, **config: Any) -> dict[str, Any]: ...
+    def apply(self, model: ModelLike, adapter: AdapterLike, **config: object) -> dict[str, Any]: ...
 
 
 class ModelEdit(ABC):
@@ -146,7 +198,7 @@ class ModelEdit(ABC):
     name: str = ""
 
     @abstractmethod
-    def apply(self, model: Any, adapter: Any, **config: Any) -> dict[str, Any]:
+    def apply(self, model: ModelLike, adapter: AdapterLike, **config: object) -> dict[str, Any]:
         """Change `model` in place; return what was done, at least `deltas` with the counts of what changed."""
 
 
@@ -156,29 +208,31 @@ class Guard(ABC):
     name: str = ""
 
     @abstractmethod
-    def validate(self, model: Any, adapter: Any, context: dict[str, Any]) -> dict[str, Any]:
+    def validate(self, model: ModelLike, adapter: AdapterLike, context: Context) -> dict[str, Any]:
         """Return at least `passed`; also `action` (continue|none|warn|rollback|abort), `message`, `metrics`,
         `warnings`, `errors`."""
 
 
 @runtime_checkable
 class GuardWithPrepare(Protocol):
-    def prepare(self, model: Any, adapter: Any, calib: Any, policy: Any) -> dict[str, Any]: ...
+    def prepare(
+        self, model: ModelLike, adapter: AdapterLike, calib: Batches | None, policy: Mapping[str, Any] | None
+    ) -> dict[str, Any]: ...
 
 
 @runtime_checkable
 class GuardWithBeforeEdit(Protocol):
-    def before_edit(self, model: Any) -> Any: ...
+    def before_edit(self, model: ModelLike) -> object: ...
 
 
 @runtime_checkable
 class GuardWithAfterEdit(Protocol):
-    def after_edit(self, model: Any) -> Any: ...
+    def after_edit(self, model: ModelLike) -> object: ...
 
 
 @runtime_checkable
 class GuardWithFinalize(Protocol):
-    def finalize(self, model: Any) -> Any: ...
+    def finalize(self, model: ModelLike) -> object: ...
 
 
 @runtime_checkable
@@ -196,7 +250,13 @@ class GuardChain:
         self.guards: Sequence[Guard] = list(guards)
         self.policy = dict(policy or {})
 
-    def prepare_all(self, model: Any, adapter: Any, calib: Any, policy_config: Any = None) -> dict[str, Any]:
+    def prepare_all(
+        self,
+        model: ModelLike,
+        adapter: AdapterLike,
+        calib: Batches | None,
+        policy_config: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Show every guard the unedited model. `policy_config` maps guard names to their policies."""
         policies = policy_config if isinstance(policy_config, Mapping) else self.policy
         return {
@@ -205,14 +265,14 @@ class GuardChain:
             if isinstance(guard, GuardWithPrepare)
         }
 
-    def before_edit_all(self, model: Any) -> dict[str, Any]:
+    def before_edit_all(self, model: ModelLike) -> dict[str, Any]:
         return {g.name: g.before_edit(model) for g in self.guards if isinstance(g, GuardWithBeforeEdit)}
 
-    def after_edit_all(self, model: Any) -> dict[str, Any]:
+    def after_edit_all(self, model: ModelLike) -> dict[str, Any]:
         return {g.name: g.after_edit(model) for g in self.guards if isinstance(g, GuardWithAfterEdit)}
 
-    def validate_all(self, model: Any, adapter: Any, context: dict[str, Any] | None = None) -> dict[str, Any]:
+    def validate_all(self, model: ModelLike, adapter: AdapterLike, context: Context | None = None) -> dict[str, Any]:
         return {guard.name: guard.validate(model, adapter, context or {}) for guard in self.guards}
 
-    def finalize_all(self, model: Any) -> dict[str, Any]:
+    def finalize_all(self, model: ModelLike) -> dict[str, Any]:
         return {g.name: g.finalize(model) for g in self.guards if isinstance(g, GuardWithFinalize)}
