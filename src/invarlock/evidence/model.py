@@ -5,12 +5,12 @@ A number that was measured and is not finite is stored as None: JSON has no NaN,
 
 from __future__ import annotations
 
-import hashlib
-import math
 from typing import Any, Literal
 
-import rfc8785
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from invarlock.evidence.plain import Plain, canonical_digest, finite_or_none
+from invarlock.evidence.rows import WindowRows
 
 __all__ = [
     "DataFacts",
@@ -26,22 +26,7 @@ __all__ = [
 ]
 
 
-def canonical_digest(value: Any) -> str:
-    """Return SHA-256 (hex) over the RFC 8785 canonical JSON of `value`."""
-    return hashlib.sha256(rfc8785.dumps(value)).hexdigest()
-
-
-def finite_or_none(value: float) -> float | None:
-    """Return the float, or None where it is NaN or infinite."""
-    number = float(value)
-    return number if math.isfinite(number) else None
-
-
-class _Plain(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TensorFacts(_Plain):
+class TensorFacts(Plain):
     """One stored tensor: `dtype` in safetensors' spelling (F32, BF16, ...), `digest` over dtype, shape and bytes."""
 
     name: str
@@ -51,7 +36,7 @@ class TensorFacts(_Plain):
     non_finite: int = 0
 
 
-class Structure(_Plain):
+class Structure(Plain):
     """The tensors of a checkpoint or live model, under the architecture's own names."""
 
     source: Literal["file", "model"]
@@ -71,7 +56,7 @@ class Structure(_Plain):
         return canonical_digest(rows)
 
 
-class ModelFacts(_Plain):
+class ModelFacts(Plain):
     """Which model this is. `behaviour` holds the configuration values that change what it computes."""
 
     id: str
@@ -85,7 +70,7 @@ class ModelFacts(_Plain):
     tokenizer_size: int | None = None
 
 
-class DataFacts(_Plain):
+class DataFacts(Plain):
     """Where the windows came from; `digest` covers ids, documents and tokens."""
 
     provider: str
@@ -99,25 +84,7 @@ class DataFacts(_Plain):
     reused: bool = False
 
 
-class WindowRows(_Plain):
-    """One row a window, as columns. `loss`: mean log-loss in nats over `tokens` scored tokens.
-
-    `kl_sum` (nats, of the coarsened distributions), `kl_max` and `flips` compare with the baseline and stand in a
-    subject's evidence only; `correct` stands where the metric is an accuracy.
-    """
-
-    window_ids: list[str]
-    document_ids: list[str]
-    tokens: list[int]
-    loss: list[float | None]
-    kl_sum: list[float | None] | None = None
-    kl_max: list[float | None] | None = None
-    kl_exact_sum: list[float | None] | None = None
-    flips: list[int] | None = None
-    correct: list[float] | None = None
-
-
-class TokenFile(_Plain):
+class TokenFile(Plain):
     """The file beside the report that holds per-token arrays."""
 
     name: str
@@ -125,7 +92,7 @@ class TokenFile(_Plain):
     bytes_per_token: float
 
 
-class Runtime(_Plain):
+class Runtime(Plain):
     """What the numbers depend on besides model and text."""
 
     device: str
@@ -135,7 +102,7 @@ class Runtime(_Plain):
     versions: dict[str, str]
 
 
-class Evidence(_Plain):
+class Evidence(Plain):
     """What one model showed."""
 
     format: Literal["invarlock-evidence-v1"] = "invarlock-evidence-v1"
