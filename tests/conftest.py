@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: threa
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
-pytest_plugins = ["certification", "executions", "runs"]
+pytest_plugins = ["certification", "distributions", "executions", "runs"]
 SEQ_LEN = 64
 
 CopyModel = Callable[..., Path]

@@ -89,11 +89,9 @@ def _cli() -> str:
 
 
 def _exit_codes() -> str:
-    from invarlock.cli import errors
+    from invarlock.core.exceptions import EXIT_CODES
 
-    doc = str(errors.__doc__)
-    found = re.findall(r"(?<!\S)(\d+)  (.+?)(?=\s{2,}|\n|$)", doc)
-    return _table(("Code", "Meaning"), ((code, meaning) for code, meaning in sorted(found, key=lambda x: int(x[0]))))
+    return _table(("Code", "Meaning"), EXIT_CODES.items())
 
 
 # --- schemas
@@ -214,10 +212,9 @@ def _guard_defaults() -> str:
 
 
 def _providers() -> str:
-    from invarlock.eval.data import PROVIDERS
-
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     rows = []
-    for name, target in PROVIDERS.items():
+    for name, target in project["entry-points"]["invarlock.providers"].items():
         provider = _loaded(target)
         options = [
             f"`{field.name}`" + (f" ({field.default})" if field.default else "")
@@ -237,6 +234,7 @@ def _registered() -> str:
     rows = [
         (f"`{name}`", group.rpartition(".")[2].rstrip("s"), f"`{target}`")
         for group, names in project["entry-points"].items()
+        if group != "invarlock.providers"  # they have a page of their own, with their options
         for name, target in names.items()
     ]
     return _table(("Name", "Kind", "Class"), rows)

@@ -151,11 +151,11 @@ def test_the_blocks_of_the_api_guide_run_as_printed(
     demo_model: Path, calibration: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`gpt2` is a folder here, holding the demo model; `wikitext2`, which needs the network, reads python_docs."""
-    from invarlock.eval import data
+    from invarlock.eval.data import PythonDocsProvider, Wikitext2Provider
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpt2").symlink_to(demo_model)
-    monkeypatch.setitem(data.PROVIDERS, "wikitext2", data.PROVIDERS["python_docs"])
+    monkeypatch.setattr(Wikitext2Provider, "documents", lambda self, split=None: PythonDocsProvider().documents())
     names = api_guide_names(demo_model, calibration)
     ran = [block for block in blocks(GUIDES[0]) if block.language == "python"]
     for block in ran:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import EXAMPLE
+from distributions import EXAMPLE
 
 CHECK = """
 import torch

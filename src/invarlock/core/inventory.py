@@ -24,14 +24,19 @@ from invarlock.core import registry
 from invarlock.core.exceptions import ConfigError, InvarlockError
 from invarlock.core.registry import Entry, Registry, nearest
 
-__all__ = ["CATEGORIES", "KINDS", "PluginStatus", "State", "explain", "inventory", "select"]
+__all__ = ["CATEGORIES", "PluginStatus", "State", "explain", "inventory", "select"]
 
 State = Literal["ready", "missing", "broken", "shadowed", "unsupported"]
 
 _LOG = logging.getLogger(__name__)
-#: what a category of the listing holds, by the kinds of its entries
-KINDS: dict[str, str] = {"adapters": "adapter", "guards": "guard", "edits": "edit", "datasets": "provider"}
-CATEGORIES = (*KINDS, "plugins", "all")
+#: what a category of the listing holds
+_REGISTRIES: dict[str, Registry[Any]] = {
+    "adapters": registry.adapters,
+    "guards": registry.guards,
+    "edits": registry.edits,
+    "datasets": registry.providers,
+}
+CATEGORIES = (*_REGISTRIES, "plugins", "all")
 _FILTERS = ("ready", "missing", "broken", "shadowed", "unsupported", "core", "plugin")
 #: the package that does the work where it is named otherwise than its module
 _PACKAGES = {"compressed_tensors": "compressed-tensors"}
@@ -99,7 +104,7 @@ def inventory(category: str = "all") -> list[PluginStatus]:
             f"unknown category {category!r}{nearest(category, CATEGORIES)}; expected one of: {', '.join(CATEGORIES)}"
         )
     found: list[PluginStatus] = []
-    for name, kind in _registries().items():
+    for name, kind in _REGISTRIES.items():
         if category in (name, "all", "plugins"):
             claims = kind.claims()
             times = Counter(entry.name for entry in claims)
@@ -135,22 +140,13 @@ def explain(name: str, category: str = "all") -> list[PluginStatus]:
     An unknown name raises ConfigError with the nearest. An import that raises makes the entry `broken`, with the error.
     """
     known = inventory(category)
-    aliases = {"auto": "hf_auto"} if name not in {status.entry.name for status in known} else {}
-    found = [status for status in known if status.entry.name == aliases.get(name, name)]
+    names = sorted({status.entry.name for status in known})
+    wanted = name if name in names else registry.adapters.aliases.get(name, name)
+    found = [status for status in known if status.entry.name == wanted]
     if not found:
-        names = sorted({status.entry.name for status in known})
         what = "plugin" if category == "all" else category.rstrip("s")
         raise ConfigError(f"unknown {what} {name!r}{nearest(name, names)}; expected one of: {', '.join(names)}")
     return [_imported(status) if status.state == "ready" else status for status in found]
-
-
-def _registries() -> dict[str, Registry[Any]]:
-    return {
-        "adapters": registry.adapters,
-        "guards": registry.guards,
-        "edits": registry.edits,
-        "datasets": registry.providers(),
-    }
 
 
 def _by_name(entry: Entry) -> tuple[str, str]:
@@ -207,8 +203,9 @@ def _absence(module: str) -> str | None:
 
 def _imported(status: PluginStatus) -> PluginStatus:
     entry = status.entry
+    kind = next(kind for kind in _REGISTRIES.values() if kind.group == entry.group)
     try:
-        target = entry.load()
+        target = kind.load(entry.name)
     except InvarlockError as error:
         return PluginStatus(entry, "broken", str(error), f"reinstall {entry.distribution}", status.backend)
     parameters = [
@@ -216,5 +213,5 @@ def _imported(status: PluginStatus) -> PluginStatus:
         for parameter in inspect.signature(target).parameters.values()
     ]
     if parameters == ["**overrides"]:  # a built-in guard: any key of its policy
-        parameters = [f"{key}={value!r}" for key, value in target.defaults.items()]
+        parameters = [f"{key}={value!r}" for key, value in getattr(target, "defaults", {}).items()]
     return PluginStatus(entry, "ready", backend=status.backend, parameters=parameters)

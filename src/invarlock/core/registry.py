@@ -1,6 +1,7 @@
-"""One registry for everything that has a name: adapters, edits, guards (entry points) and data providers (a table).
+"""One registry for everything that has a name: adapters, edits, guards and data providers, ours and everybody else's.
 
-Listing imports nothing. A name that two distributions claim raises; an unknown one suggests the nearest.
+All are entry points: ours stand in this project's pyproject.toml, a plugin's in its own. Listing imports nothing. A name
+that two distributions claim raises; an unknown one suggests the nearest.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from invarlock.core import settings
 from invarlock.core.exceptions import ConfigError, DependencyError, InvarlockError
@@ -24,22 +25,30 @@ __all__ = ["Entry", "Registry", "adapters", "edits", "guards", "nearest", "provi
 T = TypeVar("T")
 
 _OWN = "invarlock"
-#: what an entry of ours needs beyond the core: the module to look for and the extra that brings it
-_NEEDS = {
-    "invarlock.adapters": (("transformers", "adapters"), ("torch", "adapters")),
-    "invarlock.edits": (("torch", "edits"),),
-    "invarlock.guards": (("torch", "guards"),),
+
+
+class _Facts(NamedTuple):
+    """What a name of ours needs beyond the core, and where it runs; see `Entry`."""
+
+    needs: tuple[tuple[str, str], ...] = ()
+    platforms: tuple[str, ...] = ()
+
+
+_HF = (("transformers", "adapters"), ("torch", "adapters"))
+_DATASETS = _Facts((("datasets", "eval"),))
+#: by group and name; "" stands for every other name of the group
+_FACTS: dict[str, dict[str, _Facts]] = {
+    "invarlock.adapters": {
+        "": _Facts(_HF),
+        "hf_causal_onnx": _Facts((("onnxruntime", "onnx"), *_HF)),
+        "hf_bnb": _Facts((("bitsandbytes", "gpu"), *_HF), ("linux",)),
+        "hf_gptq": _Facts((("gptqmodel", "gptq"), *_HF), ("linux",)),
+        "hf_awq": _Facts((("compressed_tensors", "awq"), *_HF)),
+    },
+    "invarlock.edits": {"": _Facts((("torch", "edits"),))},
+    "invarlock.guards": {"": _Facts((("torch", "guards"),)), "hello_guard": _Facts()},
+    "invarlock.providers": {"": _Facts(), "wikitext2": _DATASETS, "hf_text": _DATASETS, "hf_seq2seq": _DATASETS},
 }
-_NAMED_NEEDS = {
-    "hf_causal_onnx": (("onnxruntime", "onnx"),),
-    "hf_bnb": (("bitsandbytes", "gpu"),),
-    "hf_gptq": (("gptqmodel", "gptq"),),
-    "hf_awq": (("compressed_tensors", "awq"),),
-}
-_TORCH_FREE = {"hello_guard"}
-_LINUX_ONLY = {"hf_bnb", "hf_gptq"}
-_DATA_NEEDS = (("datasets", "eval"),)
-_HUB_PROVIDERS = {"wikitext2", "hf_text", "hf_seq2seq"}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -81,33 +90,40 @@ class Entry:
                 return extra
         return None
 
-    def load(self) -> Any:
-        """Import and return the target. Raises DependencyError or ConfigError, which carry the whole reason."""
+    def require(self) -> None:
+        """Raise DependencyError where an extra must be installed first."""
         extra = self.missing_extra()
         if extra is not None:
             raise DependencyError(f"{self.kind} {self.name!r}", extra)
+
+    def load(self) -> Any:
+        """Import and return the target. Raises DependencyError or ConfigError, which carry the whole reason."""
+        self.require()
+        return self.resolve()
+
+    def resolve(self) -> Any:
+        """Import and return the target, whatever extra is missing."""
         module, _, attribute = self.target.partition(":")
         try:
             return getattr(importlib.import_module(module), attribute)
         except InvarlockError:
             raise
         except Exception as error:  # the plugin boundary: whatever its import raised is the plugin's error, shown whole
-            raise ConfigError(
-                f"plugin {self.name!r} ({self.target}, from {self.distribution} {self.version}) cannot be loaded: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+            raise self.broken(f"cannot be loaded: {type(error).__name__}: {error}") from error
+
+    def broken(self, what: str) -> ConfigError:
+        """Return the error that says what is wrong with this plugin, and whose it is."""
+        return ConfigError(f"plugin {self.name!r} ({self.target}, from {self.distribution} {self.version}) {what}")
 
 
 class Registry(Generic[T]):
-    """The names of one kind of thing (`kind`, singular) and how to load them."""
+    """The names of one kind of thing (`kind`, singular) and how to load them; `offers` are the methods that it needs."""
 
-    def __init__(
-        self, kind: str, group: str, table: dict[str, str] | None = None, aliases: dict[str, str] | None = None
-    ):
+    def __init__(self, kind: str, group: str, offers: tuple[str, ...], aliases: dict[str, str] | None = None) -> None:
         self.kind = kind
         self.group = group
-        self._table = table or {}
-        self._aliases = aliases or {}
+        self.offers = offers
+        self.aliases = aliases or {}
 
     def entries(self) -> dict[str, Entry]:
         """Return every entry by name, sorted. Raises ConfigError where two distributions claim one name."""
@@ -124,21 +140,15 @@ class Registry(Generic[T]):
 
     def claims(self) -> tuple[Entry, ...]:
         """Return every entry, also where several distributions claim one name: for listings, which must not fail."""
+        found = _installed(self.group)
         if settings.flag("INVARLOCK_DISABLE_PLUGIN_DISCOVERY"):
-            return tuple(entry for entry in (*self._own_table(), *_installed(self.group)) if entry.origin == "Core")
-        return (*self._own_table(), *_installed(self.group))
-
-    def _own_table(self) -> Iterator[Entry]:
-        from invarlock import __version__
-
-        for name, target in self._table.items():
-            needs = _DATA_NEEDS if name in _HUB_PROVIDERS else ()
-            yield Entry(name, target, self.group, _OWN, __version__, needs)
+            return tuple(entry for entry in found if entry.origin == "Core")
+        return found
 
     def entry(self, name: str) -> Entry:
         """Return one entry; an unknown name raises ConfigError with the nearest."""
         entries = self.entries()
-        name = self._aliases.get(name, name)
+        name = self.aliases.get(name, name)
         if name not in entries:
             raise ConfigError(
                 f"unknown {self.kind} {name!r}{nearest(name, entries)}; expected one of: {', '.join(entries)}"
@@ -146,11 +156,22 @@ class Registry(Generic[T]):
         return entries[name]
 
     def load(self, name: str) -> type[T]:
-        """Import the class behind `name`."""
-        loaded: type[T] = self.entry(name).load()
+        """Import the class behind `name`. Raises DependencyError where an extra is missing, else as `resolve` does."""
+        self.entry(name).require()
+        return self.resolve(name)
+
+    def resolve(self, name: str) -> type[T]:
+        """Import the class behind `name`, also where an extra is missing: its options can be read without it.
+
+        Raises ConfigError where it cannot be imported or lacks a method of its kind.
+        """
+        entry = self.entry(name)
+        loaded: type[T] = entry.resolve()
+        if not isinstance(loaded, type) or any(not callable(getattr(loaded, method, None)) for method in self.offers):
+            raise entry.broken(f"is no {self.kind}; expected a class with {', '.join(self.offers)}")
         return loaded
 
-    def create(self, name: str, **arguments: Any) -> T:
+    def create(self, name: str, **arguments: object) -> T:
         """Import the class behind `name` and construct it; arguments that it does not take raise ConfigError."""
         factory = self.load(name)
         taken = inspect.signature(factory).parameters
@@ -166,30 +187,18 @@ class Registry(Generic[T]):
 
 @cache
 def _installed(group: str) -> tuple[Entry, ...]:
+    own = _FACTS[group]
     entries = []
     for point in metadata.entry_points(group=group):
-        distribution = point.dist.name if point.dist else "unknown"
-        version = point.dist.version if point.dist else "unknown"
-        needs: tuple[tuple[str, str], ...] = ()
-        platforms: tuple[str, ...] = ()
-        if distribution == _OWN:
-            needs = () if point.name in _TORCH_FREE else (*_NAMED_NEEDS.get(point.name, ()), *_NEEDS[group])
-            platforms = ("linux",) if point.name in _LINUX_ONLY else ()
-        entries.append(Entry(point.name, point.value, group, distribution, version, needs, platforms))
+        distribution, version = (point.dist.name, point.dist.version) if point.dist else ("unknown", "unknown")
+        facts = own.get(point.name, own[""]) if distribution == _OWN else _Facts()
+        entries.append(Entry(point.name, point.value, group, distribution, version, *facts))
     return tuple(dict.fromkeys(entries))
 
 
-def _provider_table() -> dict[str, str]:
-    from invarlock.eval.data import PROVIDERS
-
-    return PROVIDERS
-
-
-adapters: Registry[Any] = Registry("adapter", "invarlock.adapters", aliases={"auto": "hf_auto"})
-edits: Registry[Any] = Registry("edit", "invarlock.edits")
-guards: Registry[Any] = Registry("guard", "invarlock.guards")
-
-
-def providers() -> Registry[Any]:
-    """Return the registry of data providers (a table of ours; there is no entry-point group for them)."""
-    return Registry("data provider", "invarlock.providers", table=_provider_table())
+adapters: Registry[Any] = Registry(
+    "adapter", "invarlock.adapters", ("load_model", "describe", "snapshot", "restore"), {"auto": "hf_auto"}
+)
+edits: Registry[Any] = Registry("edit", "invarlock.edits", ("apply",))
+guards: Registry[Any] = Registry("guard", "invarlock.guards", ("validate",))
+providers: Registry[Any] = Registry("data provider", "invarlock.providers", ("options", "windows"))

@@ -227,7 +227,7 @@ def _names(resolved: Any) -> Iterator[Finding]:
     if resolved.edit.name:
         wanted.append(registry.edits.entry(resolved.edit.name))
     if resolved.dataset.provider_name:
-        wanted.append(registry.providers().entry(resolved.dataset.provider_name))
+        wanted.append(registry.providers.entry(resolved.dataset.provider_name))
     wanted += [registry.guards.entry(name) for name in dict.fromkeys(resolved.guards.order or ())]
     for entry in wanted:
         if entry.origin == "Core" and entry.missing_extra() is None:

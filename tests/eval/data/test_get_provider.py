@@ -6,11 +6,12 @@ import sys
 import pytest
 
 import invarlock.eval.data as data
+from invarlock.core import registry
 from invarlock.core.exceptions import ConfigError
-from invarlock.eval.data import PROVIDERS, PairProvider, TextProvider, get_provider
+from invarlock.eval.data import PairProvider, TextProvider, get_provider
 
 
-@pytest.mark.parametrize("name", PROVIDERS)
+@pytest.mark.parametrize("name", registry.providers.entries())
 def test_every_registered_name_gives_its_provider(name: str) -> None:
     provider = get_provider(name)
     assert provider.name == name
@@ -36,12 +37,6 @@ def test_a_mapping_means_the_same_as_a_name_with_options() -> None:
 def test_wrong_names_and_options_are_refused_with_the_nearest_valid_one(spec, options, message) -> None:
     with pytest.raises(ConfigError, match=message):
         get_provider(spec, **options)
-
-
-def test_public_names_exist_and_an_unknown_one_does_not() -> None:
-    assert all(hasattr(data, name) for name in data.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'NoSuchProvider'"):
-        _ = data.NoSuchProvider
 
 
 def test_importing_the_room_imports_neither_torch_nor_datasets() -> None:

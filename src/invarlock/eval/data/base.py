@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import islice
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -35,11 +35,15 @@ __all__ = [
     "PairProvider",
     "Provider",
     "TextProvider",
+    "Tokenizer",
     "provider_digest",
 ]
 
 MIN_SCORED_TOKENS = 8
 _BATCH = 64  # documents tokenised at once: enough to keep a fast tokenizer busy, few enough to stop early
+
+#: one of the `transformers` library, or anything that is called like it: a list of texts in, their ids under `input_ids`
+Tokenizer: TypeAlias = Callable[..., Mapping[str, Sequence[Sequence[int]]]]
 
 _T = TypeVar("_T")
 
@@ -134,12 +138,12 @@ class Provider(ABC):
         return {"name": self.name, "options": {key: value for key, value in values.items() if value is not None}}
 
     @abstractmethod
-    def _rows(self, tokenizer: Any, request: _Request, split: str | None) -> Iterator[list[_Window]]:
+    def _rows(self, tokenizer: Tokenizer, request: _Request, split: str | None) -> Iterator[list[_Window]]:
         """Windows document by document, documents in the seeded order."""
 
     def windows(
         self,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         *,
         preview_n: int,
         final_n: int,
@@ -177,7 +181,7 @@ class TextProvider(Provider):
     def documents(self, split: str | None = None) -> Sequence[Document]:
         """All documents of a split (None: the default one). Raises `DataError` where there are none to be had."""
 
-    def _rows(self, tokenizer: Any, request: _Request, split: str | None) -> Iterator[list[_Window]]:
+    def _rows(self, tokenizer: Tokenizer, request: _Request, split: str | None) -> Iterator[list[_Window]]:
         texts = [document for document in self.documents(split) if document.text.strip()]
         if not texts:
             raise DataError(f"the data set is empty: got no text from provider '{self.name}', expected at least one")
@@ -203,7 +207,7 @@ class PairProvider(Provider):
     def pairs(self, split: str | None = None) -> Sequence[Pair]:
         """All pairs of a split (None: the default one). Raises `DataError` where there are none to be had."""
 
-    def _rows(self, tokenizer: Any, request: _Request, split: str | None) -> Iterator[list[_Window]]:
+    def _rows(self, tokenizer: Tokenizer, request: _Request, split: str | None) -> Iterator[list[_Window]]:
         pairs = [pair for pair in self.pairs(split) if pair.source.strip() and pair.target.strip()]
         if not pairs:
             raise DataError(f"the data set is empty: got no pair from provider '{self.name}', expected at least one")

@@ -8,10 +8,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from invarlock.core.exceptions import ConfigError, DataError, DependencyError, NetworkError
+from invarlock.core.network import network_allowed
 from invarlock.eval.data.base import Document, Pair, PairProvider, Provider, TextProvider
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 __all__ = ["HFSeq2SeqProvider", "HFTextProvider", "load_split"]
 
@@ -25,7 +29,7 @@ class _HubData(Provider):
     dataset_name: str | None = None
     config_name: str | None = None
 
-    def _load(self, split: str | None) -> tuple[str, Any]:
+    def _load(self, split: str | None) -> tuple[str, Dataset]:
         if not self.dataset_name:
             raise ConfigError(f"dataset provider '{self.name}' needs 'dataset_name': give a hub id or a local folder")
         found, rows = load_split(self.dataset_name, self.config_name, split or self.split)
@@ -60,7 +64,7 @@ class HFSeq2SeqProvider(_HubData, PairProvider):
         return [Pair(f"{name}:{i}", f"{name}:{i}", source, target) for i, (source, target) in enumerate(columns)]
 
 
-def load_split(dataset_name: str, config_name: str | None, split: str | None) -> tuple[str, Any]:
+def load_split(dataset_name: str, config_name: str | None, split: str | None) -> tuple[str, Dataset]:
     """The split's name and its rows (a `datasets.Dataset`).
 
     Raises `DependencyError` without `datasets`, `NetworkError` for what is not cached while offline, `DataError` for
@@ -70,7 +74,6 @@ def load_split(dataset_name: str, config_name: str | None, split: str | None) ->
         import datasets
     except ImportError as error:
         raise DependencyError(f"reading the data set '{dataset_name}'", "eval") from error
-    from invarlock.core.network import network_allowed
 
     local = Path(dataset_name).is_dir()
     allowed = network_allowed()
@@ -98,7 +101,7 @@ def load_split(dataset_name: str, config_name: str | None, split: str | None) ->
     return chosen, _slice(loaded[base], part, chosen)
 
 
-def _slice(rows: Any, part: str, split: str) -> Any:
+def _slice(rows: Dataset, part: str, split: str) -> Dataset:
     """Rows of `split[a:b]` or `split[:n%]`, the notation of the `datasets` library."""
     if not part:
         return rows
@@ -111,7 +114,7 @@ def _slice(rows: Any, part: str, split: str) -> Any:
     return rows.select(range(min(first, len(rows)), min(last, len(rows))))
 
 
-def _column(rows: Any, field: str, name: str) -> list[str]:
+def _column(rows: Dataset, field: str, name: str) -> list[str]:
     head, _, inner = field.partition(".")
     if head not in rows.column_names:
         there = ", ".join(map(repr, rows.column_names))

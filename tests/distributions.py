@@ -1,4 +1,4 @@
-"""The example plugin of the guide, installed for real, and broken ones made on the spot."""
+"""Distributions for tests: the example plugin, installed for real, and others made on the spot."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "my_invarlock_plugin"
+from invarlock.core import registry
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "my_invarlock_plugin"
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
+Site = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
@@ -46,8 +49,8 @@ def run() -> Run:
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Callable[..., Path]:
-    """Make a folder that holds distributions: name, entry points, and modules with their source."""
+def site(tmp_path: Path) -> Site:
+    """Put a distribution into a folder, as pip would: metadata, and modules by name with their source."""
 
     def _site(name: str, entry_points: str, **modules: str) -> Path:
         folder = tmp_path / f"{name}-3.0.dist-info"
@@ -59,6 +62,19 @@ def site(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path
 
     return _site
+
+
+@pytest.fixture
+def distribute(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """Like `site`, for this process."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry._installed.cache_clear()
+    before = set(sys.modules)
+    yield site
+    registry._installed.cache_clear()
+    for module in set(sys.modules) - before:
+        if str(getattr(sys.modules[module], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[module]
 
 
 @pytest.fixture
