@@ -12,7 +12,7 @@ import torch
 
 from invarlock.adapters import HF_Auto_Adapter, HF_Causal_Adapter, HF_Causal_Auto_Adapter, HF_MLM_Adapter
 from invarlock.adapters import HF_Seq2Seq_Adapter as Seq2Seq
-from invarlock.adapters.hf import tokenizer_facts
+from invarlock.checkpoints.tokenizer import tokenizer_facts
 from invarlock.core.api import ModelAdapter
 from invarlock.core.exceptions import AdapterError, ConfigError, ModelLoadError
 

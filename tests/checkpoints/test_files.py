@@ -19,10 +19,9 @@ from invarlock.checkpoints.files import (
     live_structure,
     load_config,
     read_structure,
-    require_known_dtype,
     resolve_folder,
 )
-from invarlock.core.exceptions import CheckpointDamagedError, ConfigError, InvarlockError, ModelLoadError
+from invarlock.core.exceptions import CheckpointDamagedError, InvarlockError, ModelLoadError
 from invarlock.evidence.model import Structure
 from invarlock.guards import InvariantsGuard
 from invarlock.guards.invariants import baseline_damage
@@ -312,12 +311,6 @@ def test_configuration_that_does_not_bear_on_behaviour_is_none(
     folder = Path(shutil.copytree(llama_model, tmp_path / "copy"))
     _set(folder, key, value)
     assert _findings(llama_model, folder) == []
-
-
-def test_only_known_types_are_taken() -> None:
-    assert require_known_dtype("bfloat16") == torch.bfloat16
-    with pytest.raises(ConfigError, match="'int8'; expected auto, float32, float16 or bfloat16"):
-        require_known_dtype("int8")
 
 
 def test_a_single_file_of_any_name_is_read(llama_model: Path, tmp_path: Path) -> None:

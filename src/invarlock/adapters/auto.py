@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from invarlock.adapters.hf import HF_Causal_Adapter, HF_MLM_Adapter, HF_Seq2Seq_Adapter
-from invarlock.checkpoints import files as checkpoint
+from invarlock.adapters.hf import HF_Adapter, HF_Causal_Adapter, HF_MLM_Adapter, HF_Seq2Seq_Adapter
+from invarlock.checkpoints.behaviour import load_config
+from invarlock.checkpoints.files import resolve_folder
 from invarlock.core import settings
-from invarlock.core.api import ModelAdapter
 from invarlock.core.exceptions import AdapterError
+
+if TYPE_CHECKING:
+    from transformers import AutoModel, PreTrainedModel
 
 __all__ = ["HF_Auto_Adapter", "HF_Causal_Auto_Adapter"]
 
 
-class HF_Auto_Adapter(ModelAdapter):
-    """Picks the first adapter of `candidates` whose kind matches the checkpoint, and passes every call on to it."""
+class HF_Auto_Adapter(HF_Adapter):
+    """Picks the first adapter of `candidates` whose kind matches the checkpoint, to load it."""
 
     name = "hf_auto"
     candidates: ClassVar[tuple[type[HF_Causal_Adapter], ...]] = (
@@ -29,7 +31,7 @@ class HF_Auto_Adapter(ModelAdapter):
 
     def select(self, model_id: str, *, trust_remote_code: bool = False) -> HF_Causal_Adapter:
         """Return the adapter for a checkpoint; AdapterError where none fits."""
-        config = checkpoint.load_config(checkpoint.resolve_folder(model_id), trust_remote_code=trust_remote_code)
+        config = load_config(resolve_folder(model_id), trust_remote_code=trust_remote_code)
         for candidate in self.candidates:
             adapter = candidate()
             if adapter.matches(config):
@@ -52,38 +54,25 @@ class HF_Auto_Adapter(ModelAdapter):
         return self.chosen.metric_kind
 
     @property
-    def auto_class(self) -> Any:
+    def auto_class(self) -> type[AutoModel]:
         return self.chosen.auto_class
 
     def can_handle(self, model_id: str) -> bool:
         return any(candidate().can_handle(model_id) for candidate in self.candidates)
 
-    def load_model(self, model_id: str, device: str = "auto", **kwargs: Any) -> Any:
+    def load_model(
+        self,
+        model_id: str,
+        device: str = "auto",
+        *,
+        trust_remote_code: bool | None = None,
+        revision: str | None = None,
+        **options: Any,
+    ) -> PreTrainedModel:
         """Select by configuration, then load."""
-        trust = bool(kwargs.setdefault("trust_remote_code", settings.flag("INVARLOCK_TRUST_REMOTE_CODE")))
-        folder = str(checkpoint.resolve_folder(model_id, kwargs.pop("revision", None)))
-        return self.select(folder, trust_remote_code=trust).load_model(folder, device, **kwargs)
-
-    def describe(self, model: Any) -> dict[str, Any]:
-        return self.chosen.describe(model)
-
-    def snapshot(self, model: Any) -> bytes:
-        return self.chosen.snapshot(model)
-
-    def restore(self, model: Any, snapshot: bytes) -> None:
-        self.chosen.restore(model, snapshot)
-
-    def snapshot_chunked(self, model: Any, folder: Path) -> Path:
-        return self.chosen.snapshot_chunked(model, folder)
-
-    def restore_chunked(self, model: Any, path: Path) -> None:
-        self.chosen.restore_chunked(model, path)
-
-    def tokenizer(self, model_id: str) -> Any:
-        return self.chosen.tokenizer(model_id)
-
-    def save(self, model: Any, folder: Path) -> None:
-        self.chosen.save(model, folder)
+        trust = settings.flag("INVARLOCK_TRUST_REMOTE_CODE") if trust_remote_code is None else trust_remote_code
+        chosen = self.select(str(resolve_folder(model_id, revision)), trust_remote_code=trust)
+        return chosen.load_model(model_id, device, trust_remote_code=trust, revision=revision, **options)
 
 
 class HF_Causal_Auto_Adapter(HF_Auto_Adapter):

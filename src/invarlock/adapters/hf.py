@@ -3,110 +3,42 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakKeyDictionary
 
 from invarlock.adapters import state
-from invarlock.checkpoints import files as checkpoint
+from invarlock.checkpoints.behaviour import load_config
+from invarlock.checkpoints.files import open_checkpoint, resolve_folder
+from invarlock.checkpoints.side import Loading, Origin
 from invarlock.core import settings
-from invarlock.core.api import ModelAdapter
+from invarlock.core.api import ModelAdapter, ModelLike
 from invarlock.core.device import resolve_device
-from invarlock.core.exceptions import AdapterError, CheckpointDamagedError, ModelLoadError
+from invarlock.core.exceptions import AdapterError, CheckpointDamagedError, ConfigError, ModelLoadError
+from invarlock.core.files import first_line
 
-__all__ = ["HF_Causal_Adapter", "HF_MLM_Adapter", "HF_Seq2Seq_Adapter", "tokenizer_facts"]
+if TYPE_CHECKING:
+    from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_PROBE = "The quick brown fox — 1,234.5 naïve cafés; def f(x):\n\treturn x**2  # ok?"
+__all__ = ["HF_Adapter", "HF_Causal_Adapter", "HF_MLM_Adapter", "HF_Seq2Seq_Adapter"]
 
-
-def tokenizer_facts(tokenizer: Any) -> tuple[str | None, int | None]:
-    """Return (digest, number of tokens). The digest covers the vocabulary, the special tokens and how a probe text is
-    encoded, and not the form of the files, which re-saving changes."""
-    if tokenizer is None:
-        return None, None
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    specials = sorted({str(token) for token in tokenizer.all_special_tokens})
-    encoded = tokenizer(_PROBE)["input_ids"]
-    text = json.dumps([vocabulary, specials, encoded], ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32], len(tokenizer)
-
-
+_DTYPES = ("auto", "float32", "float16", "bfloat16")
+_TOKENIZER = ("tokenizer*", "*.model", "vocab.*")
+#: where each model that is still in memory came from, whichever adapter loaded it
+_origins: WeakKeyDictionary[ModelLike, Origin] = WeakKeyDictionary()
 _MASKED = ("ForMaskedLM", "ForPreTraining")
 
 
-class HF_Causal_Adapter(ModelAdapter):
-    """Causal language models such as GPT-2 and Llama."""
+class HF_Adapter(ModelAdapter):
+    """What the adapters of every kind of Hugging Face checkpoint share: all but choosing the class and loading."""
 
-    name = "hf_causal"
-    task: ClassVar[str] = "causal"
-    metric_kind: ClassVar[str] = "ppl_causal"
-    auto_class_name: ClassVar[str] = "AutoModelForCausalLM"
-    architecture_suffixes: ClassVar[tuple[str, ...]] = ("ForCausalLM", "LMHeadModel")
+    def origin(self, model: ModelLike) -> Origin | None:
+        """Return where a model in memory was loaded from, or None where no adapter of this package loaded it."""
+        return _origins.get(model)
 
-    @property
-    def auto_class(self) -> Any:
-        import transformers
-
-        return getattr(transformers, self.auto_class_name)
-
-    def can_handle(self, model_id: str) -> bool:
-        """Say whether the configuration names an architecture of this kind."""
-        try:
-            config = checkpoint.load_config(checkpoint.resolve_folder(model_id))
-        except ModelLoadError:
-            return False
-        return self.matches(config)
-
-    def matches(self, config: Any) -> bool:
-        """Say whether `config.architectures` is of this kind (an absent list counts for causal models only)."""
-        names = config.architectures or []
-        return any(name.endswith(self.architecture_suffixes) for name in names) or (
-            not names and self.task == "causal" and not config.is_encoder_decoder
-        )
-
-    def load_model(self, model_id: str, device: str = "auto", **kwargs: Any) -> Any:
-        """Load a checkpoint in evaluation mode.
-
-        dtype (`auto`, float32, float16, bfloat16): auto computes in float32 on the CPU, where half precision is slow and
-        coarse, and in the checkpoint's own type elsewhere. Further keywords go to `from_pretrained`. Raises
-        ModelLoadError, and CheckpointDamagedError where tensors are missing or mis-shaped instead of making them up.
-        """
-        device = resolve_device(device)
-        trust = bool(kwargs.pop("trust_remote_code", settings.flag("INVARLOCK_TRUST_REMOTE_CODE")))
-        dtype = str(kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto")
-        folder = checkpoint.resolve_folder(model_id, kwargs.pop("revision", None))
-        config = checkpoint.load_config(folder, trust_remote_code=trust)
-        if self.task == "causal" and config.architectures and config.architectures[0].endswith(_MASKED):
-            raise ModelLoadError(
-                f"{model_id} is a masked language model ({config.architectures[0]}), whose tokens see what they are to "
-                "predict; expected a causal one: use the adapter hf_mlm, or auto"
-            )
-        if dtype == "auto":
-            dtype = "float32" if device == "cpu" else "auto"
-        wanted = dtype if dtype == "auto" else checkpoint.require_known_dtype(dtype)
-        if not list(folder.glob("*.safetensors")) and not list(folder.glob("pytorch_model*.bin")):
-            checkpoint._files(folder)
-        try:
-            with _quiet_transformers():
-                model, info = self.auto_class.from_pretrained(
-                    folder,
-                    config=config,
-                    dtype=wanted,
-                    trust_remote_code=trust,
-                    local_files_only=True,
-                    output_loading_info=True,
-                    **{**kwargs, "ignore_mismatched_sizes": True},  # refused below, and by name
-                )
-        except Exception as error:  # every way in which loading fails is the same finding: the file cannot be used
-            message = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelLoadError(f"{model_id} cannot be loaded as {self.auto_class_name}: {message}") from error
-        _refuse_made_up(model_id, info)
-        return model.to(device).eval()
-
-    def describe(self, model: Any) -> dict[str, Any]:
+    def describe(self, model: ModelLike) -> dict[str, Any]:
         """Return n_layer, heads_per_layer, mlp_dims, tying, model_type, model_class and a few sizes."""
         config = getattr(model, "config", None)
 
@@ -130,42 +62,121 @@ class HF_Causal_Adapter(ModelAdapter):
             "parameters": sum(p.numel() for p in model.parameters()),
         }
 
-    def snapshot(self, model: Any) -> bytes:
+    def snapshot(self, model: ModelLike) -> bytes:
         """Return every parameter and buffer as a safetensors blob."""
         return state.snapshot_bytes(model)
 
-    def restore(self, model: Any, snapshot: bytes) -> None:
+    def restore(self, model: ModelLike, snapshot: bytes) -> None:
         """Bring every parameter and buffer back, bit for bit, ties included."""
         state.restore_bytes(model, snapshot)
 
-    def snapshot_chunked(self, model: Any, folder: Path) -> Path:
+    def snapshot_chunked(self, model: ModelLike, folder: Path) -> Path:
         """Write every parameter and buffer into shards under `folder`."""
         return state.snapshot_files(model, folder / "snapshot")
 
-    def restore_chunked(self, model: Any, path: Path) -> None:
+    def restore_chunked(self, model: ModelLike, path: Path) -> None:
         """Bring back what `snapshot_chunked` wrote."""
         state.restore_files(model, path)
 
-    def tokenizer(self, model_id: str) -> Any:
+    def tokenizer(self, model_id: str) -> PreTrainedTokenizerBase | None:
         """Return the checkpoint's tokenizer, or None where it has no tokenizer files."""
         from transformers import AutoTokenizer
 
-        folder = checkpoint.resolve_folder(model_id)
-        if not any(folder.glob("tokenizer*")) and not any(folder.glob("*.model")) and not any(folder.glob("vocab.*")):
+        folder = resolve_folder(model_id)
+        if not any(any(folder.glob(pattern)) for pattern in _TOKENIZER):
             return None
         try:
             with _quiet_transformers():
                 return AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # as in load_model: whatever went wrong, the tokenizer cannot be used
-            message = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelLoadError(f"the tokenizer of {model_id} cannot be read: {message}") from error
+            raise ModelLoadError(f"the tokenizer of {model_id} cannot be read: {first_line(error)}") from error
 
-    def save(self, model: Any, folder: Path) -> None:
+    def save(self, model: ModelLike, folder: Path) -> None:
         """Write the model with `save_pretrained` (safetensors)."""
         if not hasattr(model, "save_pretrained"):
             raise AdapterError(f"{type(model).__name__} has no save_pretrained; expected a transformers model")
         with _quiet_transformers():
             model.save_pretrained(folder)
+
+
+class HF_Causal_Adapter(HF_Adapter):
+    """Causal language models such as GPT-2 and Llama."""
+
+    name = "hf_causal"
+    task: ClassVar[str] = "causal"
+    metric_kind: ClassVar[str] = "ppl_causal"
+    auto_class_name: ClassVar[str] = "AutoModelForCausalLM"
+    architecture_suffixes: ClassVar[tuple[str, ...]] = ("ForCausalLM", "LMHeadModel")
+
+    @property
+    def auto_class(self) -> type[AutoModel]:
+        import transformers
+
+        found: type[AutoModel] = getattr(transformers, self.auto_class_name)
+        return found
+
+    def can_handle(self, model_id: str) -> bool:
+        """Say whether the configuration names an architecture of this kind."""
+        try:
+            return self.matches(load_config(resolve_folder(model_id)))
+        except ModelLoadError:
+            return False
+
+    def matches(self, config: PretrainedConfig) -> bool:
+        """Say whether `config.architectures` is of this kind (an absent list counts for causal models only)."""
+        names = config.architectures or []
+        return any(name.endswith(self.architecture_suffixes) for name in names) or (
+            not names and self.task == "causal" and not config.is_encoder_decoder
+        )
+
+    def load_model(
+        self,
+        model_id: str,
+        device: str = "auto",
+        *,
+        dtype: str | None = None,
+        torch_dtype: str | None = None,
+        trust_remote_code: bool | None = None,
+        revision: str | None = None,
+        **options: Any,
+    ) -> PreTrainedModel:
+        """Load a checkpoint in evaluation mode.
+
+        dtype, alias torch_dtype (`auto`, float32, float16, bfloat16): auto computes in float32 on the CPU, where half
+        precision is slow and coarse, and in the checkpoint's own type elsewhere. options go to `from_pretrained`. Raises
+        ModelLoadError, and CheckpointDamagedError where tensors are missing or mis-shaped instead of making them up.
+        """
+        device = resolve_device(device)
+        trust = settings.flag("INVARLOCK_TRUST_REMOTE_CODE") if trust_remote_code is None else trust_remote_code
+        loading = Loading(str(dtype or torch_dtype or "auto"), trust, revision, options)
+        wanted = _torch_dtype(loading.dtype, device)
+        folder = resolve_folder(model_id, revision)
+        config = load_config(folder, trust_remote_code=trust)
+        if self.task == "causal" and config.architectures and config.architectures[0].endswith(_MASKED):
+            raise ModelLoadError(
+                f"{model_id} is a masked language model ({config.architectures[0]}), whose tokens see what they are to "
+                "predict; expected a causal one: use the adapter hf_mlm, or auto"
+            )
+        if not any(folder.glob("pytorch_model*.bin")):
+            open_checkpoint(folder)  # says what is missing
+        try:
+            with _quiet_transformers():
+                model, info = self.auto_class.from_pretrained(
+                    folder,
+                    config=config,
+                    dtype=wanted,
+                    trust_remote_code=trust,
+                    local_files_only=True,
+                    output_loading_info=True,
+                    **{**options, "ignore_mismatched_sizes": True},  # refused below, and by name
+                )
+        except Exception as error:  # every way in which loading fails is the same finding: the file cannot be used
+            message = f"{model_id} cannot be loaded as {self.auto_class_name}: {first_line(error)}"
+            raise ModelLoadError(message) from error
+        _refuse_made_up(model_id, info)
+        model = model.to(device).eval()
+        _origins[model] = Origin(str(model_id), folder, loading)
+        return model
 
 
 class HF_MLM_Adapter(HF_Causal_Adapter):
@@ -188,7 +199,14 @@ class HF_Seq2Seq_Adapter(HF_Causal_Adapter):
     architecture_suffixes = ("ForConditionalGeneration",)
 
 
-def _refuse_made_up(model_id: str, info: dict[str, Any]) -> None:
+def _torch_dtype(name: str, device: str) -> str:
+    """Return the type to load in as the library takes it; ConfigError for one that is not offered."""
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype is {name!r}; expected auto, float32, float16 or bfloat16")
+    return "float32" if name == "auto" and device == "cpu" else name
+
+
+def _refuse_made_up(model_id: str, info: Mapping[str, Any]) -> None:
     """Refuse a model for which the library initialised tensors that the checkpoint did not have."""
     findings: list[dict[str, object]] = [
         {"code": "tensor_missing", "tensor": str(name), "message": f"{name} is missing"}

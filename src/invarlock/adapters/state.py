@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import safe_open
-from safetensors.torch import load as load_bytes
-from safetensors.torch import save as save_bytes
-from safetensors.torch import save_file
 
+from invarlock.core.api import ModelLike
 from invarlock.core.exceptions import AdapterError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
 
 __all__ = ["named_state", "restore_bytes", "restore_files", "snapshot_bytes", "snapshot_files", "tie_groups"]
 
@@ -24,13 +26,13 @@ _TIES, _BUFFERS = "ties", "buffers"
 _SHARD_BYTES = 256 * 2**20
 
 
-def named_state(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def named_state(model: ModelLike) -> Iterator[tuple[str, Tensor]]:
     """Yield every distinct parameter and buffer with its first name."""
     yield from model.named_parameters()
     yield from model.named_buffers()
 
 
-def tie_groups(model: torch.nn.Module) -> list[list[str]]:
+def tie_groups(model: ModelLike) -> list[list[str]]:
     """Return the groups of names, two or more each, that share one parameter."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -38,7 +40,7 @@ def tie_groups(model: torch.nn.Module) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-def _stored(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _stored(model: ModelLike) -> Iterator[tuple[str, Tensor]]:
     """Yield what is written. Two views of one storage are written as two tensors: the format refuses shared memory."""
     seen: set[int] = set()
     for name, tensor in named_state(model):
@@ -48,26 +50,32 @@ def _stored(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         seen.add(storage)
 
 
-def _metadata(model: torch.nn.Module) -> dict[str, str]:
+def _metadata(model: ModelLike) -> dict[str, str]:
     return {_TIES: json.dumps(tie_groups(model)), _BUFFERS: json.dumps([name for name, _ in model.named_buffers()])}
 
 
-def snapshot_bytes(model: torch.nn.Module) -> bytes:
+def snapshot_bytes(model: ModelLike) -> bytes:
     """Return the whole state as one safetensors blob."""
-    return bytes(save_bytes(dict(_stored(model)), metadata=_metadata(model)))
+    from safetensors.torch import save
+
+    return bytes(save(dict(_stored(model)), metadata=_metadata(model)))
 
 
-def restore_bytes(model: torch.nn.Module, blob: bytes) -> None:
+def restore_bytes(model: ModelLike, blob: bytes) -> None:
     """Bring the model back to what `snapshot_bytes` saw."""
+    from safetensors.torch import load
+
     size = int.from_bytes(blob[:8], "little")
     header = json.loads(blob[8 : 8 + size])
-    _restore(model, iter(load_bytes(blob).items()), header["__metadata__"])
+    _restore(model, iter(load(blob).items()), header["__metadata__"])
 
 
-def snapshot_files(model: torch.nn.Module, folder: Path) -> Path:
+def snapshot_files(model: ModelLike, folder: Path) -> Path:
     """Write the state as shards of about 256 MB into `folder`, so that only one shard is copied at a time."""
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True, exist_ok=True)
-    shard: dict[str, torch.Tensor] = {}
+    shard: dict[str, Tensor] = {}
     size = count = 0
     metadata = _metadata(model)
     for name, tensor in _stored(model):
@@ -80,7 +88,7 @@ def snapshot_files(model: torch.nn.Module, folder: Path) -> Path:
     return folder
 
 
-def restore_files(model: torch.nn.Module, folder: Path) -> None:
+def restore_files(model: ModelLike, folder: Path) -> None:
     """Bring the model back to what `snapshot_files` wrote."""
     files = sorted(folder.glob("state-*.safetensors"))
     if not files:
@@ -88,7 +96,7 @@ def restore_files(model: torch.nn.Module, folder: Path) -> None:
     with safe_open(files[0], framework="pt") as first:
         metadata = first.metadata()
 
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors() -> Iterator[tuple[str, Tensor]]:
         for path in files:
             with safe_open(path, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 - safe_open is no mapping
@@ -97,7 +105,9 @@ def restore_files(model: torch.nn.Module, folder: Path) -> None:
     _restore(model, tensors(), metadata)
 
 
-def _restore(model: torch.nn.Module, tensors: Iterator[tuple[str, torch.Tensor]], metadata: dict[str, str]) -> None:
+def _restore(model: ModelLike, tensors: Iterator[tuple[str, Tensor]], metadata: dict[str, str]) -> None:
+    import torch
+
     seen = set()
     ties, buffers = json.loads(metadata[_TIES]), set(json.loads(metadata[_BUFFERS]))
     with torch.no_grad():
@@ -117,7 +127,7 @@ def _restore(model: torch.nn.Module, tensors: Iterator[tuple[str, torch.Tensor]]
         module._buffers.pop(leaf, None)
 
 
-def _owner(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+def _owner(model: ModelLike, name: str) -> tuple[Module, str]:
     path, _, leaf = name.rpartition(".")
     try:
         return model.get_submodule(path), leaf
@@ -127,7 +137,9 @@ def _owner(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
         ) from None
 
 
-def _put(model: torch.nn.Module, name: str, saved: torch.Tensor, is_buffer: bool) -> None:
+def _put(model: ModelLike, name: str, saved: Tensor, is_buffer: bool) -> None:
+    import torch
+
     module, leaf = _owner(model, name)
     table, other = (module._buffers, module._parameters) if is_buffer else (module._parameters, module._buffers)
     other.pop(leaf, None)

@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from invarlock.checkpoints.behaviour import behaviour, load_config
+from invarlock.checkpoints.files import read_structure, resolve_folder
+from invarlock.checkpoints.structure import layout_of
+from invarlock.checkpoints.tokenizer import tokenizer_facts
 from invarlock.core import settings
+from invarlock.core.api import AdapterLike, ModelLike
+from invarlock.evidence.model import Structure
 
-__all__ = ["Loading", "Side", "read_side"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from invarlock.policy.config import ModelSection
+
+__all__ = ["Loading", "Origin", "Side", "read_side"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +33,7 @@ class Loading:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: Any) -> Loading:
+    def of(cls, model: ModelSection) -> Loading:
         """Return what a configuration's `model` section asks for."""
         return cls(model.dtype, model.trust_remote_code, model.revision, dict(model.options))
 
@@ -31,15 +42,21 @@ class Loading:
         """Whether code that ships with a checkpoint may run: by the configuration, or by the environment."""
         return self.trust_remote_code or settings.flag("INVARLOCK_TRUST_REMOTE_CODE")
 
-    def load(self, adapter: Any, side: Side, device: str) -> Any:
+    def load(self, adapter: AdapterLike, side: Side, device: str) -> ModelLike:
         """Load the model. A plugin's adapter gets only what was asked for, since it may know none of our keywords."""
-        keywords: dict[str, Any] = {}
-        if hasattr(adapter, "auto_class"):
-            keywords = {"dtype": self.dtype, "trust_remote_code": self.trusts, "revision": self.revision}
-        else:
-            asked = {"dtype": self.dtype, "trust_remote_code": self.trusts, "revision": self.revision}
-            keywords = {key: value for key, value in asked.items() if value not in ("auto", False, None)}
-        return adapter.load_model(str(side.folder or side.id), device=device, **{**keywords, **self.options})
+        asked = {"dtype": self.dtype, "trust_remote_code": self.trusts, "revision": self.revision}
+        if not hasattr(adapter, "auto_class"):
+            asked = {key: value for key, value in asked.items() if value not in ("auto", False, None)}
+        return adapter.load_model(str(side.folder or side.id), device=device, **{**asked, **self.options})
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a live model came from: the id that was asked for, the folder that it was read from, and how."""
+
+    id: str
+    folder: Path
+    loading: Loading
 
 
 @dataclass
@@ -48,28 +65,23 @@ class Side:
 
     id: str
     folder: Path | None
-    structure: Any
+    structure: Structure
     behaviour: dict[str, Any]
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase | None
     tokenizer_facts: tuple[str | None, int | None]
     max_length: int | None = None
 
 
-def read_side(adapter: Any, model_id: str, loading: Loading) -> Side:
+def read_side(adapter: AdapterLike, model_id: str, loading: Loading) -> Side:
     """Read a checkpoint as files. A plugin adapter's checkpoint is measured live instead."""
-    from invarlock.adapters.hf import tokenizer_facts
-    from invarlock.checkpoints import files as checkpoint
-    from invarlock.evidence.model import Structure
-
     if not hasattr(adapter, "auto_class"):
         tokenizer = adapter.tokenizer(model_id) if hasattr(adapter, "tokenizer") else None
         return Side(model_id, None, Structure(source="model", tensors=[]), {}, tokenizer, tokenizer_facts(tokenizer))
-    folder = checkpoint.resolve_folder(model_id, loading.revision)
+    folder = resolve_folder(model_id, loading.revision)
     if hasattr(adapter, "select"):
         adapter.select(str(folder), trust_remote_code=loading.trusts)
-    tokenizer = adapter.tokenizer(str(folder))
-    config = checkpoint.load_config(folder, trust_remote_code=loading.trusts)
-    structure = checkpoint.read_structure(folder, checkpoint.layout_of(config, adapter.auto_class))
+    tokenizer = adapter.tokenizer(str(folder)) if hasattr(adapter, "tokenizer") else None
+    config = load_config(folder, trust_remote_code=loading.trusts)
+    structure = read_structure(folder, layout_of(config, adapter.auto_class))
     longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    facts = tokenizer_facts(tokenizer)
-    return Side(model_id, folder, structure, checkpoint.behaviour(config), tokenizer, facts, longest)
+    return Side(model_id, folder, structure, behaviour(config), tokenizer, tokenizer_facts(tokenizer), longest)

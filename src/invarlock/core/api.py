@@ -69,7 +69,7 @@ class AdapterLike(Protocol):
 
     name: str
 
-    def load_model(self, model_id: str, device: str = "auto") -> ModelLike: ...
+    def load_model(self, model_id: str, device: str = "auto", **kwargs: Any) -> ModelLike: ...
     def describe(self, model: ModelLike) -> dict[str, Any]: ...
     def snapshot(self, model: ModelLike) -> bytes: ...
     def restore(self, model: ModelLike, snapshot: bytes) -> None: ...
@@ -141,7 +141,7 @@ class ModelAdapter(ABC):
     name: str = ""
 
     @abstractmethod
-    def load_model(self, model_id: str, device: str = "auto", **kwargs: object) -> ModelLike:
+    def load_model(self, model_id: str, device: str = "auto", **kwargs: Any) -> ModelLike:
         """Load the model from a folder or hub id, in evaluation mode, on `device`."""
 
     @abstractmethod
@@ -189,7 +189,7 @@ class EditLike(Protocol):
 
     name: str
 
-    def apply(self, model: ModelLike, adapter: AdapterLike, **config: object) -> dict[str, Any]: ...
+    def apply(self, model: ModelLike, adapter: AdapterLike, **config: Any) -> dict[str, Any]: ...
 
 
 class ModelEdit(ABC):
@@ -198,7 +198,7 @@ class ModelEdit(ABC):
     name: str = ""
 
     @abstractmethod
-    def apply(self, model: ModelLike, adapter: AdapterLike, **config: object) -> dict[str, Any]:
+    def apply(self, model: ModelLike, adapter: AdapterLike, **config: Any) -> dict[str, Any]:
         """Change `model` in place; return what was done, at least `deltas` with the counts of what changed."""
 
 

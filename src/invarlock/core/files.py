@@ -14,7 +14,7 @@ from typing import Any
 
 from invarlock.core.exceptions import ConfigError
 
-__all__ = ["plain", "private_folder", "read_json", "write_json", "write_together", "write_whole"]
+__all__ = ["first_line", "plain", "private_folder", "read_json", "write_json", "write_together", "write_whole"]
 
 
 def plain(value: Any) -> Any:
@@ -36,6 +36,11 @@ def plain(value: Any) -> Any:
         return plain(float(value) if isinstance(value, float) else int(value))
     text = str(value)
     return f"<{getattr(value, '__qualname__', type(value).__qualname__)}>" if " at 0x" in text else text
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message; its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -1,0 +1,34 @@
+"""What every checkpoint format offers: its tensors, one at a time, and the table of facts that follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from invarlock.checkpoints.structure import Layout
+    from invarlock.evidence.model import Structure
+
+__all__ = ["Checkpoint", "Format"]
+
+
+class Checkpoint(Protocol):
+    """A model as files, whatever their format."""
+
+    def structure(self) -> Structure:
+        """Return names, shapes, types, digests and ties; reads every tensor once."""
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor), one tensor in memory at a time, dequantized, under the names that `Layout.canonical`
+        knows. Raises ModelLoadError for a file that cannot be read, naming it."""
+
+
+class Format(NamedTuple):
+    """One row of the table of formats. `recognises` looks at a folder's file names alone."""
+
+    name: str
+    recognises: Callable[[Path], bool]
+    open: Callable[[Path, Layout | None], Checkpoint]
