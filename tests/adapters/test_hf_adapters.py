@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,9 @@ import torch
 
 from invarlock.adapters import HF_Auto_Adapter, HF_Causal_Adapter, HF_Causal_Auto_Adapter, HF_MLM_Adapter
 from invarlock.adapters import HF_Seq2Seq_Adapter as Seq2Seq
+from invarlock.adapters.hf import HF_Adapter
+from invarlock.checkpoints.side import Loading, Origin, read_side
+from invarlock.checkpoints.structure import live_structure
 from invarlock.checkpoints.tokenizer import tokenizer_facts
 from invarlock.core.api import ModelAdapter
 from invarlock.core.exceptions import AdapterError, ConfigError, ModelLoadError
@@ -102,6 +108,38 @@ def test_a_saved_model_loads_again_bit_for_bit(demo_model: Path, tmp_path: Path)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     with pytest.raises(AdapterError, match="Linear has no save_pretrained"):
         HF_Causal_Adapter().save(torch.nn.Linear(1, 1), tmp_path)
+
+
+# -- where a model came from ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [HF_Causal_Adapter, HF_Auto_Adapter, HF_Causal_Auto_Adapter])
+def test_a_loaded_model_remembers_where_it_came_from(kind: type[HF_Adapter], llama_model: Path, tmp_path: Path) -> None:
+    adapter = kind()
+    model = adapter.load_model(str(llama_model), device="cpu", torch_dtype="float16", attn_implementation="eager")
+    origin = adapter.origin(model)
+    assert origin == Origin(str(llama_model), llama_model, Loading("float16", options={"attn_implementation": "eager"}))
+    side = read_side(adapter, origin.id, origin.loading)
+    assert live_structure(model, side.structure) is side.structure and side.tokenizer is not None
+    again = origin.loading.load(adapter, side, "cpu")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    state, kept = adapter.snapshot(model), adapter.snapshot_chunked(model, tmp_path)
+    with torch.no_grad():
+        model.model.norm.weight += 1
+    for restore in (lambda: adapter.restore(model, state), lambda: adapter.restore_chunked(model, kept)):
+        restore()
+        assert adapter.origin(model) == origin == HF_MLM_Adapter().origin(model)
+        assert adapter.snapshot(model) == state
+
+
+def test_a_model_made_elsewhere_has_no_origin_and_a_freed_one_is_forgotten(llama_model: Path) -> None:
+    adapter = HF_Causal_Adapter()
+    model = adapter.load_model(str(llama_model), device="cpu")
+    assert adapter.origin(copy.deepcopy(model)) is None and adapter.origin(torch.nn.Linear(1, 1)) is None
+    kept = weakref.ref(model)
+    del model
+    gc.collect()
+    assert kept() is None
 
 
 # -- tokenizers -------------------------------------------------------------------------------------------------------
