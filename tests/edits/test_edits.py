@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,24 @@ def test_a_checkpoint_brings_its_weights_and_keeps_the_tie(
 def test_the_same_checkpoint_changes_nothing(demo_model: Path, load_model: Callable[[Path], Any]) -> None:
     report = CheckpointEdit(str(demo_model)).apply(load_model(demo_model), HF_Causal_Adapter())
     assert report["modules"] == []
+
+
+def test_a_tied_tensor_counts_once(demo_model: Path, copy_model: Copy, load_model: Callable[[Path], Any]) -> None:
+    folder = copy_model(demo_model, lambda m: m.lm_head.weight.mul_(1.5))
+    model = load_model(demo_model)
+    report = CheckpointEdit(str(folder)).apply(model, HF_Causal_Adapter())
+    assert report["deltas"] == {"params_changed": model.lm_head.weight.numel(), "layers_modified": 1}
+
+
+@pytest.mark.parametrize("edit", [NoopEdit(), RTNQuantEdit(), CheckpointEdit("here")], ids=lambda edit: edit.name)
+def test_every_edit_reports_its_name_plan_and_deltas_as_plain_data(
+    edit: Any, demo_model: Path, load_model: Callable[[Path], Any]
+) -> None:
+    settings = {"path": str(demo_model)} if edit.name == "checkpoint" else {}
+    report = edit.apply(load_model(demo_model), HF_Causal_Adapter(), **settings)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert report["name"] == edit.name and settings.items() <= report["plan"].items()
+    assert {"params_changed", "layers_modified"} <= report["deltas"].keys()
 
 
 def test_another_architecture_is_refused(

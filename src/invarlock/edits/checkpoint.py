@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from invarlock.core.api import ModelEdit
+from invarlock.checkpoints.behaviour import behaviour
+from invarlock.core.api import AdapterLike, ModelEdit, ModelLike
 from invarlock.core.exceptions import EditError
 
 __all__ = ["CheckpointEdit"]
@@ -22,43 +23,36 @@ class CheckpointEdit(ModelEdit):
     def __init__(self, path: str) -> None:
         self.path = str(path)
 
-    def apply(self, model: Any, adapter: Any, **config: Any) -> dict[str, Any]:
+    def apply(self, model: ModelLike, adapter: AdapterLike, **config: object) -> dict[str, Any]:
         """Copy every parameter and buffer of the checkpoint into `model`; report which ones changed."""
         import torch
 
         path = str(config.get("path", self.path))
-        device = next(model.parameters()).device
-        other = adapter.load_model(path, device=str(device))
+        other = adapter.load_model(path, device=str(next(model.parameters()).device))
         _require_same_behaviour(model, other, path)
-        theirs = dict(other.state_dict())
-        ours = dict(model.state_dict())
-        if theirs.keys() != ours.keys():
-            odd = sorted(theirs.keys() ^ ours.keys())
-            raise EditError(
-                f"{path} and the model differ in {len(odd)} tensor name(s), first {odd[0]!r}; expected the same"
-            )
+        ours, theirs = model.state_dict(), other.state_dict()
+        if odd := sorted(theirs.keys() ^ ours.keys()):
+            message = f"{path} and the model differ in {len(odd)} tensor name(s), first {odd[0]!r}; expected the same"
+            raise EditError(message)
         for name, tensor in ours.items():
             if theirs[name].shape != tensor.shape:
                 raise EditError(f"{name} has shape {list(theirs[name].shape)} in {path}; expected {list(tensor.shape)}")
         changed = []
         with torch.no_grad():
-            for name, tensor in ours.items():
-                new = theirs[name].to(tensor.dtype)
-                if not torch.equal(new, tensor):
+            for name, tensor in ours.items():  # a tied tensor counts once: under its second name it has changed already
+                if not torch.equal(theirs[name].to(tensor.dtype), tensor):
                     changed.append(name)
-                    tensor.copy_(new)
-        sizes = sum(ours[name].numel() for name in changed)
+                    tensor.copy_(theirs[name])
         return {
             "name": self.name,
             "path": path,
-            "deltas": {"params_changed": sizes, "layers_modified": len(changed)},
+            "plan": {"path": path},
+            "deltas": {"params_changed": sum(ours[n].numel() for n in changed), "layers_modified": len(changed)},
             "modules": changed,
         }
 
 
-def _require_same_behaviour(model: Any, other: Any, path: str) -> None:
-    from invarlock.checkpoints.files import behaviour
-
+def _require_same_behaviour(model: ModelLike, other: ModelLike, path: str) -> None:
     if not (hasattr(model, "config") and hasattr(other, "config")):
         return
     ours, theirs = behaviour(model.config), behaviour(other.config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from invarlock.core.api import ModelEdit
+from invarlock.core.api import AdapterLike, ModelEdit, ModelLike
 
 __all__ = ["NoopEdit"]
 
@@ -14,6 +14,6 @@ class NoopEdit(ModelEdit):
 
     name = "noop"
 
-    def apply(self, model: Any, adapter: Any, **config: Any) -> dict[str, Any]:
+    def apply(self, model: ModelLike, adapter: AdapterLike, **config: object) -> dict[str, Any]:
         """Change nothing; `config` is recorded and ignored."""
-        return {"name": self.name, "deltas": {"params_changed": 0, "layers_modified": 0}, "modules": []}
+        return {"name": self.name, "plan": config, "deltas": {"params_changed": 0, "layers_modified": 0}, "modules": []}

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+import numpy as np
 
-from invarlock.core.api import ModelEdit
+from invarlock.core.api import AdapterLike, ModelEdit, ModelLike
 from invarlock.core.exceptions import EditError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["RTNQuantEdit", "round_to_nearest"]
 
@@ -23,8 +26,8 @@ _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|classifier|score
 
 
 def round_to_nearest(
-    weight: torch.Tensor, bitwidth: int, *, per_channel: bool, group_size: int | None, clamp_ratio: float
-) -> torch.Tensor:
+    weight: Tensor, bitwidth: int, *, per_channel: bool, group_size: int | None, clamp_ratio: float
+) -> Tensor:
     """Return `weight` [out, in] rounded to `bitwidth` bits, in the same type.
 
     group_size g gives every g neighbouring inputs of a row a scale of their own; a last, smaller group takes what is
@@ -35,27 +38,25 @@ def round_to_nearest(
     work = weight.float()
     if group_size and group_size < work.shape[1]:
         cut = work.shape[1] // group_size * group_size
-        body = work[:, :cut].reshape(-1, group_size)
-        parts = [_round_rows(body, levels, clamp_ratio).reshape(work.shape[0], cut)]
+        rounded = work.new_empty(work.shape)
+        rounded[:, :cut] = _round_rows(work[:, :cut].reshape(-1, group_size), levels, clamp_ratio).reshape(-1, cut)
         if cut < work.shape[1]:
-            parts.append(_round_rows(work[:, cut:], levels, clamp_ratio))
-        rounded = torch.cat(parts, dim=1)
-    elif per_channel:
-        rounded = _round_rows(work, levels, clamp_ratio)
+            rounded[:, cut:] = _round_rows(work[:, cut:], levels, clamp_ratio)
     else:
-        rounded = _round_rows(work.reshape(1, -1), levels, clamp_ratio).reshape(work.shape)
+        rows = work if per_channel else work.reshape(1, -1)
+        rounded = _round_rows(rows, levels, clamp_ratio).reshape(work.shape)
     return rounded.to(weight.dtype)
 
 
-def _round_rows(rows: torch.Tensor, levels: int, clamp_ratio: float) -> torch.Tensor:
+def _round_rows(rows: Tensor, levels: int, clamp_ratio: float) -> Tensor:
     sizes = rows.abs()
     top = sizes.amax(dim=1, keepdim=True)
     if clamp_ratio > 0:
         rank = max(1, round((1.0 - clamp_ratio) * sizes.shape[1]))
         clipped = sizes.kthvalue(rank, dim=1, keepdim=True).values
-        top = torch.where(clipped > 0, clipped, top)  # a row of almost only zeros keeps its few weights
-    scale = (top / levels).clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.clamp(torch.round(rows / scale), -levels, levels) * scale
+        top = clipped.where(clipped > 0, top)  # a row of almost only zeros keeps its few weights
+    scale = (top / levels).clamp_min(float(np.finfo(np.float32).tiny))
+    return (rows / scale).round().clamp(-levels, levels) * scale
 
 
 class RTNQuantEdit(ModelEdit):
@@ -92,30 +93,27 @@ class RTNQuantEdit(ModelEdit):
         if unknown:
             raise EditError(f"quant_rtn got {unknown[0]!r}; expected one of: {', '.join(self.settings)}")
         plan = {**self.settings, **config}
-        group = plan["group_size"]
-        modules = plan["max_modules"]
+        bits, group, most = plan["bitwidth"], plan["group_size"], plan["max_modules"]
         rules = (
-            (
-                "bitwidth",
-                isinstance(plan["bitwidth"], int) and 2 <= plan["bitwidth"] <= 8,
-                "a whole number from 2 to 8",
-            ),
+            ("bitwidth", isinstance(bits, int) and 2 <= bits <= 8, "a whole number from 2 to 8"),
             ("group_size", group is None or (isinstance(group, int) and group >= 1), "None or 1 and more"),
             ("clamp_ratio", 0.0 <= plan["clamp_ratio"] < 0.5, "at least 0 and below 0.5"),
             ("scope", plan["scope"] in ("attn", "ffn", "all"), "attn, ffn or all"),
-            ("max_modules", modules is None or (isinstance(modules, int) and modules >= 1), "None or 1 and more"),
+            ("max_modules", most is None or (isinstance(most, int) and most >= 1), "None or 1 and more"),
         )
         for key, holds, expected in rules:
             if not holds:
                 raise EditError(f"quant_rtn got {key}={plan[key]!r}; expected {expected}")
         return plan
 
-    def apply(self, model: Any, adapter: Any, **config: Any) -> dict[str, Any]:
+    def apply(self, model: ModelLike, adapter: AdapterLike, **config: object) -> dict[str, Any]:
         """Round the weights in place. `config` overrides the constructor's settings.
 
         Returns `deltas` with the counts and `modules`, one row a matrix: its relative change ‖ΔW‖/‖W‖ and how many
         weights moved. Raises EditError where the scope holds no linear layer.
         """
+        import torch
+
         plan = self._checked(config)
         targets = list(_linear_layers(model, plan["scope"]))[: plan["max_modules"]]
         if not targets:
@@ -123,8 +121,7 @@ class RTNQuantEdit(ModelEdit):
         rounding = {key: plan[key] for key in ("bitwidth", "per_channel", "group_size", "clamp_ratio")}
         rows: list[dict[str, Any]] = []
         with torch.no_grad():
-            for name, module, transposed in targets:
-                weight = module.weight
+            for name, weight, transposed in targets:
                 matrix = weight.t() if transposed else weight
                 rounded = round_to_nearest(matrix, **rounding)
                 difference = (rounded.float() - matrix.float()).norm() / matrix.float().norm().clamp_min(1e-30)
@@ -143,13 +140,15 @@ class RTNQuantEdit(ModelEdit):
         }
 
 
-def _linear_layers(model: Any, scope: str) -> Iterator[tuple[str, Any, bool]]:
-    """Yield (name, module, whether its weight is stored [in, out]) of the layers in scope, output heads excluded."""
+def _linear_layers(model: ModelLike, scope: str) -> Iterator[tuple[str, Tensor, bool]]:
+    """Yield (name, weight, whether it is stored [in, out]) of the layers in scope, output heads excluded."""
+    from torch.nn import Linear
+
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for name, module in model.named_modules():
         transposed = type(module).__name__ == "Conv1D"
-        if not (transposed or isinstance(module, torch.nn.Linear)) or module is head or _HEAD.search(name):
+        if not (transposed or isinstance(module, Linear)) or module is head or _HEAD.search(name):
             continue
         in_attention = bool(_ATTENTION.search(name))
         if scope == "all" or (scope == "attn") == in_attention:
-            yield name, module, transposed
+            yield name, module.get_parameter("weight"), transposed
