@@ -27,6 +27,7 @@ class HF_Auto_Adapter(HF_Adapter):
     )
 
     def __init__(self) -> None:
+        super().__init__()
         self._chosen: HF_Causal_Adapter | None = None
 
     def select(self, model_id: str, *, trust_remote_code: bool = False) -> HF_Causal_Adapter:

@@ -15,7 +15,7 @@ from invarlock.checkpoints.files import open_checkpoint, resolve_folder
 from invarlock.checkpoints.side import Loading, Origin
 from invarlock.core import settings
 from invarlock.core.api import ModelAdapter, ModelLike
-from invarlock.core.device import resolve_device
+from invarlock.core.device import require_extra, resolve_device
 from invarlock.core.exceptions import AdapterError, CheckpointDamagedError, ConfigError, ModelLoadError
 from invarlock.core.files import first_line
 
@@ -33,6 +33,9 @@ _MASKED = ("ForMaskedLM", "ForPreTraining")
 
 class HF_Adapter(ModelAdapter):
     """What the adapters of every kind of Hugging Face checkpoint share: all but choosing the class and loading."""
+
+    def __init__(self) -> None:
+        require_extra(type(self).__name__, "adapters", "torch", "transformers")
 
     def origin(self, model: ModelLike) -> Origin | None:
         """Return where a model in memory was loaded from, or None where no adapter of this package loaded it."""

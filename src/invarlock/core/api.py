@@ -37,6 +37,7 @@ __all__ = [
 
 Status = Literal["pending", "running", "success", "failed", "rollback"]
 Context: TypeAlias = dict[str, Any]  # what a run tells its guards, open to callers' own keys
+Settings: TypeAlias = Mapping[str, Any]  # a guard's part of the resolved policy
 
 
 class ModelLike(Protocol):
@@ -50,12 +51,8 @@ class ModelLike(Protocol):
 
     def __call__(self, *args: object, **kwargs: object) -> Any: ...
     def parameters(self) -> Iterator[Tensor]: ...
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, Tensor]]: ...
-    def named_buffers(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, Tensor]]: ...
+    def named_parameters(self, *, remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]: ...
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
     def named_modules(self) -> Iterator[tuple[str, Module]]: ...
     def get_submodule(self, target: str) -> Module: ...
     def state_dict(self, *, keep_vars: bool = False) -> Mapping[str, Tensor]: ...
@@ -216,7 +213,7 @@ class Guard(ABC):
 @runtime_checkable
 class GuardWithPrepare(Protocol):
     def prepare(
-        self, model: ModelLike, adapter: AdapterLike, calib: Batches | None, policy: Mapping[str, Any] | None
+        self, model: ModelLike, adapter: AdapterLike, calib: Batches | None, policy: Settings | None
     ) -> dict[str, Any]: ...
 
 
@@ -246,16 +243,12 @@ class GuardChain:
     Every method returns a map from guard name to what that guard returned; guards without the method are left out.
     """
 
-    def __init__(self, guards: Iterable[Guard], policy: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, guards: Iterable[Guard], policy: Settings | None = None) -> None:
         self.guards: Sequence[Guard] = list(guards)
         self.policy = dict(policy or {})
 
     def prepare_all(
-        self,
-        model: ModelLike,
-        adapter: AdapterLike,
-        calib: Batches | None,
-        policy_config: Mapping[str, Any] | None = None,
+        self, model: ModelLike, adapter: AdapterLike, calib: Batches | None, policy_config: Settings | None = None
     ) -> dict[str, Any]:
         """Show every guard the unedited model. `policy_config` maps guard names to their policies."""
         policies = policy_config if isinstance(policy_config, Mapping) else self.policy

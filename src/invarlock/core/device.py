@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import random
+import sys
 from importlib import metadata
 
 import numpy as np
 
 from invarlock.core import settings
-from invarlock.core.exceptions import ConfigError
+from invarlock.core.exceptions import ConfigError, DependencyError
 
-__all__ = ["library_versions", "make_deterministic", "resolve_device", "thread_count"]
+__all__ = ["library_versions", "make_deterministic", "require_extra", "resolve_device", "thread_count"]
 
 _RECORDED = ("invarlock", "numpy", "safetensors", "scipy", "tokenizers", "torch", "transformers")
+
+
+def require_extra(what: str, extra: str, *modules: str) -> None:
+    """Raise DependencyError where one of `modules`, which `extra` brings, is not installed. Imports nothing."""
+    for module in modules:
+        if module not in sys.modules and importlib.util.find_spec(module) is None:
+            raise DependencyError(what, extra)
 
 
 def resolve_device(device: str) -> str:

@@ -22,7 +22,7 @@ _SECRET_VALUE = re.compile(
 _HIDDEN = "[redacted]"
 
 
-def redact(value: Any, key: str = "") -> Any:
+def redact(value: object, key: str = "") -> Any:
     """Return a JSON-ready copy of `value` without secrets: by key name, and by the shape of common access tokens."""
     value = plain(value)
     if value is not None and not isinstance(value, bool) and _SECRET_KEY.search(key):
@@ -46,7 +46,7 @@ class EventLog:
             target.parent.mkdir(parents=True, exist_ok=True)
             self._file = target.open("a", encoding="utf-8")
 
-    def log(self, phase: str, event: str, **data: Any) -> None:
+    def log(self, phase: str, event: str, **data: object) -> None:
         """Record that `event` happened in `phase`."""
         entry = {"ts": time.time(), "run_id": self.run_id, "phase": phase, "event": event, **redact(data)}
         self.events.append(entry)

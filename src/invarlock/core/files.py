@@ -17,13 +17,14 @@ from invarlock.core.exceptions import ConfigError
 __all__ = ["first_line", "plain", "private_folder", "read_json", "write_json", "write_together", "write_whole"]
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """Return a JSON-ready copy of what a plugin or caller handed in. NaN and infinities become None, arrays and tensors
     lists, and objects without a text of their own the name of their type, so that two runs record the same."""
     if value is None or isinstance(value, (bool, str)):
         return value
-    if type(value) in (int, float):
-        return value if math.isfinite(value) else None
+    if isinstance(value, (int, float)):  # subclasses too: numpy's numbers, enumerations
+        number = float(value) if isinstance(value, float) else int(value)
+        return number if math.isfinite(number) else None
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -32,8 +33,6 @@ def plain(value: Any) -> Any:
         return sorted((plain(item) for item in value), key=str)
     if hasattr(value, "tolist"):
         return plain(value.tolist())
-    if isinstance(value, (int, float)):
-        return plain(float(value) if isinstance(value, float) else int(value))
     text = str(value)
     return f"<{getattr(value, '__qualname__', type(value).__qualname__)}>" if " at 0x" in text else text
 
@@ -74,7 +73,7 @@ def write_together(folder: Path, files: Mapping[str, str | bytes]) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write JSON, whole or not at all. NaN and infinities raise ValueError: what was not measured is null."""
     write_whole(path, json.dumps(value, allow_nan=False, ensure_ascii=False, indent=1) + "\n")
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-from typing import Any
+from collections.abc import Callable
+from typing import TypeVar
 
 from invarlock.core import settings
 from invarlock.core.exceptions import NetworkError
@@ -17,11 +18,12 @@ from invarlock.core.exceptions import NetworkError
 __all__ = ["enforce_network_policy", "network_allowed"]
 
 _SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
-_connect = socket.socket.connect
-_connect_ex = socket.socket.connect_ex
-_sendto = socket.socket.sendto
-_LOOKUPS = ("getaddrinfo", "gethostbyname", "gethostbyname_ex", "gethostbyaddr")
-_look_up = {name: getattr(socket, name) for name in _LOOKUPS}
+_METHODS = {name: getattr(socket.socket, name) for name in ("connect", "connect_ex", "sendto")}
+_LOOK_UPS = {
+    name: getattr(socket, name) for name in ("getaddrinfo", "gethostbyname", "gethostbyname_ex", "gethostbyaddr")
+}
+
+T = TypeVar("T")
 
 
 def network_allowed() -> bool:
@@ -46,25 +48,22 @@ def _refuse(host: object) -> None:
         )
 
 
-def _guarded(original: Any) -> Any:
-    def connect(self: socket.socket, address: Any) -> Any:
-        if self.family in (socket.AF_INET, socket.AF_INET6):
+def _guarded(original: Callable[..., T]) -> Callable[..., T]:
+    """Wrap a method of sockets whose last argument is the address."""
+
+    def connect(self: socket.socket, *arguments: object) -> T:
+        address = arguments[-1]
+        if self.family in (socket.AF_INET, socket.AF_INET6) and isinstance(address, tuple):
             _refuse(address[0])
-        return original(self, address)
+        return original(self, *arguments)
 
     return connect
 
 
-def _guarded_sendto(self: socket.socket, data: Any, *args: Any) -> Any:
-    if self.family in (socket.AF_INET, socket.AF_INET6):
-        _refuse(args[-1][0])
-    return _sendto(self, data, *args)
-
-
-def _guarded_look_up(original: Any) -> Any:
-    def look_up(host: Any, *args: Any, **kwargs: Any) -> Any:
+def _guarded_look_up(original: Callable[..., T]) -> Callable[..., T]:
+    def look_up(host: object, *arguments: object, **options: object) -> T:
         _refuse(host)
-        return original(host, *args, **kwargs)
+        return original(host, *arguments, **options)
 
     return look_up
 
@@ -78,8 +77,7 @@ def enforce_network_policy() -> None:
         return
     for switch in _SWITCHES:
         os.environ[switch] = "1"  # also over a "0": the variable of ours alone opens the network
-    socket.socket.connect = _guarded(_connect)  # type: ignore[method-assign]
-    socket.socket.connect_ex = _guarded(_connect_ex)  # type: ignore[method-assign]
-    socket.socket.sendto = _guarded_sendto  # type: ignore[assignment]
-    for name, original in _look_up.items():
-        setattr(socket, name, _guarded_look_up(original))
+    for name, method in _METHODS.items():
+        setattr(socket.socket, name, _guarded(method))
+    for name, function in _LOOK_UPS.items():
+        setattr(socket, name, _guarded_look_up(function))

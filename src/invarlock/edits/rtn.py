@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from invarlock.core.api import AdapterLike, ModelEdit, ModelLike
+from invarlock.core.device import require_extra
 from invarlock.core.exceptions import EditError
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class RTNQuantEdit(ModelEdit):
         scope: Literal["attn", "ffn", "all"] = "all",
         max_modules: int | None = None,
     ) -> None:
+        require_extra("RTNQuantEdit", "edits", "torch")
         self.settings: dict[str, Any] = {
             "bitwidth": bitwidth,
             "per_channel": per_channel,
