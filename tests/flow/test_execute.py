@@ -464,7 +464,7 @@ def test_checkpoints_without_a_place_for_them_are_said_to_be_missing(execute: Ex
 
 def _stable(report: RunReport) -> str:
     data = report.to_dict()
-    for key in ("run_id", "timings"):
+    for key in ("run_id", "created", "timings"):
         data["meta"].pop(key)
     return json.dumps(data, allow_nan=False)
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import math
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +10,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from invarlock.core.exceptions import ConfigError  # noqa: E402 - torch is needed first
-from invarlock.guards.activations import pick_indices, watched_modules  # noqa: E402
+from invarlock.eval.sources.torch_model import TorchSource  # noqa: E402
+from invarlock.evidence.windows import calibration_windows, pick_indices  # noqa: E402
+from invarlock.guards.activations import watched_modules  # noqa: E402
 from invarlock.guards.rmt import RMTGuard, edge_ratio  # noqa: E402
 
 
@@ -42,7 +44,7 @@ def test_constant_features_are_dropped_and_counted() -> None:
 
 def test_a_model_against_itself_changes_nothing(model) -> None:
     guard = RMTGuard()
-    before, after = guard.measure(model, None, batches()), guard.measure(model, None, batches())
+    before, after = guard.look(model, None, batches()), guard.look(model, None, batches())
     assert before == after
     result = judged(guard, before, after)
     assert result["passed"] and result["evaluated"]
@@ -54,7 +56,7 @@ def test_a_model_against_itself_changes_nothing(model) -> None:
 def test_without_activations_it_fails_closed(make_model) -> None:
     guard = RMTGuard()
     for nothing in (None, []):
-        stats = guard.measure(make_model("gpt2"), None, nothing)
+        stats = guard.look(make_model("gpt2"), None, nothing)
         result = judged(guard, stats, stats)
         assert not result["passed"] and not result["evaluated"]
         assert "no activations" in result["message"]
@@ -63,9 +65,9 @@ def test_without_activations_it_fails_closed(make_model) -> None:
 def test_a_module_whose_output_died_is_named(make_model) -> None:
     model = make_model("llama")
     guard = RMTGuard()
-    before = guard.measure(model, None, batches())
+    before = guard.look(model, None, batches())
     model.model.layers[1].mlp.up_proj.weight.data.zero_()
-    result = judged(guard, before, guard.measure(model, None, batches()))
+    result = judged(guard, before, guard.look(model, None, batches()))
     assert not result["passed"]
     assert result["errors"][0]["module"] == "model.layers.1.mlp.up_proj"
     assert "constant" in result["errors"][0]["message"]
@@ -74,9 +76,9 @@ def test_a_module_whose_output_died_is_named(make_model) -> None:
 def test_activations_that_are_not_finite_are_named_where_they_began(make_model) -> None:
     model = make_model("llama")
     guard = RMTGuard()
-    before = guard.measure(model, None, batches())
+    before = guard.look(model, None, batches())
     model.model.layers[1].self_attn.o_proj.weight.data[0, 0] = math.nan
-    after = guard.measure(model, None, batches())
+    after = guard.look(model, None, batches())
     result = judged(guard, before, after)
     assert not result["passed"]
     assert result["errors"][0]["module"] == "model.layers.1.self_attn.o_proj"
@@ -133,15 +135,12 @@ def test_sides_that_saw_different_things_do_not_pass(change: str) -> None:
 def test_the_batch_size_does_not_matter(make_model) -> None:
     model = make_model("gpt2")
     guard = RMTGuard()
-    ids = torch.tensor([row["input_ids"] for row in batches(6)])
+    windows = calibration_windows(batches(6))
     seen = []
     for size in (1, 2, 6):
-        sampler = SimpleNamespace(take=False, rows=None)
-        with guard.observe(model, None, sampler), torch.inference_mode():
-            for start in range(0, 6, size):
-                wanted = [index in (0, 3, 5) for index in range(start, start + size)]
-                sampler.take, sampler.rows = any(wanted), wanted
-                model(input_ids=ids[start : start + size])
+        watch = replace(guard.watch(model, None, 6), windows=frozenset((0, 3, 5)))
+        for _ in TorchSource(model, batch_tokens=40 * size).score(windows, watch=[watch]):
+            pass
         seen.append(guard.measure(model, None)["modules"])
     for other in seen[1:]:
         for first, second in zip(seen[0], other, strict=True):
@@ -152,16 +151,23 @@ def test_the_batch_size_does_not_matter(make_model) -> None:
 def test_nothing_is_observed_when_no_window_is_wanted(make_model) -> None:
     model = make_model("gpt2")
     guard = RMTGuard()
-    with guard.observe(model, None, SimpleNamespace(take=False, rows=None)):
-        model(input_ids=torch.ones(1, 8, dtype=torch.long))
+    watch = replace(guard.watch(model, None, 4), windows=frozenset())
+    list(TorchSource(model).score(calibration_windows(batches(4)), watch=[watch]))
     assert guard.measure(model, None) == {"modules": []}
 
 
-def test_hooks_are_removed(make_model) -> None:
+def test_hooks_are_removed_however_the_scoring_ends(make_model) -> None:
     model = make_model("gpt2")
-    sampler = SimpleNamespace(take=True, rows=None)
-    with pytest.raises(RuntimeError, match="stop"), RMTGuard().observe(model, None, sampler):
+    watch = RMTGuard().watch(model, None, 4)
+
+    def stop(path: str, outputs: Any) -> None:
         raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        list(TorchSource(model).score(calibration_windows(batches(4)), watch=[replace(watch, receive=stop)]))
+    scoring = TorchSource(model, batch_tokens=1).score(calibration_windows(batches(4)), watch=[watch])
+    next(scoring)
+    scoring.close()
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -177,7 +183,7 @@ def test_padding_of_a_batch_is_not_seen(make_model) -> None:
     guard = RMTGuard()
     plain = [{"input_ids": [row["input_ids"]]} for row in batches(4)]
     padded = [{"input_ids": [row["input_ids"][0] + [0] * 9], "attention_mask": [[1] * 40 + [0] * 9]} for row in plain]
-    assert guard.measure(model, None, plain) == guard.measure(model, None, padded)
+    assert guard.look(model, None, plain) == guard.look(model, None, padded)
 
 
 def test_indices_follow_the_policy() -> None:
@@ -187,4 +193,4 @@ def test_indices_follow_the_policy() -> None:
     assert pick_indices(2, 8, "evenly_spaced") == [0, 1]
     assert pick_indices(0, 8, "evenly_spaced") == []
     with pytest.raises(ConfigError, match="indices_policy"):
-        RMTGuard(activation={"sampling": {"windows": {"indices_policy": "random"}}}).sample(5)
+        RMTGuard(activation={"sampling": {"windows": {"indices_policy": "random"}}}).watch(None, None, 5)

@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 
 from guards import faults  # noqa: E402
 from invarlock.core.exceptions import ConfigError  # noqa: E402 - torch is needed first
+from invarlock.eval.sources.torch_model import TorchSource  # noqa: E402
 from invarlock.guards.spectral import SpectralGuard  # noqa: E402
 
 
@@ -220,9 +221,11 @@ def test_correction_scales_an_offender_back_and_says_so(make_model) -> None:
     with torch.no_grad():
         offender = faults.in_family(model, "ffn")
         offender.tensor().mul_(4)
-    result = guard.validate(model, None, {})
+    found = guard.validate(model, None, {})
+    assert "corrections" not in found["metrics"], "to judge changes nothing"
+    result, changed = guard.remedy(model, None, found, (), TorchSource(model))
     assert [entry["module"] for entry in result["metrics"]["corrections"]] == [offender.name]
-    assert result["passed"]
+    assert changed and result["passed"]
 
 
 def test_the_facts_of_a_large_model_stay_small(make_model) -> None:

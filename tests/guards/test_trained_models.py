@@ -29,7 +29,7 @@ def baseline(name: str) -> dict[str, Any]:
         "model": model,
         "batches": batches,
         "spectral": SpectralGuard().measure(model, None),
-        "rmt": RMTGuard().measure(model, None, batches),
+        "rmt": RMTGuard().look(model, None, batches),
         "sketches": sketch_model(model),
     }
 
@@ -42,7 +42,7 @@ def judged(name: str, edit: Any) -> tuple[dict[str, Any], dict[str, Any], Any]:
     spectral, rmt = SpectralGuard(), RMTGuard()
     return (
         spectral.judge(spectral.pair(before["spectral"], spectral.measure(model, None)), spectral.policy),
-        rmt.judge(rmt.pair(before["rmt"], rmt.measure(model, None, before["batches"])), rmt.policy),
+        rmt.judge(rmt.pair(before["rmt"], rmt.look(model, None, before["batches"])), rmt.policy),
         culprits(compare_all(before["sketches"], sketch_model(model))),
     )
 

@@ -10,6 +10,8 @@ torch = pytest.importorskip("torch")
 
 from guards.models import trained  # noqa: E402
 from invarlock.core.exceptions import ConfigError  # noqa: E402 - torch is needed first
+from invarlock.eval.sources.torch_model import TorchSource, task_of_model  # noqa: E402
+from invarlock.evidence.windows import calibration_windows  # noqa: E402
 from invarlock.guards.variance import VarianceGuard, propose  # noqa: E402
 
 
@@ -45,7 +47,11 @@ def test_scales_follow_from_spreads_and_filters(policy: dict[str, Any], scales: 
 
 def facts(delta: list[float | None] | None) -> dict[str, Any]:
     scales = propose(TAPS, VarianceGuard.defaults)
-    trial = None if delta is None else {"scales": scales, "delta": delta, "tokens": [10] * len(delta)}
+    trial = (
+        None
+        if delta is None
+        else {"scales": scales, "delta": delta, "tokens": [10] * len(delta), "documents": list(range(len(delta)))}
+    )
     return {"taps": TAPS, "unpaired": [], "trial": trial}
 
 
@@ -99,8 +105,8 @@ def test_a_damaged_tap_fails_and_is_named(change: dict[str, Any], words: str) ->
 
 def test_a_model_against_itself_proposes_nothing(model) -> None:
     guard = VarianceGuard(tap="both")
-    before = guard.measure(model, None, batches())
-    after = guard.measure(model, None, batches())
+    before = guard.look(model, None, batches())
+    after = guard.look(model, None, batches())
     assert before == after
     result = guard.judge(guard.pair(before, after), guard.policy)
     assert result["passed"] and result["evaluated"]
@@ -118,12 +124,12 @@ def test_without_activations_it_is_off_and_not_evaluated(make_model) -> None:
 @pytest.mark.parametrize(("tap_name", "count"), [("ffn", 3), ("attn", 3), ("both", 6), (r"gate_proj$", 3)])
 def test_taps_are_chosen_by_family_or_pattern(make_model, tap_name: str, count: int) -> None:
     guard = VarianceGuard(tap=tap_name)
-    assert len(guard.measure(make_model("llama"), None, batches())["taps"]) == count
+    assert len(guard.look(make_model("llama"), None, batches())["taps"]) == count
 
 
 def test_a_bad_pattern_is_refused(make_model) -> None:
     with pytest.raises(ConfigError, match="expected ffn, attn, both"):
-        VarianceGuard(tap="(").measure(make_model("gpt2"), None, batches())
+        VarianceGuard(tap="(").look(make_model("gpt2"), None, batches())
 
 
 def text_batches(tokenizer: Any, count: int = 32) -> list[dict[str, Any]]:
@@ -133,6 +139,22 @@ def text_batches(tokenizer: Any, count: int = 32) -> list[dict[str, Any]]:
         tokenizer, preview_n=count // 2, final_n=count // 2, seq_len=64, stride=64
     )
     return [{"input_ids": ids} for ids in preview.input_ids + final.input_ids]
+
+
+def _repair(guard: VarianceGuard, model: Any, data: Any) -> tuple[dict[str, Any], bool]:
+    """What a run does: judge, then let the guard do something about it."""
+    source = TorchSource(model, task_of_model(model))
+    return guard.remedy(model, None, guard.validate(model, None, {}), calibration_windows(data), source)
+
+
+def test_windows_of_one_document_are_one_cluster_of_the_trial() -> None:
+    """Ten windows that gain alike are strong evidence from ten documents, and none from one."""
+    guard = VarianceGuard()
+    delta = [-0.02 - 0.001 * i for i in range(10)]
+    apart = facts(list(delta))
+    assert guard.judge(apart, guard.policy)["metrics"]["enabled"]
+    apart["trial"]["documents"] = ["one"] * 10
+    assert not guard.judge(apart, guard.policy)["metrics"]["enabled"]
 
 
 def test_spread_that_an_edit_took_away_is_restored_when_it_helps() -> None:
@@ -145,8 +167,8 @@ def test_spread_that_an_edit_took_away_is_restored_when_it_helps() -> None:
     with torch.no_grad():
         projection.weight.mul_(0.4)
         projection.bias.mul_(0.4)
-    result = guard.validate(model, None, {})
-    assert result["passed"] and result["metrics"]["enabled"], result["message"]
+    result, changed = _repair(guard, model, data)
+    assert changed and result["passed"] and result["metrics"]["enabled"], result["message"]
     assert result["metrics"]["proposed"]["transformer.h.1.mlp.c_proj"] == pytest.approx(2.5, rel=1e-4)
     assert torch.allclose(projection.weight, original, rtol=1e-3)
 
@@ -159,11 +181,11 @@ def test_scales_that_do_not_help_are_taken_back_bit_for_bit() -> None:
     with torch.no_grad():
         model.transformer.h[1].mlp.c_proj.weight.mul_(0.7)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    result = guard.validate(model, None, {})
-    assert result["passed"] and not result["metrics"]["enabled"]
+    result, changed = _repair(guard, model, data)
+    assert not changed and result["passed"] and not result["metrics"]["enabled"]
     assert result["metrics"]["interval"]["hi"] is not None and math.isfinite(result["metrics"]["interval"]["hi"])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    untried = guard.validate(model, None, {"advise_only": True})
+    untried = guard.validate(model, None, {})
     assert untried["metrics"]["proposed"] and untried["metrics"]["interval"] is None
 
 
@@ -174,7 +196,7 @@ def test_windows_without_a_loss_leave_the_scales_untried(make_model) -> None:
     with torch.no_grad():
         model.bert.encoder.layer[1].output.dense.weight.mul_(0.5)
     kept = model.bert.encoder.layer[1].output.dense.weight.clone()
-    result = guard.validate(model, None, {})
-    assert result["passed"] and result["metrics"]["proposed"]
+    result, changed = _repair(guard, model, batches())
+    assert not changed and result["passed"] and result["metrics"]["proposed"]
     assert "not tried" in result["metrics"]["reason"]
     assert torch.equal(model.bert.encoder.layer[1].output.dense.weight, kept)

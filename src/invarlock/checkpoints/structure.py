@@ -104,14 +104,13 @@ def structure_of(
     return _against_layout(rows, layout, source)
 
 
-def live_structure(model: ModelLike, like: Structure | None = None, *, all_buffers: bool = False) -> Structure:
+def live_structure(model: ModelLike, like: Structure | None = None) -> Structure:
     """Return the structure of a live model as it would be saved, under the names that a checkpoint has.
 
-    like: the structure of the files that it was loaded from. A floating tensor is then stated in the type that the files
-    have (one computed in float32 may be stored in float16), and `like` itself is returned where every tensor agrees.
+    like: the structure of the files that it was loaded from. It is returned itself where every tensor agrees with it in
+    the type that the files have: a model computed in float32 may be stored in float16, and is still that checkpoint.
     A buffer that no checkpoint stores, such as the frequencies of rotary positions, is listed where it is not finite.
     """
-    del all_buffers  # accepted for callers that still pass it
     layout = _layout_of_model(model)
     spoilt = {
         name: buffer
@@ -119,9 +118,12 @@ def live_structure(model: ModelLike, like: Structure | None = None, *, all_buffe
         if name not in layout.shapes and buffer.is_floating_point() and not bool(buffer.isfinite().all())
     }
     layout = replace(layout, shapes={**layout.shapes, **{name: tuple(t.shape) for name, t in spoilt.items()}})
-    declared = {row.name: row.dtype for row in like.tensors} if like is not None else {}
-    found = structure_of(_as_declared(_as_saved(model, layout, spoilt), layout, declared), layout, "model")
-    return like if like is not None and _agree(found, like) else found
+    if like is not None and like.tensors:
+        declared = {row.name: row.dtype for row in like.tensors}
+        stated = structure_of(_as_declared(_as_saved(model, layout, spoilt), layout, declared), layout, "model")
+        if _agree(stated, like):
+            return like
+    return structure_of(_as_saved(model, layout, spoilt), layout, "model")
 
 
 def _agree(found: Structure, like: Structure) -> bool:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from invarlock.evidence.reference import TokenReference, joined
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,7 @@ __all__ = [
     "histogram",
     "histogram_quantile",
     "is_top",
+    "joined",
     "reference_rows",
 ]
 
@@ -35,21 +37,6 @@ TOP = 64
 HISTOGRAM_EDGES: tuple[float, ...] = (0.0, *(float(10.0 ** (-7 + k / 20)) for k in range(181)))
 TIES = 8  # half precision ties a few ids; a model that finds all tokens alike has no top one
 _FLOOR = 1e-7  # single precision cannot tell smaller tail masses from rounding
-
-
-@dataclass(frozen=True)
-class TokenReference:
-    """The baseline's compact distributions for n scored tokens: `ids` [n, k] int32, `log_probs` [n, k] float32
-    (nats), `label_log_prob` [n] float32. `whole` keeps, in memory only, the complete log-probabilities [t, V] of a few
-    windows by index, for the exact divergence there."""
-
-    ids: torch.Tensor
-    log_probs: torch.Tensor
-    label_log_prob: torch.Tensor
-    whole: dict[int, Any] = field(default_factory=dict)
-
-    def rows(self, start: int, stop: int) -> TokenReference:
-        return TokenReference(self.ids[start:stop], self.log_probs[start:stop], self.label_log_prob[start:stop])
 
 
 def contract() -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""`CoreRunner`: prepare → guard prepare → edit → guard validate → eval → finalize or roll back, one method a phase."""
+"""`CoreRunner`: prepare → guard prepare → edit → guard validate → eval → finalize or roll back, one method a phase.
+
+The edited model is scored once, when the guards are asked about it, and every figure of the run comes from that pass. A
+guard's remedy that changes the model (spectral correction, variance equalisation) calls for a second one.
+"""
 
 from __future__ import annotations
 
@@ -12,91 +16,90 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from invarlock.certificate.reports import check_baseline, evidence_of
+from invarlock.checkpoints.side import Side
 from invarlock.core import settings
-from invarlock.core.api import EditLike, Guard, GuardWithPrepare, RunConfig, RunReport
+from invarlock.core.api import AdapterLike, Context, EditLike, Guard, GuardWithPrepare, ModelLike, RunConfig, RunReport
+from invarlock.core.device import library_versions, make_deterministic, resolve_device, thread_count
 from invarlock.core.events import EventLog
 from invarlock.core.exceptions import ConfigError, GuardError
 from invarlock.core.files import plain, write_json
+from invarlock.eval.sources.base import score_all
+from invarlock.eval.sources.torch_model import TorchSource
+from invarlock.evidence.model import finite_or_none
+from invarlock.evidence.windows import WindowBatches, windows_from_calibration
+from invarlock.flow import steps
+from invarlock.flow.job import Job, no_tick, resolved_metric
+from invarlock.flow.measure import Measurement, measure
 from invarlock.flow.snapshot import Snapshot, plan_snapshot, take_snapshot
-from invarlock.guards.boundary import consequence, not_evaluated, oneline, prepare_guard, validate_guard, worst
+from invarlock.flow.synthetic_metric import synthetic_metric
+from invarlock.guards.base import GuardWithRemedy, StatsGuard, configure_guards
+from invarlock.guards.boundary import consequence, oneline, worst
 from invarlock.policy.resolve import ResolvedPolicy, merge, resolve_policy
 
-__all__ = ["CoreRunner"]
+__all__ = ["CoreRunner", "StoredBaseline"]
 
 logger = logging.getLogger("invarlock.runner")
 _AUTO_KEYS = ("enabled", "tier", "probes", "target_pm_ratio")
 _DEFAULT_PROBES = 2
 _NO_DATA = "No calibration data provided: the primary metric is measured on random tokens and certifies nothing"
+_NOT_SHOWN = "it saw this model in prepare, not the stored baseline: use `invarlock certify`, which loads that one"
+#: keys of the context that are objects for the runner alone: no report shows them
+_OBJECTS = ("baseline", "side", "progress")
 
 
-class CalibrationBatches(Sequence[dict[str, Any]]):
-    """The windows of a run as guards see them: batches of one. `measurements` holds what was measured already."""
+@dataclass(frozen=True)
+class StoredBaseline:
+    """A baseline that was measured earlier, in the place of the unedited model: its report and its measurement."""
 
-    def __init__(self, windows: Sequence[Any], measurements: Mapping[str, Any] | None = None) -> None:
-        self._windows = windows
-        self.measurements = dict(measurements or {})
-
-    def __len__(self) -> int:
-        return len(self._windows)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        window = self._windows[index]
-        batch: dict[str, Any] = {
-            "input_ids": [list(window.input_ids)],
-            "attention_mask": [list(window.mask or [1] * len(window.input_ids))],
-        }
-        if window.labels is not None:
-            batch["labels"] = [list(window.labels)]
-        return batch
+    report: Mapping[str, Any]
+    measured: Measurement
 
 
 @dataclass
 class _Run:
     """The state of one `execute`."""
 
-    model: Any
-    adapter: Any
+    job: Job
+    model: ModelLike
     edit: EditLike
-    guards: list[Guard]
     config: RunConfig
     edit_config: dict[str, Any]
     auto: dict[str, Any]
-    policy: ResolvedPolicy
     log: EventLog
     report: RunReport
-    windows: Any  # eval.windows.WindowSet, or None without calibration data
-    device: str = "cpu"
-    seed: int = 42
+    seed: int
+    stored: StoredBaseline | None = None  # given
+    own: StoredBaseline | None = None  # measured here
+    side: Side | None = None
     snapshot: Snapshot | None = None
-    baseline: Any = None  # eval.measure.Measurement
-    results: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    skipped: set[int] = field(default_factory=set)
-    subject_stats: dict[str, dict[str, Any]] = field(default_factory=dict)
+    baseline: Measurement | None = None
+    subject: Measurement | None = None
+    evaluation_error: Exception | None = None
+    results: dict[int, dict[str, Any]] = field(default_factory=dict)  # by place: a guard may stand twice
+    failed: dict[int, str] = field(default_factory=dict)
     rollback_reason: str | None = None
     stop: bool = False
     phases: int = 0
 
-    @property
-    def metric_kind(self) -> str:
-        asked = self.config.context.get("metric_kind") or "auto"
-        kind = getattr(self.adapter, "metric_kind", "ppl_causal") if asked == "auto" else asked
-        return str(kind)
-
 
 class CoreRunner:
-    """Runs one edit under guards. The only supported entry point for programmatic runs is `execute`."""
+    """Runs one edit under guards. The only supported entry point for programmatic runs is `execute`.
+
+    `baseline` is what the last run was held to: given in its context, or measured by it.
+    """
+
+    baseline: StoredBaseline | None = None
 
     def execute(
         self,
-        model: Any,
-        adapter: Any,
+        model: ModelLike,
+        adapter: AdapterLike,
         edit: EditLike,
         guards: Sequence[Guard],
         config: RunConfig,
         *,
-        calibration_data: Any = None,
+        calibration_data: object = None,
         auto_config: dict[str, Any] | None = None,
         edit_config: dict[str, Any] | None = None,
         preview_n: int | None = None,
@@ -108,9 +111,9 @@ class CoreRunner:
         in the last two the model is back in its first state, bit for bit. Raises ConfigError and DataError for arguments
         that cannot be used, before anything is touched.
         """
-        run = self._open(
-            model, adapter, edit, guards, config, calibration_data, auto_config, edit_config, preview_n, final_n
-        )
+        run = _open(model, adapter, edit, guards, config, auto_config or {}, edit_config or {})
+        if calibration_data is not None:
+            run.job.windows = windows_from_calibration(calibration_data, preview_n, final_n)
         phases: tuple[tuple[str, Callable[[_Run], None]], ...] = (
             ("prepare", self._prepare),
             ("guard_prepare", self._prepare_guards),
@@ -135,64 +138,10 @@ class CoreRunner:
             if run.snapshot is not None:
                 run.snapshot.release()
             run.log.close()
+            self.baseline = run.stored or run.own
             if handler is not None:
                 logging.getLogger("invarlock").removeHandler(handler)
         return run.report
-
-    def _open(
-        self,
-        model: Any,
-        adapter: Any,
-        edit: EditLike,
-        guards: Sequence[Guard],
-        config: RunConfig,
-        calibration_data: Any,
-        auto_config: dict[str, Any] | None,
-        edit_config: dict[str, Any] | None,
-        preview_n: int | None,
-        final_n: int | None,
-    ) -> _Run:
-        """Check every argument before the run begins."""
-        auto = _checked_auto(auto_config or {})
-        if not hasattr(edit, "apply"):
-            raise ConfigError(f"edit is {type(edit).__name__}; expected an object with name and apply(model, adapter)")
-        windows = None
-        from invarlock.guards.base import configure_guards
-
-        if calibration_data is not None:
-            from invarlock.evidence.windows import WindowSet, windows_from_calibration
-
-            given = isinstance(calibration_data, WindowSet)
-            windows = calibration_data if given else windows_from_calibration(calibration_data, preview_n, final_n)
-        policy = _resolve(auto, config.context, guards)
-        configure_guards(guards, policy.values["guards"])
-        run_id = str(config.context.get("run_id") or uuid.uuid4().hex[:12])
-        context = plain({key: value for key, value in config.context.items() if key != "baseline"})
-        report = RunReport(status="pending", context=context)
-        report.meta = {
-            "run_id": run_id,
-            "config": {**plain({f.name: getattr(config, f.name) for f in fields(config)}), "context": context},
-            "auto": auto,
-            "policy": {**policy.provenance(), "values": policy.values, "digest": policy.digest},
-            "intent": config.context.get("intent", "preserve"),
-            "env_flags": settings.environment_flags(),
-            "warnings": [],
-            "timings": {},
-        }
-        return _Run(
-            model=model,
-            adapter=adapter,
-            edit=edit,
-            guards=list(guards),
-            config=config,
-            edit_config=dict(edit_config or {}),
-            auto=auto,
-            policy=policy,
-            log=EventLog(config.event_path, run_id=run_id),
-            report=report,
-            windows=windows,
-            seed=int(config.context.get("seed", 42)),
-        )
 
     @contextlib.contextmanager
     def _phase(self, run: _Run, name: str) -> Iterator[None]:
@@ -210,102 +159,149 @@ class CoreRunner:
             write_json(folder / f"checkpoint-{run.phases:02d}-{name}.json", run.report.to_dict())
 
     def _prepare(self, run: _Run) -> None:
-        from invarlock.core.device import library_versions, make_deterministic, resolve_device, thread_count
-
-        run.report.status = "running"
-        run.device = resolve_device(run.config.device)
+        job, report = run.job, run.report
+        report.status = "running"
+        job.device = resolve_device(run.config.device)
         make_deterministic(run.seed)
         if hasattr(run.model, "to"):
-            run.model.to(run.device)
-        run.report.meta.update(
-            device=run.device,
+            run.model.to(job.device)
+        report.meta.update(
+            device=job.device,
             seeds={"python": run.seed, "numpy": run.seed, "torch": run.seed},
             versions=library_versions(),
             threads=thread_count(),
-            model=run.adapter.describe(run.model),
+            model=job.adapter.describe(run.model),
         )
         if run.config.checkpoint_interval and not run.config.event_path:
             self._warn(run, "checkpoint_interval is set without event_path: no checkpoints are written")
-        if run.windows is None:
+        if job.windows is None:
             self._warn(run, _NO_DATA)
         else:
             stored = settings.flag("INVARLOCK_STORE_EVAL_WINDOWS")
-            run.report.evaluation_windows = run.windows.to_dict() if stored else {}
-            run.report.dataset = {"windows": {"stats": _window_counts(run.windows)}, "digest": run.windows.digest()}
-        run.snapshot = take_snapshot(run.model, run.adapter, plan_snapshot(run.config.context))
-        run.report.meta["snapshot"] = {"mode": run.snapshot.mode, "bytes": run.snapshot.size_bytes}
+            report.evaluation_windows = job.windows.to_dict() if stored else {}
+            report.dataset = steps.dataset_facts(job)
+        run.side = steps.side_in_memory(job, run.model, run.config.context)
+        run.snapshot = take_snapshot(run.model, job.adapter, plan_snapshot(run.config.context))
+        report.meta["snapshot"] = {"mode": run.snapshot.mode, "bytes": run.snapshot.size_bytes}
         run.log.log("prepare", "snapshot", mode=run.snapshot.mode, bytes=run.snapshot.size_bytes)
 
     def _prepare_guards(self, run: _Run) -> None:
         """Measure the unedited model on every window, then show it to every guard that wants to see it."""
-        if run.windows is not None:
-            run.baseline = self._measure(run, keep_reference=True)
-        windows = run.windows.all if run.windows is not None else ()
-        calib = CalibrationBatches(windows, run.baseline.guard_stats if run.baseline else None)
-        for index, guard in enumerate(run.guards):
-            policy = {**run.policy.values["guards"].get(guard.name, {}), "intent": run.report.meta["intent"]}
-            failure = prepare_guard(guard, run.model, run.adapter, calib, policy, run.report)
-            if failure is not None:
-                self._warn(run, f"guard {guard.name!r} failed in prepare and is not evaluated: {failure}")
-                run.skipped.add(index)
-                run.results.setdefault(guard.name, []).append(not_evaluated(guard.name, failure))
+        job = run.job
+        assert run.side is not None
+        if run.stored is not None:
+            run.baseline = run.stored.measured
+        elif job.windows is not None:
+            run.baseline = measure(job, run.model, run.side, "the unedited model")
+            report = steps.baseline_report(job, run.baseline, f"{_id(run)}-baseline")
+            run.own = StoredBaseline(report.to_dict(), run.baseline)
+        windows = job.windows.all if job.windows is not None else ()
+        calib = WindowBatches(windows, run.baseline.guard_stats if run.baseline else None)
+        run.failed = steps.prepare_guards(job, job.guards, run.model, calib, run.report)
+        if run.stored is not None and not _same_weights(run.stored.measured, run.side):
+            shown = [i for i, g in enumerate(job.guards) if g in job.plugins and isinstance(g, GuardWithPrepare)]
+            run.failed |= dict.fromkeys(shown, _NOT_SHOWN)
+            job.notes += [f"guard {job.guards[i].name!r} is not evaluated: {_NOT_SHOWN}" for i in shown]
+        self._take_notes(run)
+        for place, guard in enumerate(job.guards):
+            if place in run.failed:
                 run.log.log("guard_prepare", "not_evaluated", guard=guard.name)
-                continue
-            if isinstance(guard, GuardWithPrepare):
+            elif isinstance(guard, GuardWithPrepare):
                 run.log.log("guard_prepare", "prepared", guard=guard.name)
 
     def _apply_edit(self, run: _Run) -> None:
-        name = getattr(run.edit, "name", type(run.edit).__name__)
-        if run.config.dry_run:
-            run.report.edit = {"name": name, "dry_run": True, "deltas": {"params_changed": 0, "layers_modified": 0}}
+        assert run.side is not None
+        dry = run.config.dry_run
+        run.report.edit, run.side = steps.apply_edit(
+            run.job, run.model, run.side, run.edit, run.edit_config, dry_run=dry
+        )
+        name = run.report.edit["name"]
+        run.report.meta["plugins"]["edit"] = name
+        if dry:
             run.log.log("edit", "skipped", name=name)
             return
-        returned = run.edit.apply(run.model, run.adapter, **run.edit_config)
-        run.report.edit = {"name": name, "dry_run": False, **(plain(returned) if isinstance(returned, Mapping) else {})}
         run.log.log("edit", "applied", name=name, deltas=run.report.edit.get("deltas"))
         self._probe(run)
 
     def _probe(self, run: _Run) -> None:
         """Measure a few preview windows right away, so that a wrecked model stops here."""
-        count = min(run.auto["probes"], len(run.windows.preview)) if run.windows is not None else 0
-        if not count:
+        windows = run.job.windows
+        count = min(run.auto["probes"], len(windows.preview)) if windows is not None else 0
+        if not count or windows is None or run.baseline is None:
             return
-        from invarlock.eval.sources.torch_model import forward_windows
-        from invarlock.flow.measure import task_of
-
-        probe = forward_windows(
-            run.model, run.windows.preview[:count], task=task_of(run.metric_kind), device=run.device
-        )
-        rows = run.baseline.evidence.preview
-        ratio = _ratio(rows.loss[:count], probe.loss, probe.tokens)
-        run.report.metrics["probe"] = {"windows": count, "ratio": _shown(ratio)}
-        run.log.log("edit", "probe", windows=count, ratio=_shown(ratio))
+        source = TorchSource(run.model, run.job.metric.task, device=run.job.device)
+        probe = score_all(source.score(windows.preview[:count]), count)
+        ratio = _ratio(run.baseline.evidence.preview.loss[:count], probe.loss, probe.tokens)
+        run.report.metrics["probe"] = {"windows": count, "ratio": finite_or_none(ratio)}
+        run.log.log("edit", "probe", windows=count, ratio=finite_or_none(ratio))
         self._check_spike(run, ratio, f"the first {count} window(s)")
 
     def _check_spike(self, run: _Run, ratio: float, where: str) -> None:
         if not ratio < run.config.spike_threshold:
             shown = f"{ratio:.4g}" if math.isfinite(ratio) else "not finite"
-            run.rollback_reason = (
+            run.rollback_reason = run.rollback_reason or (
                 f"primary_metric_spike: the ratio on {where} is {shown}, at or above spike_threshold "
                 f"{run.config.spike_threshold:g}"
             )
             run.stop = True
 
     def _validate_guards(self, run: _Run) -> None:
-        from invarlock.guards.base import StatsGuard
+        """Score the edited model, ask every guard about it, and let those that may do something about what they found."""
+        self._measure_subject(run)
+        self._ask(run, range(len(run.job.guards)))
+        if self._remedied(run):
+            found = {place: outcome["metrics"] for place, outcome in run.results.items()}
+            self._measure_subject(run)
+            self._ask(run, [i for i, guard in enumerate(run.job.guards) if isinstance(guard, StatsGuard)])
+            for place, outcome in run.results.items():
+                done = {key: found[place].get(key) for key in ("corrections", "interval", "enabled")}
+                outcome["metrics"] |= {key: value for key, value in done.items() if value}
+        for place, outcome in sorted(run.results.items()):
+            if place not in run.failed:
+                name, follows = run.job.guards[place].name, consequence(outcome)
+                run.log.log("guard_validate", "validated", guard=name, passed=outcome["passed"], action=follows)
+                self._apply_consequence(run, name, outcome, follows)
 
-        context = {"report": run.report, "run_context": run.config.context, "device": run.device}
-        for index, guard in enumerate(run.guards):
-            if index in run.skipped:
-                continue
-            outcome = validate_guard(guard, run.model, run.adapter, context)
-            run.results.setdefault(guard.name, []).append(outcome)
-            run.report.guards = {name: worst(outcomes) for name, outcomes in run.results.items()}
-            if isinstance(guard, StatsGuard) and guard.subject is not None:
-                run.subject_stats[guard.name] = guard.subject
-            follows = consequence(outcome)
-            run.log.log("guard_validate", "validated", guard=guard.name, passed=outcome["passed"], action=follows)
-            self._apply_consequence(run, guard.name, outcome, follows)
+    def _ask(self, run: _Run, places: Sequence[int]) -> None:
+        """Take the guards' results at these places, in order, up to the first that aborts."""
+        job = run.job
+        context: Context = {
+            "report": run.report,
+            "run_context": run.config.context,
+            "device": job.device,
+            "measurements": run.subject.guard_stats if run.subject is not None else {},
+        }
+        failed = {number: run.failed[place] for number, place in enumerate(places) if place in run.failed}
+        outcomes = steps.validate_guards(job, [job.guards[i] for i in places], run.model, context, failed)
+        for place, (_, outcome) in zip(places, outcomes, strict=False):
+            run.results[place] = outcome
+            run.report.guards = _by_name(run)
+            if place not in run.failed and consequence(outcome) == "abort":
+                return
+
+    def _remedied(self, run: _Run) -> bool:
+        """Let guards repair what they found; say whether the model is another one now."""
+        windows, changed = run.job.windows, False
+        if windows is None or run.subject is None or run.config.dry_run:
+            return False
+        source = TorchSource(run.model, run.job.metric.task, device=run.job.device)
+        for place, outcome in run.results.items():
+            guard = run.job.guards[place]
+            if isinstance(guard, GuardWithRemedy):
+                run.results[place], did = guard.remedy(run.model, run.job.adapter, outcome, windows.all, source)
+                changed = changed or did
+        return changed
+
+    def _measure_subject(self, run: _Run) -> None:
+        """Score the model as it is now; an error waits for the phase of evaluation, since guards look at weights too."""
+        assert run.side is not None
+        run.subject = None
+        if run.baseline is None:
+            return
+        try:
+            run.subject = measure(run.job, run.model, run.side, "the edited model", reference=run.baseline.reference)
+        except Exception as error:  # noqa: BLE001 - the model under test may raise anything; `_evaluate` reports it
+            run.evaluation_error = error
 
     def _apply_consequence(self, run: _Run, name: str, outcome: dict[str, Any], follows: str) -> None:
         message = f"guard {name!r}: {outcome['message'] or 'failed without a message'}"
@@ -317,75 +313,49 @@ class CoreRunner:
             self._warn(run, message)
 
     def _evaluate(self, run: _Run) -> None:
-        if run.windows is None:
-            run.report.metrics["primary_metric"] = self._synthetic_metric(run)
+        if run.job.windows is None:
+            metric = synthetic_metric(run.model, run.job.adapter, run.job.device, run.seed)
+            run.report.metrics["primary_metric"] = metric
+            if metric["final"] is None:
+                self._warn(run, f"no synthetic metric: {metric['reason']}")
             return
-        try:
-            subject = self._measure(run, reference=run.baseline.reference, ready=run.subject_stats)
-        except Exception as error:  # the model under test may raise anything
+        if run.subject is None:
+            assert run.evaluation_error is not None
             if settings.flag("INVARLOCK_EVAL_STRICT"):
-                raise
-            self._warn(run, f"evaluation failed and no metric was measured: {oneline(error)}")
+                raise run.evaluation_error
+            self._warn(run, f"evaluation failed and no metric was measured: {oneline(run.evaluation_error)}")
             return
-        run.report.evidence = subject.evidence.model_dump(mode="json")
-        metric = _primary_metric(run, subject.evidence)
-        run.report.metrics["primary_metric"] = metric
+        run.report.evidence = run.subject.evidence.model_dump(mode="json")
+        run.report.meta["guard_overhead"] = steps.measure_overhead(run.job, run.model, run.subject)
+        certificate = self._compare(run)
+        metric = {**certificate["primary_metric"], "source": "calibration_data", "mock": False}
+        run.report.metrics |= {"primary_metric": metric, "verdict": certificate["verdict"]}
         run.log.log("eval", "primary_metric", ratio=metric["ratio_vs_baseline"], final=metric["final"])
-        ratio = _damage_ratio(metric)
-        before = run.rollback_reason
+        self._decide(run, _damage_ratio(metric), certificate["gates"])
+
+    def _compare(self, run: _Run) -> dict[str, Any]:
+        held_to = run.stored or run.own
+        assert held_to is not None
+        return steps.compare(run.report, held_to.report)
+
+    def _decide(self, run: _Run, ratio: float, gates: Sequence[Mapping[str, Any]]) -> None:
+        """Roll back on a spike, a ratio above the run's own limit or, where they are asked for, a failed gate.
+
+        Guards have had their say; a failed gate of theirs repeats it.
+        """
         self._check_spike(run, ratio, "all windows")
-        if run.stop and before is not None:
-            run.rollback_reason = before
         if run.rollback_reason is None and not ratio <= run.config.max_pm_ratio:
             run.rollback_reason = f"primary_metric_ratio: {ratio:.4f} is above max_pm_ratio {run.config.max_pm_ratio:g}"
-
-    def _measure(
-        self, run: _Run, *, keep_reference: bool = False, reference: Any = None, ready: Mapping[str, Any] | None = None
-    ) -> Any:
-        from invarlock.evidence.model import DataFacts
-        from invarlock.flow.measure import measure_model, model_facts
-
-        context = run.config.context
-        tokenizer = tuple(context.get("tokenizer_facts") or (None, None))
-        facts = model_facts(run.model, run.adapter, str(context.get("model_id", "in memory")), tokenizer)
-        given = dict(context.get("data") or {})
-        data = DataFacts(
-            provider=given.pop("provider", "calibration_data"),
-            seq_len=run.windows.seq_len,
-            requested=list(run.windows.requested),
-            digest=run.windows.digest(),
-            **given,
-        )
-        measuring = run.guards if ready is None else [g for g in run.guards if g.name not in ready]
-        measured = measure_model(
-            run.model,
-            run.adapter,
-            run.windows,
-            facts=facts,
-            data=data,
-            structure=_live_structure(run.model),
-            metric_kind=run.metric_kind,
-            guards=measuring,
-            device=run.device,
-            keep_reference=keep_reference,
-            reference=reference,
-            progress=context.get("progress"),
-        )
-        if ready:
-            return _with_stats(measured, run, ready)
-        return measured
-
-    def _synthetic_metric(self, run: _Run) -> dict[str, Any]:
-        """Measure a few windows of random tokens, marked as such; nothing is decided on them."""
-        from invarlock.flow.synthetic_metric import synthetic_metric
-
-        metric = synthetic_metric(run.model, run.adapter, run.device, run.seed)
-        if metric["final"] is None:
-            self._warn(run, f"no synthetic metric: {metric['reason']}")
-        return metric
+        held = run.config.context.get("gates")
+        for gate in gates if isinstance(held, Mapping) else ():
+            judged = gate["decision"] == "fail" and gate["basis"] not in ("guard", "plugin guard")
+            if judged and gate["name"] in held.get("off", ()):
+                self._warn(run, f"gate {gate['name']} failed and is switched off: {gate['reason']}")
+            elif judged and run.rollback_reason is None:
+                run.rollback_reason = f"gate_failed: {gate['name']}: {gate['reason']}"
 
     def _finalize(self, run: _Run) -> None:
-        run.report.guards = {name: worst(outcomes) for name, outcomes in run.results.items()}
+        run.report.guards = _by_name(run)
         if run.rollback_reason is not None:
             self._restore(run, run.rollback_reason)
             run.report.status = "rollback"
@@ -416,6 +386,84 @@ class CoreRunner:
         run.report.meta["warnings"].append(message)
         run.log.log("run", "warning", message=message)
 
+    def _take_notes(self, run: _Run) -> None:
+        for note in run.job.notes:
+            self._warn(run, note)
+        run.job.notes.clear()
+
+
+def _open(
+    model: ModelLike,
+    adapter: AdapterLike,
+    edit: EditLike,
+    guards: Sequence[Guard],
+    config: RunConfig,
+    auto_config: Mapping[str, Any],
+    edit_config: Mapping[str, Any],
+) -> _Run:
+    """Check every argument before the run begins."""
+    auto = _checked_auto(auto_config)
+    if not hasattr(edit, "apply"):
+        raise ConfigError(f"edit is {type(edit).__name__}; expected an object with name and apply(model, adapter)")
+    context = config.context
+    policy = _resolve(auto, context, guards)
+    configure_guards(guards, policy.values["guards"])
+    job = Job(
+        policy=policy,
+        adapter=adapter,
+        guards=list(guards),
+        metric=resolved_metric(str(context.get("metric_kind") or "auto"), adapter),
+        device=config.device,
+        intent=str(context.get("intent", "preserve")),
+        tick=context.get("progress") or no_tick,
+    )
+    run_id = str(context.get("run_id") or uuid.uuid4().hex[:12])
+    shown = plain({key: value for key, value in context.items() if key not in _OBJECTS})
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    event_path = None if config.event_path is None else Path(config.event_path).name
+    meta = {
+        "run_id": run_id,
+        "config": plain({**values, "context": shown, "event_path": event_path}),
+        "auto": auto,
+        "warnings": [],
+        "timings": {},
+        **job.facts(str(getattr(edit, "name", type(edit).__name__))),
+    }
+    return _Run(
+        job=job,
+        model=model,
+        edit=edit,
+        config=config,
+        edit_config=dict(edit_config),
+        auto=auto,
+        log=EventLog(config.event_path, run_id=run_id),
+        report=RunReport(status="pending", context=shown, meta=meta),
+        seed=int(context.get("seed", 42)),
+        stored=_stored(context.get("baseline")),
+    )
+
+
+def _stored(given: object) -> StoredBaseline | None:
+    """Take a baseline from the context: a report, or one that was read already."""
+    if given is None or isinstance(given, StoredBaseline):
+        return given
+    report = given.to_dict() if isinstance(given, RunReport) else given
+    evidence = evidence_of(report, "baseline")  # type: ignore[arg-type]  # it says what is wrong with anything else
+    check_baseline(report)  # type: ignore[arg-type]
+    return StoredBaseline(report, Measurement(evidence))  # type: ignore[arg-type]
+
+
+def _by_name(run: _Run) -> dict[str, dict[str, Any]]:
+    """Return each guard's worst result, in the guards' order."""
+    named: dict[str, list[dict[str, Any]]] = {}
+    for place, outcome in sorted(run.results.items()):
+        named.setdefault(run.job.guards[place].name, []).append(outcome)
+    return {name: worst(outcomes) for name, outcomes in named.items()}
+
+
+def _id(run: _Run) -> str:
+    return str(run.report.meta["run_id"])
+
 
 def _checked_auto(given: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(given.keys() - set(_AUTO_KEYS))
@@ -427,38 +475,30 @@ def _checked_auto(given: Mapping[str, Any]) -> dict[str, Any]:
     return auto
 
 
-def _resolve(auto: Mapping[str, Any], context: Mapping[str, Any], guards: Sequence[Guard]) -> ResolvedPolicy:
-    """Resolve the policy; what the guards were constructed with counts as explicit."""
-    explicit: dict[str, Any] = {"guards": {"order": [guard.name for guard in guards]}}
+def _resolve(auto: Mapping[str, Any], context: Context, guards: Sequence[Guard]) -> ResolvedPolicy:
+    """Resolve the policy; what the guards were constructed with, and another order than the tier's, count as explicit."""
+    profile, adjustments = str(context.get("profile", "dev")), context.get("edit_adjustments")
+    given = context.get("policy_overrides") or {}
+    explicit: dict[str, Any] = {}
     for guard in guards:
         overrides = getattr(guard, "overrides", None)
         if isinstance(overrides, dict) and overrides:
-            explicit["guards"][guard.name] = overrides
-    overrides = merge(explicit, context.get("policy_overrides") or {})
-    profile = str(context.get("profile", "dev"))
-    return resolve_policy(
-        str(auto["tier"]), profile, overrides=overrides, edit_adjustments=context.get("edit_adjustments")
+            explicit[guard.name] = overrides
+    order = [guard.name for guard in guards]
+
+    def resolve(part: Mapping[str, Any]) -> ResolvedPolicy:
+        overrides = merge({"guards": part} if part else {}, given)
+        return resolve_policy(str(auto["tier"]), profile, overrides=overrides, edit_adjustments=adjustments)
+
+    policy = resolve(explicit)
+    return policy if policy.values["guards"]["order"] == order else resolve({"order": order, **explicit})
+
+
+def _same_weights(stored: Measurement, side: Side) -> bool:
+    """Whether the model that guards saw in prepare is the stored baseline, by the digest of its weights."""
+    return (
+        bool(side.structure.tensors) and stored.evidence.structure.weights_digest() == side.structure.weights_digest()
     )
-
-
-def _window_counts(windows: Any) -> dict[str, Any]:
-    requested, actual = windows.requested, (len(windows.preview), len(windows.final))
-    return {
-        "requested_preview": requested[0],
-        "requested_final": requested[1],
-        "actual_preview": actual[0],
-        "actual_final": actual[1],
-        "paired_windows": sum(actual),
-        "window_match_fraction": 1.0,
-        "window_overlap_fraction": _repeated(windows) / actual[1],
-        "coverage": sum(actual) / sum(requested),
-    }
-
-
-def _repeated(windows: Any) -> int:
-    """Count the final windows that stand in preview too; content counts, since ids of repeats are numbered."""
-    preview = {(w.input_ids, w.mask, w.labels) for w in windows.preview}
-    return sum((w.input_ids, w.mask, w.labels) in preview for w in windows.final)
 
 
 def _ratio(baseline: Sequence[float | None], subject: Sequence[float], tokens: Sequence[int]) -> float:
@@ -477,40 +517,6 @@ def _damage_ratio(metric: Mapping[str, Any]) -> float:
     if metric["direction"] == "higher":
         return 1.0 / ratio if ratio else math.inf
     return float(ratio)
-
-
-def _shown(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _live_structure(model: Any) -> Any:
-    from invarlock.evidence.model import Structure
-
-    if not hasattr(model, "state_dict"):
-        return Structure(source="model", tensors=[])
-    from invarlock.checkpoints.files import live_structure
-
-    return live_structure(model)
-
-
-def _with_stats(measured: Any, run: _Run, ready: Mapping[str, Any]) -> Any:
-    """Put what the guards measured in validate into the subject's evidence, under the baseline's contracts."""
-    stats = {**measured.evidence.guards, **{k: v for k, v in ready.items() if k != "invariants"}}
-    contracts = {**run.baseline.evidence.contracts, **measured.evidence.contracts}
-    evidence = measured.evidence.model_copy(update={"guards": stats, "contracts": contracts})
-    return type(measured)(evidence, measured.reference, stats)
-
-
-def _primary_metric(run: _Run, subject: Any) -> dict[str, Any]:
-    from invarlock.certificate.derive import Rows, primary_metric
-    from invarlock.certificate.make import pair_rows
-    from invarlock.certificate.reports import evidence_of
-
-    given = run.config.context.get("baseline")
-    base = run.baseline.evidence if given is None else evidence_of(given, "baseline")
-    rows = Rows.of(pair_rows(base.preview, subject.preview, "preview"), pair_rows(base.final, subject.final, "final"))
-    metric: dict[str, Any] = primary_metric(run.metric_kind, rows, run.policy.values).model_dump(mode="json")
-    return {**metric, "source": "calibration_data", "mock": False}
 
 
 def _verbose_handler() -> logging.Handler:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from invarlock.eval.sources.torch_model import forward_windows
+from invarlock.core.api import AdapterLike, ModelLike
+from invarlock.eval.metrics import metric_of
+from invarlock.eval.sources.base import score_all
+from invarlock.eval.sources.torch_model import TorchSource
 from invarlock.evidence.model import finite_or_none
 from invarlock.evidence.windows import Window
-from invarlock.flow.measure import task_of
 from invarlock.stats.paired import perplexity
 
 __all__ = ["synthetic_metric"]
@@ -27,7 +29,7 @@ def _random_windows(vocabulary: int, seed: int, length: int) -> list[Window]:
     return [Window(f"synthetic-{w}", f"synthetic-{w}", row, labels=row) for w, row in enumerate(rows)]
 
 
-def synthetic_metric(model: Any, adapter: Any, device: str, seed: int) -> dict[str, Any]:
+def synthetic_metric(model: ModelLike, adapter: AdapterLike, device: str, seed: int) -> dict[str, Any]:
     """Measure the model on random tokens. `final` is None, with a `reason`, where it takes no tokens."""
     kind = getattr(adapter, "metric_kind", "ppl_causal")
     described = adapter.describe(model)
@@ -39,7 +41,8 @@ def synthetic_metric(model: Any, adapter: Any, device: str, seed: int) -> dict[s
     length = min(_LENGTH, int(described.get("max_position_embeddings") or _LENGTH))
     windows = _random_windows(int(size), seed, length)
     try:
-        rows = forward_windows(model, windows, task=task_of(kind), device=device)
+        source = TorchSource(model, metric_of(kind).task, device=device)
+        rows = score_all(source.score(windows), len(windows))
     except Exception as error:  # noqa: BLE001 - the model may be anything; without data a run finishes all the same
         return {**blank, "reason": f"the model takes no token ids ({type(error).__name__}: {error})".splitlines()[0]}
     half = len(windows) // 2

@@ -5,24 +5,46 @@
     measure(model) ──▶ stats ─┘
 
 `pair` and `judge` are pure (no torch): a certificate embeds `facts`, and `verify` runs `judge` again on them. A guard
-so written never sees both models at once and works with a stored baseline; `prepare` and `validate` are a thin shell.
+so written never sees both models at once and works with a stored baseline. A guard of activations says with `watch` what
+it wants to see while windows are scored, and `measure` then reads what it saw: it never runs the model itself.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
-from invarlock.core.api import Guard
+from invarlock.core.api import AdapterLike, Context, Guard, ModelLike
 from invarlock.core.exceptions import GuardError
+from invarlock.eval.sources.base import Source, Watch
+from invarlock.eval.sources.torch_model import TorchSource, task_of_model
+from invarlock.evidence.windows import Window, calibration_windows
 
-__all__ = ["Facts", "Policy", "Result", "Stats", "StatsGuard", "configure_guards", "result"]
+__all__ = [
+    "Facts",
+    "Finding",
+    "GuardWithRemedy",
+    "Policy",
+    "Result",
+    "Stats",
+    "StatsGuard",
+    "configure_guards",
+    "finding",
+    "result",
+]
 
 Stats: TypeAlias = dict[str, Any]  # JSON-ready: what `measure` saw on one model
 Facts: TypeAlias = dict[str, Any]  # JSON-ready: two Stats side by side, all that `judge` needs
 Policy: TypeAlias = Mapping[str, Any]
 Result: TypeAlias = dict[str, Any]
+Finding: TypeAlias = dict[str, Any]
+
+
+def finding(code: str, module: str | None, message: str) -> Finding:
+    """Build one finding of a result; `module` names the culprit."""
+    return {"code": code, "module": module, "message": message}
 
 
 def result(
@@ -31,11 +53,11 @@ def result(
     *,
     action: str | None = None,
     metrics: dict[str, Any] | None = None,
-    warnings: list[dict[str, Any]] | None = None,
-    errors: list[dict[str, Any]] | None = None,
+    warnings: list[Finding] | None = None,
+    errors: list[Finding] | None = None,
     evaluated: bool = True,
 ) -> Result:
-    """Build a guard result. A finding in `warnings`/`errors` is {code, message, module?, ...}: module names the culprit."""
+    """Build a guard result; `warnings` and `errors` hold findings."""
     default = "continue" if passed and not warnings else "warn" if passed else "rollback"
     return {
         "passed": passed,
@@ -68,9 +90,13 @@ class StatsGuard(Guard):
     def contract(self) -> dict[str, Any]:
         """Return everything that changes what `measure` measures; two sides with other contracts do not compare."""
 
+    def watch(self, model: ModelLike, adapter: AdapterLike, total: int) -> Watch | None:
+        """Say which outputs to hand over while `total` windows are scored; None for a guard that looks at weights."""
+        return None
+
     @abstractmethod
-    def measure(self, model: Any, adapter: Any, batches: Any = None) -> Stats:
-        """Measure one model. `batches` is a sequence of {input_ids, attention_mask?, labels?} for activation guards."""
+    def measure(self, model: ModelLike, adapter: AdapterLike) -> Stats:
+        """Measure one model, after the pass whose outputs `watch` asked for."""
 
     @abstractmethod
     def pair(self, baseline: Stats, subject: Stats) -> Facts:
@@ -80,26 +106,48 @@ class StatsGuard(Guard):
     def judge(self, facts: Facts, policy: Policy) -> Result:
         """Decide from the facts alone. Pure; never passes on a missing or non-finite value."""
 
-    def prepare(self, model: Any, adapter: Any, calib: Any, policy: Any) -> dict[str, Any]:
-        """Measure the unedited model; what the caller has measured already is taken from `calib.measurements`."""
+    def prepare(self, model: ModelLike, adapter: AdapterLike, calib: object, policy: Policy | None) -> dict[str, Any]:
+        """Measure the unedited model; what a run has measured already is taken from `calib`."""
         self.configure(policy or {})
         ready = getattr(calib, "measurements", {}).get(self.name)
-        self.baseline = ready if ready is not None else self.measure(model, adapter, calib)
         self._batches = calib
+        self.baseline = ready if ready is not None else self.look(model, adapter, calib)
         return {"ready": True}
 
-    def validate(self, model: Any, adapter: Any, context: dict[str, Any]) -> Result:
-        """Measure the edited model and judge it against what `prepare` saw."""
+    def validate(self, model: ModelLike, adapter: AdapterLike, context: Context) -> Result:
+        """Measure the edited model, unless the run has (`context["measurements"]`), and judge it."""
         if self.baseline is None:
             raise GuardError(f"guard {self.name!r} has no baseline: call prepare(...) on the unedited model first")
         ready = context.get("measurements", {}).get(self.name)
-        self.subject = (
-            ready if ready is not None else self.measure(model, adapter, context.get("batches", self._batches))
-        )
+        batches = context.get("batches", self._batches)
+        self.subject = ready if ready is not None else self.look(model, adapter, batches)
         return self.judge(self.pair(self.baseline, self.subject), self.policy)
 
+    def look(self, model: ModelLike, adapter: AdapterLike, batches: object) -> Stats:
+        """Measure a model outside a run: the windows that the guard wants to see are scored for its sake alone."""
+        windows = [] if batches is None else calibration_windows(batches)
+        watch = self.watch(model, adapter, len(windows)) if windows else None
+        if watch is not None and hasattr(model, "named_modules"):
+            source = TorchSource(model, task_of_model(model, adapter))
+            chosen = [windows[index] for index in sorted(watch.windows)]
+            if source.task != "causal":  # nothing is judged by the loss here, so windows may do without labels
+                chosen = [replace(w, labels=w.input_ids) if w.labels is None else w for w in chosen]
+            for _ in source.score(chosen, watch=[replace(watch, windows=frozenset(range(len(chosen))))]):
+                pass
+        return self.measure(model, adapter)
 
-def configure_guards(guards: Iterable[Any], policies: Mapping[str, Policy]) -> None:
+
+@runtime_checkable
+class GuardWithRemedy(Protocol):
+    """A guard that may change the edited model where its policy asks for that; only a run calls it."""
+
+    def remedy(
+        self, model: ModelLike, adapter: AdapterLike, outcome: Result, windows: Sequence[Window], source: Source
+    ) -> tuple[Result, bool]:
+        """Return the result with what was done or tried, and whether the model is another one now."""
+
+
+def configure_guards(guards: Iterable[object], policies: Mapping[str, Policy]) -> None:
     """Give each built-in guard its part of the resolved policy; a plugin guard gets its own in `prepare`."""
     for guard in guards:
         if isinstance(guard, StatsGuard):

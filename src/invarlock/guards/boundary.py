@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from invarlock.core import settings
-from invarlock.core.api import Guard, GuardWithContext, GuardWithPrepare, RunReport
+from invarlock.core.api import AdapterLike, Context, Guard, GuardWithContext, GuardWithPrepare, ModelLike, RunReport
 from invarlock.core.exceptions import GuardError, InvarlockError
 from invarlock.core.files import plain
 
 __all__ = [
+    "BUILT_IN_GUARDS",
     "Consequence",
     "checked_result",
     "consequence",
@@ -20,6 +21,9 @@ __all__ = [
     "validate_guard",
     "worst",
 ]
+
+#: the guards that come with the package, in the order in which they run; each has a section of its own in a certificate
+BUILT_IN_GUARDS = ("invariants", "spectral", "rmt", "variance")
 
 Consequence = Literal["keep", "warn", "rollback", "abort"]
 _ACTIONS = ("continue", "none", "warn", "rollback", "abort")
@@ -41,7 +45,9 @@ def oneline(error: BaseException) -> str:
     return text if isinstance(error, InvarlockError) else f"{type(error).__name__}: {text}"
 
 
-def prepare_guard(guard: Guard, model: Any, adapter: Any, calib: Any, policy: Any, report: RunReport) -> str | None:
+def prepare_guard(
+    guard: Guard, model: ModelLike, adapter: AdapterLike, calib: object, policy: Mapping[str, Any], report: RunReport
+) -> str | None:
     """Show a guard the unedited model. Return why it failed where INVARLOCK_GUARD_PREPARE_STRICT=0 tolerates that.
 
     Raises GuardError where it is not tolerated.
@@ -58,7 +64,7 @@ def prepare_guard(guard: Guard, model: Any, adapter: Any, calib: Any, policy: An
     return None
 
 
-def validate_guard(guard: Guard, model: Any, adapter: Any, context: dict[str, Any]) -> dict[str, Any]:
+def validate_guard(guard: Guard, model: ModelLike, adapter: AdapterLike, context: Context) -> dict[str, Any]:
     """Return a guard's checked result on the edited model. Raises GuardError where it fails or breaks the contract."""
     try:
         returned = guard.validate(model, adapter, context)
@@ -69,7 +75,7 @@ def validate_guard(guard: Guard, model: Any, adapter: Any, context: dict[str, An
     return checked_result(guard.name, returned)
 
 
-def checked_result(name: str, returned: Any) -> dict[str, Any]:
+def checked_result(name: str, returned: object) -> dict[str, Any]:
     """Return a guard's result with every optional key filled. Raises GuardError where it breaks the contract."""
     if not isinstance(returned, Mapping):
         raise GuardError(f"guard {name!r} returned {type(returned).__name__}; expected a dict with 'passed'")

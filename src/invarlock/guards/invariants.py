@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
-from invarlock.evidence.model import Structure
-from invarlock.guards.base import Facts, Policy, Result, Stats, StatsGuard, result
+from invarlock.checkpoints.files import behaviour, live_structure
+from invarlock.core.api import AdapterLike, ModelLike
+from invarlock.evidence.model import Evidence, Structure
+from invarlock.guards.base import Facts, Finding, Policy, Result, Stats, StatsGuard, result
 
-__all__ = ["InvariantsGuard", "baseline_damage"]
+__all__ = ["InvariantsGuard", "baseline_damage", "behaviour_of", "stats_of"]
 
-Finding = dict[str, Any]
 _MOST_NAMED = 20
 
 
@@ -141,6 +142,18 @@ def baseline_damage(structure: Structure) -> list[Finding]:
     return findings
 
 
+def behaviour_of(model: ModelLike) -> dict[str, Any]:
+    """Return the configuration of a live model, as far as it changes what it computes; {} where it has none."""
+    config = getattr(model, "config", None)
+    return behaviour(config) if hasattr(config, "to_dict") else {}
+
+
+def stats_of(evidence: Evidence) -> Stats:
+    """Return what the guard measured on the model of a piece of evidence."""
+    model = evidence.model
+    return InvariantsGuard.stats_from(evidence.structure, model.behaviour, model.tokenizer_digest, model.tokenizer_size)
+
+
 class InvariantsGuard(StatsGuard):
     """Compare structure. Knobs:
 
@@ -166,13 +179,9 @@ class InvariantsGuard(StatsGuard):
     def contract(self) -> dict[str, Any]:
         return {"tensors": "names, shapes, types, sha256 digests, non-finite counts"}
 
-    def measure(self, model: Any, adapter: Any, batches: Any = None) -> Stats:
-        """Read the table off a live model; `stats_from` does the same for files."""
-        from invarlock.checkpoints.files import behaviour, live_structure
-
-        config = getattr(model, "config", None)
-        facts = behaviour(config) if config is not None and hasattr(config, "to_dict") else {}
-        return self.stats_from(live_structure(model, all_buffers=True), facts, None, None)
+    def measure(self, model: ModelLike, adapter: AdapterLike) -> Stats:
+        """Read the table off a live model; `stats_from` does the same for what was read elsewhere."""
+        return self.stats_from(live_structure(model), behaviour_of(model), None, None)
 
     @staticmethod
     def stats_from(

@@ -8,23 +8,17 @@ variance. A module's ratio is the mean over the windows, a family's the mean ove
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from invarlock.core.api import AdapterLike, ModelLike
 from invarlock.core.exceptions import ConfigError
-from invarlock.guards.activations import (
-    Sampler,
-    each_row,
-    forward_sampled,
-    hook_outputs,
-    pick_indices,
-    watched_modules,
-)
-from invarlock.guards.base import Facts, Policy, Result, Stats, StatsGuard, result
+from invarlock.eval.sources.base import Watch
+from invarlock.evidence.windows import pick_indices
+from invarlock.guards.activations import watched_modules
+from invarlock.guards.base import Facts, Policy, Result, Stats, StatsGuard, finding, result
 from invarlock.stats.linalg import SIGMA_CONTRACT, finite, marchenko_pastur_edge, sigma_max, single_thread
 
 if TYPE_CHECKING:
@@ -70,7 +64,7 @@ class _Module:
         length = outputs.shape[0]
         if length < _MIN_ROWS:
             return
-        rows = pick_indices(length, min(length, _ROWS), "evenly_spaced")
+        rows = pick_indices(length, _ROWS)
         ratio, constant = edge_ratio(outputs[rows])
         self.features += outputs.shape[1]
         self.constant += constant
@@ -94,7 +88,7 @@ class _Module:
 
 @dataclass
 class Observation:
-    """What the hooks of one forward pass have seen so far."""
+    """What one pass has shown so far."""
 
     modules: dict[str, _Module] = field(default_factory=dict)
 
@@ -128,26 +122,15 @@ class RMTGuard(StatsGuard):
             "version": 1,
         }
 
-    def sample(self, total: int) -> list[int]:
-        """Choose the windows to look at out of `total`."""
+    def watch(self, model: ModelLike, adapter: AdapterLike, total: int) -> Watch:
+        """Look at the outputs of the watched modules in the windows that the policy samples."""
+        families = watched_modules(model, adapter)
+        seen = self._observed = Observation({path: _Module(family) for path, family in families.items()})
         sampling = self._sampling()
-        return pick_indices(total, sampling["count"], sampling["indices_policy"])
+        windows = pick_indices(total, sampling["count"], sampling["indices_policy"])
+        return Watch(tuple(families), frozenset(windows), seen.receive)
 
-    @contextlib.contextmanager
-    def observe(self, model: Any, adapter: Any, sampler: Sampler) -> Iterator[Observation]:
-        """Watch a forward loop; the next `measure` reads what was seen."""
-        watched = watched_modules(model, adapter)
-        observed = Observation({path: _Module(family) for path, family in watched.items()})
-        with hook_outputs(model, watched, sampler, observed.receive):
-            yield observed
-        self._observed = observed
-
-    def measure(self, model: Any, adapter: Any, batches: Any = None) -> Stats:
-        if self._observed is None and batches is not None and len(batches):
-            windows = list(each_row(batches))
-            chosen = [windows[index] for index in self.sample(len(windows))]
-            with self.observe(model, adapter, SimpleNamespace(take=True, rows=[True])):
-                forward_sampled(model, chosen)
+    def measure(self, model: ModelLike, adapter: AdapterLike) -> Stats:
         observed, self._observed = self._observed, None
         if observed is None:
             return {"modules": []}
@@ -170,7 +153,7 @@ class RMTGuard(StatsGuard):
     def judge(self, facts: Facts, policy: Policy) -> Result:
         policy = {**self.defaults, **policy}
         errors = [
-            _finding(f"rmt_{kind}", name, f"{name} was watched in the {side} only; expected the same modules")
+            finding(f"rmt_{kind}", name, f"{name} was watched in the {side} only; expected the same modules")
             for kind, side in (("missing", "baseline"), ("extra", "subject"))
             for name in facts[kind]
         ]
@@ -180,7 +163,7 @@ class RMTGuard(StatsGuard):
             if problem == "":
                 usable.append(module)
             elif problem:
-                errors.append(_finding("rmt_unusable", module["name"], f"{module['name']}: {problem}"))
+                errors.append(finding("rmt_unusable", module["name"], f"{module['name']}: {problem}"))
         worst = sorted(usable, key=lambda module: -_change(module))
         families = {}
         for family in dict.fromkeys(module["family"] for module in usable):
@@ -189,7 +172,7 @@ class RMTGuard(StatsGuard):
             if not row["accepted"]:
                 top = members[0]["name"]
                 text = f"{family}: edge ratio changed by {row['change']:+.1%}, worst {top}; expected {row['expected']}"
-                errors.append({**_finding("rmt_edge", top, text), "family": family})
+                errors.append({**finding("rmt_edge", top, text), "family": family})
         metrics = {
             "modules": len(usable),
             "families": families,
@@ -256,7 +239,3 @@ def _signed(module: Mapping[str, Any]) -> float:
 
 def _change(module: Mapping[str, Any]) -> float:
     return abs(math.log(module["ratio"][1] / module["ratio"][0]))
-
-
-def _finding(code: str, module: str, message: str) -> dict[str, Any]:
-    return {"code": code, "module": module, "message": message}

@@ -9,14 +9,17 @@ rank under a quarter of the baseline's, a norm ratio of a row or column outside 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from invarlock.core.api import AdapterLike, ModelLike
 from invarlock.core.exceptions import ConfigError, DataError
-from invarlock.guards.base import Facts, Policy, Result, Stats, StatsGuard, result
+from invarlock.eval.sources.base import Source
+from invarlock.evidence.windows import Window
+from invarlock.guards.base import Facts, Policy, Result, Stats, StatsGuard, finding, result
 from invarlock.guards.families import WeightMatrix, unreadable_weights, weight_matrices
 from invarlock.stats.linalg import (
     SIGMA_CONTRACT,
@@ -74,7 +77,7 @@ class SpectralGuard(StatsGuard):
             "version": 1,
         }
 
-    def measure(self, model: Any, adapter: Any, batches: Any = None) -> Stats:
+    def measure(self, model: ModelLike, adapter: AdapterLike) -> Stats:
         modules = [_measure(weight) for weight in weight_matrices(model, adapter)]
         return {"modules": modules, "unreadable": unreadable_weights(model)}
 
@@ -97,7 +100,7 @@ class SpectralGuard(StatsGuard):
         policy = {**self.defaults, **policy}
         modules = facts["modules"]
         errors = [
-            _finding(f"spectral_{kind}", name, f"{name} is {kind} in the subject; expected the baseline's weights")
+            finding(f"spectral_{kind}", name, f"{name} is {kind} in the subject; expected the baseline's weights")
             for kind in ("missing", "extra")
             for name in facts[kind]
         ]
@@ -130,20 +133,22 @@ class SpectralGuard(StatsGuard):
         message = _message(len(modules), errors, violations)
         return result(not errors, message, metrics=metrics, warnings=warnings, errors=errors)
 
-    def validate(self, model: Any, adapter: Any, context: dict[str, Any]) -> Result:
-        outcome = super().validate(model, adapter, context)
+    def remedy(
+        self, model: ModelLike, adapter: AdapterLike, outcome: Result, windows: Sequence[Window], source: Source
+    ) -> tuple[Result, bool]:
+        """Correct the offenders where the policy asks for it, and judge the corrected weights."""
         if not self.policy["correction_enabled"] or self.baseline is None or self.subject is None:
-            return outcome
+            return outcome, False
         offenders = {f["module"] for f in (*outcome["errors"], *outcome["warnings"]) if f["code"] == "spectral_growth"}
         corrections = self.correct(model, adapter, offenders)
         if not corrections:
-            return outcome
+            return outcome, False
         self.subject = self.measure(model, adapter)
         outcome = self.judge(self.pair(self.baseline, self.subject), self.policy)
         outcome["metrics"]["corrections"] = corrections
-        return outcome
+        return outcome, True
 
-    def correct(self, model: Any, adapter: Any, offenders: Iterable[str]) -> list[dict[str, Any]]:
+    def correct(self, model: ModelLike, adapter: AdapterLike, offenders: Iterable[str]) -> list[dict[str, Any]]:
         """Scale down, in place, each offender whose sigma exceeds its family's quantile of the baseline; list them."""
         import torch
 
@@ -251,7 +256,7 @@ def _judge_module(module: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list
     """Return the fatal findings, the mild ones, and the severity: 1 is at a fatal bound."""
     name = module["name"]
     if problem := _unusable(module):
-        return [_finding(f"spectral_{problem[0]}", name, f"{name}: {problem[1]}")], [], _MAX_SEVERITY
+        return [finding(f"spectral_{problem[0]}", name, f"{name}: {problem[1]}")], [], _MAX_SEVERITY
     fatal: list[dict[str, Any]] = []
     mild: list[dict[str, Any]] = []
     severity = 0.0
@@ -262,9 +267,9 @@ def _judge_module(module: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list
             severity = max(severity, min(reach, _MAX_SEVERITY))
         what = f"{name}: {kind.replace('_', ' ')} ratio {ratio:.4g}{place}"
         if not fatal_low <= ratio <= fatal_high:
-            fatal.append(_finding(f"spectral_{kind}", name, f"{what}; expected [{fatal_low:g}, {fatal_high:g}]"))
+            fatal.append(finding(f"spectral_{kind}", name, f"{what}; expected [{fatal_low:g}, {fatal_high:g}]"))
         elif not warn_low <= ratio <= warn_high:
-            mild.append(_finding(f"spectral_{kind}", name, f"{what}; expected [{warn_low:g}, {warn_high:g}]"))
+            mild.append(finding(f"spectral_{kind}", name, f"{what}; expected [{warn_low:g}, {warn_high:g}]"))
     return fatal, mild, severity
 
 
@@ -320,7 +325,7 @@ def _violations(modules: list[dict[str, Any]], policy: Policy) -> list[dict[str,
         growth = math.exp(log_ratio) - 1
         if rejected and abs(growth) > policy["deadband"] and abs(z) > _by_family(policy, "kappa", module["family"]):
             text = f"{module['name']}: sigma changed by {growth:+.1%} (z = {z:.1f}, family {module['family']})"
-            found.append(_finding("spectral_growth", module["name"], text))
+            found.append(finding("spectral_growth", module["name"], text))
     return found
 
 
@@ -332,13 +337,9 @@ def _by_family(policy: Policy, key: str, family: str) -> float:
     return value
 
 
-def _finding(code: str, module: str, message: str) -> dict[str, Any]:
-    return {"code": code, "module": module, "message": message}
-
-
 def _not_comparable(names: list[str]) -> dict[str, Any]:
     text = f"{len(names)} weights are packed on one side and were not compared, the first {names[0]}"
-    return _finding("spectral_not_comparable", names[0], text)
+    return finding("spectral_not_comparable", names[0], text)
 
 
 def _message(count: int, errors: list[dict[str, Any]], violations: list[dict[str, Any]]) -> str:

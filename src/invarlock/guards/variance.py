@@ -9,18 +9,19 @@ lies wholly beyond -min_effect_lognll. Off is a normal outcome. In a certificate
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
-from collections.abc import Iterator, Mapping
-from types import SimpleNamespace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from invarlock.core.api import AdapterLike, ModelLike
 from invarlock.core.exceptions import ConfigError, DataError
-from invarlock.guards.activations import Sampler, each_row, forward_sampled, hook_outputs, pick_indices
-from invarlock.guards.base import Facts, Policy, Result, Stats, StatsGuard, result
+from invarlock.eval.sources.base import Source, Watch, score_all
+from invarlock.evidence.windows import Window, pick_indices
+from invarlock.guards.base import Facts, Policy, Result, Stats, StatsGuard, finding, result
 from invarlock.stats.intervals import weighted_mean_interval
 from invarlock.stats.linalg import finite
 
@@ -39,6 +40,7 @@ _TAPS = {
         r"|self_attention\.dense)$"
     ),
 }
+_CODE = "variance_tap"
 _SAMPLED = 8  # windows in which the spread is measured, evenly spaced
 _TRIED = 64  # windows on which a proposal is tried
 _REPLICATES, _SEED = 1200, 42
@@ -70,20 +72,13 @@ class VarianceGuard(StatsGuard):
     def contract(self) -> dict[str, Any]:
         return {"tap": self.policy["tap"], "sampled": _SAMPLED, "spread": "rms over features", "version": 1}
 
-    @contextlib.contextmanager
-    def observe(self, model: Any, adapter: Any, sampler: Sampler) -> Iterator[dict[str, _Spread]]:
-        """Watch a forward loop; the next `measure` reads what was seen."""
-        seen = {path: _Spread() for path in _taps(model, self.policy["tap"])}
-        with hook_outputs(model, seen, sampler, lambda path, outputs: seen[path].add(outputs)):
-            yield seen
-        self._observed = seen
+    def watch(self, model: ModelLike, adapter: AdapterLike, total: int) -> Watch:
+        """Look at the outputs of the taps in a few windows, evenly spaced."""
+        seen = self._observed = {path: _Spread() for path in _taps(model, self.policy["tap"])}
+        windows = frozenset(pick_indices(total, _SAMPLED))
+        return Watch(tuple(seen), windows, lambda path, outputs: seen[path].add(outputs))
 
-    def measure(self, model: Any, adapter: Any, batches: Any = None) -> Stats:
-        if self._observed is None and batches is not None and len(batches):
-            windows = list(each_row(batches))
-            chosen = [windows[index] for index in pick_indices(len(windows), _SAMPLED, "evenly_spaced")]
-            with self.observe(model, adapter, SimpleNamespace(take=True, rows=[True])):
-                forward_sampled(model, chosen)
+    def measure(self, model: ModelLike, adapter: AdapterLike) -> Stats:
         observed, self._observed = self._observed or {}, None
         return {
             "taps": [
@@ -115,9 +110,10 @@ class VarianceGuard(StatsGuard):
         policy = {**self.defaults, **policy}
         taps = facts["taps"]
         errors = [
-            _finding(name, f"{name} was seen on one side only; expected the same taps") for name in facts["unpaired"]
+            finding(_CODE, name, f"{name} was seen on one side only; expected the same taps")
+            for name in facts["unpaired"]
         ]
-        errors += [_finding(tap["name"], f"{tap['name']}: {why}") for tap in taps if (why := _problem(tap))]
+        errors += [finding(_CODE, tap["name"], f"{tap['name']}: {why}") for tap in taps if (why := _problem(tap))]
         metrics: dict[str, Any] = {"enabled": False, "taps": len(taps), "proposed": {}, "reason": "", "interval": None}
         if errors:
             metrics["reason"] = "taps are damaged"
@@ -133,44 +129,55 @@ class VarianceGuard(StatsGuard):
             metrics["reason"] = "advice only: the scales were not tried"
         elif trial["scales"] != scales:
             text = "the scales tried are not those that follow from the spreads; expected the same"
-            errors = [_finding(next(iter(scales)), text)]
+            errors = [finding(_CODE, next(iter(scales)), text)]
             return result(False, f"variance: {text}", metrics=metrics, errors=errors)
         else:
             metrics.update(_verdict(trial, policy))
         state = "on" if metrics["enabled"] else "off"
         return result(True, f"variance: {state}, {metrics['reason']}", metrics=metrics)
 
-    def validate(self, model: Any, adapter: Any, context: dict[str, Any]) -> Result:
-        outcome = super().validate(model, adapter, context)
-        batches = context.get("batches", self._batches)
+    def remedy(
+        self, model: ModelLike, adapter: AdapterLike, outcome: Result, windows: Sequence[Window], source: Source
+    ) -> tuple[Result, bool]:
+        """Try the proposed scales on up to 64 of the windows; they stay where they help beyond doubt."""
         scales = outcome["metrics"]["proposed"]
-        if not outcome["passed"] or not scales or context.get("advise_only") or not batches:
-            return outcome
+        if not outcome["passed"] or not scales or self.baseline is None or self.subject is None:
+            return outcome, False
+        chosen = [windows[index] for index in pick_indices(len(windows), _TRIED)]
+        facts = self.pair(self.baseline, self.subject)
         try:
-            plain, tokens = _losses(model, batches)
+            plain = score_all(source.score(chosen), len(chosen))
         except DataError as error:  # such as windows of a masked model without labels: there is no loss to compare
             outcome["metrics"]["reason"] = f"not tried: {error}"
-            return outcome
-        assert self.baseline is not None and self.subject is not None  # super().validate has measured both
-        facts = self.pair(self.baseline, self.subject)
-        kept = {name: _tensors(model, name) for name in scales}
-        saved = {name: [tensor.clone() for tensor in tensors] for name, tensors in kept.items()}
-        enabled = False
-        try:
-            for name, tensors in kept.items():
-                for tensor in tensors:
-                    tensor.mul_(scales[name])
-            scaled, _ = _losses(model, batches)
-            delta = [finite(after - before) for before, after in zip(plain, scaled, strict=True)]
-            facts["trial"] = {"scales": scales, "delta": delta, "tokens": tokens}
+            return outcome, False
+        with _scaled(model, scales) as keep:
+            scaled = score_all(source.score(chosen), len(chosen))
+            facts["trial"] = {
+                "scales": scales,
+                "delta": [finite(after - before) for before, after in zip(plain.loss, scaled.loss, strict=True)],
+                "tokens": plain.tokens,
+                "documents": [window.document for window in chosen],
+            }
             outcome = self.judge(facts, self.policy)
-            enabled = outcome["metrics"]["enabled"]
-        finally:
-            if not enabled:
-                for name, tensors in kept.items():
-                    for tensor, copy in zip(tensors, saved[name], strict=True):
-                        tensor.copy_(copy)
-        return outcome
+            if outcome["metrics"]["enabled"]:
+                keep.append(True)
+        return outcome, bool(keep)
+
+
+@contextmanager
+def _scaled(model: ModelLike, scales: Mapping[str, float]) -> Iterator[list[bool]]:
+    """Scale the taps in place; they are as before afterwards unless the list that is yielded was filled."""
+    tensors = [(tensor, scale) for name, scale in scales.items() for tensor in _tensors(model, name)]
+    saved = [tensor.clone() for tensor, _ in tensors]
+    keep: list[bool] = []
+    try:
+        for tensor, scale in tensors:
+            tensor.mul_(scale)
+        yield keep
+    finally:
+        for (tensor, _), copy in zip(tensors, saved, strict=True):
+            if not keep:
+                tensor.copy_(copy)
 
 
 def propose(taps: list[Mapping[str, Any]], policy: Policy) -> dict[str, float]:
@@ -210,7 +217,7 @@ class _Spread:
         return finite(float(np.sqrt(variance.mean())))
 
 
-def _taps(model: Any, tap: str) -> list[str]:
+def _taps(model: ModelLike, tap: str) -> list[str]:
     patterns = list(_TAPS.values()) if tap == "both" else [_TAPS[tap]] if tap in _TAPS else [_custom(tap)]
     modules = model.named_modules() if hasattr(model, "named_modules") else ()
     return [path for path, _ in modules if any(pattern.search(path) for pattern in patterns)]
@@ -223,7 +230,7 @@ def _custom(tap: str) -> re.Pattern[str]:
         raise ConfigError(f"got variance.tap {tap!r}; expected ffn, attn, both or a pattern of module names") from error
 
 
-def _scalable(model: Any, path: str) -> bool:
+def _scalable(model: ModelLike, path: str) -> bool:
     """A module scales when its weight is a plain parameter: the outputs are linear in weight and bias."""
     import torch
 
@@ -231,7 +238,7 @@ def _scalable(model: Any, path: str) -> bool:
     return type(weight) is torch.nn.Parameter and weight.is_floating_point() and weight.element_size() >= 2
 
 
-def _tensors(model: Any, path: str) -> list[Tensor]:
+def _tensors(model: ModelLike, path: str) -> list[Tensor]:
     module = model.get_submodule(path)
     return [tensor.data for tensor in (module.weight, getattr(module, "bias", None)) if tensor is not None]
 
@@ -252,7 +259,7 @@ def _verdict(trial: Mapping[str, Any], policy: Policy) -> dict[str, Any]:
     level = 0.90 if policy["predictive_one_sided"] else 0.95
     delta = [math.nan if finite(value) is None else float(value) for value in trial["delta"]]
     interval = weighted_mean_interval(
-        delta, trial["tokens"], list(range(len(delta))), level=level, replicates=_REPLICATES, seed=_SEED
+        delta, trial["tokens"], trial["documents"], level=level, replicates=_REPLICATES, seed=_SEED
     )
     limit = -float(policy["min_effect_lognll"])
     enabled = bool(interval.hi < limit)  # False for NaN
@@ -266,23 +273,3 @@ def _verdict(trial: Mapping[str, Any], policy: Policy) -> dict[str, Any]:
         "reason": reason,
         "interval": {**{k: finite(v) for k, v in figures.items()}, "level": level, "method": interval.method},
     }
-
-
-def _losses(model: Any, batches: Any) -> tuple[list[float], list[int]]:
-    """Mean log-loss and scored tokens of up to 64 evenly spaced calibration windows."""
-    from invarlock.eval.sources.torch_model import Task, forward_windows
-    from invarlock.evidence.windows import windows_from_calibration
-
-    windows = windows_from_calibration(batches, None, None).all
-    chosen = [windows[index] for index in pick_indices(len(windows), _TRIED, "evenly_spaced")]
-    config = getattr(model, "config", None)
-    task: Task = "mlm" if type(model).__name__.endswith("MaskedLM") else "causal"
-    if getattr(config, "is_encoder_decoder", False):
-        task = "seq2seq"
-    device = str(next(model.parameters()).device)
-    measured = forward_windows(model, chosen, task=task, device=device)
-    return measured.loss, measured.tokens
-
-
-def _finding(module: str, message: str) -> dict[str, Any]:
-    return {"code": "variance_tap", "module": module, "message": message}

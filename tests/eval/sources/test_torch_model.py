@@ -13,7 +13,8 @@ import torch
 import transformers
 
 from invarlock.core.exceptions import DataError
-from invarlock.eval.sources.torch_model import forward_windows, scored_tokens
+from invarlock.eval.sources.base import Scores, score_all, scored_tokens
+from invarlock.eval.sources.torch_model import TorchSource
 from invarlock.evidence.windows import IGNORED, Window, mask_tokens, windows_from_calibration
 
 CLOSE = 1e-5
@@ -23,6 +24,10 @@ def _windows(count: int = 6, length: int = 24, vocabulary: int = 90) -> list[Win
     generator = torch.Generator().manual_seed(11)
     rows = torch.randint(1, vocabulary, (count, length), generator=generator).tolist()
     return [Window(f"w{i}", f"d{i}", tuple(row)) for i, row in enumerate(rows)]
+
+
+def _scores(model: Any, windows: Any, task: Any = "causal", batch_tokens: int = 2048, **options: Any) -> Scores:
+    return score_all(TorchSource(model, task, batch_tokens=batch_tokens).score(windows, **options), len(windows))
 
 
 def _tiny(name: str, **options: Any) -> Any:
@@ -56,8 +61,9 @@ def trained(
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_losses_equal_the_models_own_on_trained_models(trained: dict[str, Any], name: str) -> None:
     model, windows = trained[name]
-    result = forward_windows(model, windows)
-    assert result.used_shortcut
+    source = TorchSource(model)
+    result = score_all(source.score(windows), len(windows))
+    assert source.used_shortcut
     for window, loss, tokens in zip(windows, result.loss, result.tokens, strict=True):
         ids = torch.tensor([window.input_ids])
         with torch.no_grad():
@@ -70,32 +76,35 @@ def test_losses_equal_the_models_own_on_trained_models(trained: dict[str, Any], 
 def test_losses_equal_the_models_own_whatever_follows_the_output_layer(name: str) -> None:
     options = {"Granite": {"logits_scaling": 8.0}, "Gemma2": {"head_dim": 8}}.get(name, {})
     model = _tiny(name, **options)
-    result = forward_windows(model, _windows())
+    source = TorchSource(model)
+    result = score_all(source.score(_windows()), 6)
     for window, loss in zip(_windows(), result.loss, strict=True):
         ids = torch.tensor([window.input_ids])
         with torch.no_grad():
             assert loss == pytest.approx(float(model(input_ids=ids, labels=ids).loss), rel=CLOSE)
-    assert result.used_shortcut == (name not in ("Gemma2", "Cohere", "Granite"))
+    assert source.used_shortcut == (name not in ("Gemma2", "Cohere", "Granite"))
 
 
 def test_a_soft_cap_is_never_skipped_however_small_the_logits_are() -> None:
     model = _tiny("Gemma2", head_dim=8, final_logit_softcapping=30.0)
     with torch.no_grad():
         model.lm_head.weight.mul_(0.01)
-    assert not forward_windows(model, _windows(2)).used_shortcut
+    source = TorchSource(model)
+    list(source.score(_windows(2)))
+    assert not source.used_shortcut
 
 
 @pytest.mark.parametrize("name", ["gpt2", "Llama", "Gemma2", "Bert", "T5"])
 def test_the_batch_size_moves_no_number(name: str) -> None:
     model = _tiny(name, **({"head_dim": 8} if name == "Gemma2" else {}))
     windows, task = _for_task(name)
-    first = forward_windows(model, windows, task=task, batch_tokens=1, keep_reference=True)
+    first = _scores(model, windows, task=task, batch_tokens=1, keep_reference=True)
     for batch in (8, 64):
         tokens = batch * (2 if name == "T5" else 1) * 24
-        other = forward_windows(model, windows, task=task, batch_tokens=tokens, reference=first.reference)
+        other = _scores(model, windows, task=task, batch_tokens=tokens, reference=first.reference)
         assert other.loss == pytest.approx(first.loss, rel=CLOSE)
-        assert (other.tokens, other.flips) == (first.tokens, [0] * len(windows))
-        assert max(other.kl_max or [1.0]) < CLOSE
+        assert (other.tokens, other["flips"]) == (first.tokens, [0] * len(windows))
+        assert max(other["kl_max"]) < CLOSE
 
 
 def _for_task(name: str) -> tuple[list[Window], Any]:
@@ -125,8 +134,8 @@ def test_padding_never_counts(name: str, side: str) -> None:
             labels = (5,) * left + labels + (5,) * right
         return replace(window, input_ids=ids, mask=mask, labels=labels)
 
-    plain = forward_windows(model, windows, task=task)
-    other = forward_windows(model, [padded(w, i) for i, w in enumerate(windows)], task=task)
+    plain = _scores(model, windows, task=task)
+    other = _scores(model, [padded(w, i) for i, w in enumerate(windows)], task=task)
     assert other.loss == pytest.approx(plain.loss, rel=CLOSE)
     assert other.tokens == plain.tokens
 
@@ -137,7 +146,7 @@ def test_masked_tokens_inside_a_window_count_neither_as_targets_nor_as_sources()
     assert scored_tokens(hole, "causal") == 3 + 3
     other = replace(hole, input_ids=(*window.input_ids[:4], 50, 51, *window.input_ids[6:]))
     model = _tiny("gpt2")
-    first, second = (forward_windows(model, [w]).loss for w in (hole, other))
+    first, second = (_scores(model, [w]).loss for w in (hole, other))
     assert first == pytest.approx(second, rel=CLOSE)
 
 
@@ -145,7 +154,7 @@ def test_labels_choose_what_is_scored() -> None:
     (window,) = _windows(1, 12)
     labels = (IGNORED,) * 6 + window.input_ids[6:]
     model = _tiny("gpt2")
-    result = forward_windows(model, [replace(window, labels=labels)])
+    result = _scores(model, [replace(window, labels=labels)])
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([window.input_ids]), labels=torch.tensor([labels])).loss
     assert result.tokens == [6]
@@ -155,7 +164,7 @@ def test_labels_choose_what_is_scored() -> None:
 def test_sequence_to_sequence_losses_equal_the_models_own() -> None:
     model = _tiny("T5")
     windows, task = _for_task("T5")
-    result = forward_windows(model, windows, task=task)
+    result = _scores(model, windows, task=task)
     for window, loss in zip(windows, result.loss, strict=True):
         with torch.no_grad():
             out = model(input_ids=torch.tensor([window.input_ids]), labels=torch.tensor([window.labels]))
@@ -165,7 +174,7 @@ def test_sequence_to_sequence_losses_equal_the_models_own() -> None:
 def test_masked_losses_equal_the_models_own() -> None:
     model = _tiny("Bert")
     windows, task = _for_task("Bert")
-    result = forward_windows(model, windows, task=task)
+    result = _scores(model, windows, task=task)
     for window, loss in zip(windows, result.loss, strict=True):
         with torch.no_grad():
             out = model(input_ids=torch.tensor([window.input_ids]), labels=torch.tensor([window.labels]))
@@ -188,9 +197,9 @@ def test_masked_losses_equal_the_models_own() -> None:
 def test_windows_that_cannot_be_scored_are_refused_by_name(change: dict[str, Any], task: Any, named: str) -> None:
     windows = [*_windows(2), replace(_windows(1)[0], id="odd", **change)]
     with pytest.raises(DataError, match=named):
-        forward_windows(_tiny("gpt2"), windows if task == "causal" else windows[2:], task=task)
+        _scores(_tiny("gpt2"), windows if task == "causal" else windows[2:], task=task)
     with pytest.raises(DataError, match="none given"):
-        forward_windows(_tiny("gpt2"), [])
+        _scores(_tiny("gpt2"), [])
 
 
 def test_damage_shows_as_nan_in_the_windows_that_it_reaches() -> None:
@@ -198,7 +207,7 @@ def test_damage_shows_as_nan_in_the_windows_that_it_reaches() -> None:
     with torch.no_grad():
         model.transformer.wpe.weight[20] = float("nan")
     windows = [replace(w, input_ids=w.input_ids[: 12 if i else 24]) for i, w in enumerate(_windows(3))]
-    result = forward_windows(model, windows)
+    result = _scores(model, windows)
     assert [loss != loss for loss in result.loss] == [True, False, False]
 
 
@@ -208,14 +217,15 @@ def test_accuracy_counts_the_top_token_and_gives_nothing_for_indifference() -> N
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([window.input_ids])).logits[0, :-1]
     expected = (logits.argmax(-1) == torch.tensor(window.input_ids[1:])).float().mean()
-    assert forward_windows(model, [window], want_correct=True).correct == pytest.approx([float(expected)])
+    assert _scores(model, [window], correct=True)["correct"] == pytest.approx([float(expected)])
     mute = copy.deepcopy(model)
     with torch.no_grad():
         mute.transformer.wte.weight.zero_()
-    assert forward_windows(mute, [window], want_correct=True).correct == [0.0]
+    assert _scores(mute, [window], correct=True)["correct"] == [0.0]
 
 
 def test_progress_reaches_the_end() -> None:
     seen: list[tuple[int, int]] = []
-    forward_windows(_tiny("gpt2"), _windows(5), batch_tokens=48, progress=lambda done, of: seen.append((done, of)))
+    source = TorchSource(_tiny("gpt2"), batch_tokens=48)
+    score_all(source.score(_windows(5)), 5, lambda done, of: seen.append((done, of)))
     assert seen == [(2, 5), (4, 5), (5, 5)]

@@ -1,4 +1,4 @@
-"""The one forward loop: batches of windows in, per-window and per-token numbers out.
+"""A model in torch as a source: the one forward loop, batches of windows in, per-window and per-token numbers out.
 
 - Padding at the ends of a window is cut off and windows of one length form a batch, so nothing is padded, and left and
   right padding give the numbers of no padding whatever a model makes of positions.
@@ -9,6 +9,7 @@
   memory for every step over whole chunks would cost more than the arithmetic.
 - All sums run in double precision. Baseline and subject see the same batches in the same order, so a model against
   itself gives the same bits.
+- Activations come from this pass alone: hooks on the watched modules hand over the windows that are wanted.
 """
 
 from __future__ import annotations
@@ -16,21 +17,23 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from invarlock.core.api import AdapterLike, ModelLike
 from invarlock.core.exceptions import DataError
 from invarlock.eval import divergence
-from invarlock.evidence.windows import IGNORED, Window
+from invarlock.eval.metrics import Task
+from invarlock.eval.sources.base import Column, Scored, Watch, scored_tokens
+from invarlock.evidence.reference import TokenReference
+from invarlock.evidence.windows import IGNORED, Window, pick_indices
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
-__all__ = ["ActivationSampler", "LoopResult", "Task", "evenly_spaced", "forward_windows", "scored_tokens"]
-
-Task = Literal["causal", "mlm", "seq2seq"]
-Progress = Callable[[int, int], None]
+__all__ = ["BATCH_TOKENS", "TorchSource", "task_of_model"]
 
 BATCH_TOKENS = 2048
 _CHUNK_BYTES = 48 * 2**20  # of logits held at a time
@@ -38,71 +41,155 @@ _BLOCK_BYTES = 8 * 2**20  # of log-probabilities worked on at a time
 _EXACT_BYTES = 48 * 2**20  # of whole distributions kept of the baseline, for the exact divergence of a few windows
 _EXACT_WINDOWS = 8
 _PROBE_TOKENS = 16
+_REFERENCE = ("ids", "log_probs", "label_log_prob")
+
+
+def task_of_model(model: object, adapter: AdapterLike | None = None) -> Task:
+    """Return how a model's tokens are scored: what its adapter says, else what its class and configuration show."""
+    told = getattr(adapter, "task", None)
+    if told in ("causal", "mlm", "seq2seq"):
+        task: Task = told
+        return task
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "seq2seq"
+    return "mlm" if type(model).__name__.endswith("MaskedLM") else "causal"
+
+
+class TorchSource:
+    """Scores windows with a live model. `device` defaults to that of its first parameter."""
+
+    provides = frozenset(("log_probs", "top_k", "activations", "weights", "correctness"))
+
+    def __init__(
+        self, model: ModelLike, task: Task = "causal", *, device: str | None = None, batch_tokens: int = BATCH_TOKENS
+    ) -> None:
+        self.model = model
+        self.task = task
+        self.device = device if device is not None else _device_of(model)
+        self.batch_tokens = batch_tokens
+        self.used_shortcut = False
+
+    def score(
+        self,
+        windows: Sequence[Window],
+        *,
+        reference: TokenReference | None = None,
+        keep_reference: bool = False,
+        correct: bool = False,
+        watch: Sequence[Watch] = (),
+    ) -> Iterator[Scored]:
+        """See `Source.score`. Also refuses tokens for which the model has no embedding."""
+        import torch
+
+        windows = [_trimmed(window, self.task) for window in windows]
+        counts = [scored_tokens(window, self.task) for window in windows]
+        if not windows or min(counts) < 1:
+            bad = windows[counts.index(0)].id if 0 in counts else "none given"
+            raise DataError(f"a window has no scored token ({bad}); expected at least one in every window")
+        _check_vocabulary(self.model, windows)
+        exact = frozenset(_exact_windows(counts, self.model)) if keep_reference else frozenset()
+        wanted = _Wanted(counts, reference, keep_reference, correct, exact)
+        path = _LogProbs(self.model, self.task)
+        with _evaluation_mode(self.model), _Hooks(self.model, watch) as hooks:
+            for indices in _batches(windows, self.batch_tokens):
+                with torch.inference_mode():
+                    batch = _collate(windows, indices, self.task, self.device)
+                    path.choose(batch)
+                    self.used_shortcut = bool(path.shortcut)
+                    hooks.enter(indices)
+                    try:
+                        scored = _score_batch(path, batch, wanted, hooks)
+                    finally:
+                        hooks.leave()
+                yield scored
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is asked of every batch. `counts`: scored tokens a window."""
+
+    counts: list[int]
+    reference: TokenReference | None
+    keep_reference: bool
+    correct: bool
+    exact: frozenset[int]  # windows whose whole distributions the baseline keeps
+    offsets: NDArray[np.int64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "offsets", np.concatenate([[0], np.cumsum(self.counts)]))
+
+    def compared(self, indices: list[int], device: object) -> TokenReference | None:
+        """Return the baseline's distributions of a batch's tokens."""
+        if self.reference is None:
+            return None
+        parts = [self.reference.rows(int(self.offsets[i]), int(self.offsets[i + 1])) for i in indices]
+        joined = divergence.joined(parts)
+        return TokenReference(*(getattr(joined, name).to(device) for name in _REFERENCE))
 
 
 @dataclass
-class ActivationSampler:
-    """Tells activation hooks whether the current batch is wanted (`take`) and which of its windows (`rows` [B])."""
+class _Batch:
+    indices: list[int]
+    inputs: dict[str, Tensor]
+    labels: Tensor  # [B, T], IGNORED where nothing is scored, aligned with the logits that predict them
+    scored: Tensor  # [B, T] bool
 
-    windows: frozenset[int] = frozenset()
-    take: bool = False
-    rows: np.ndarray[Any, Any] | None = None
+
+class _Hooks:
+    """Hands the watched modules' outputs of wanted windows to their watchers, while a batch is entered."""
+
+    def __init__(self, model: ModelLike, watch: Sequence[Watch]) -> None:
+        modules = dict(model.named_modules()) if watch and hasattr(model, "named_modules") else {}
+        self._watch = watch
+        self._rows: list[NDArray[np.bool_] | None] = [None] * len(watch)
+        self._handles = [
+            modules[path].register_forward_hook(self._hook(number, path))
+            for number, one in enumerate(watch)
+            for path in one.modules
+            if path in modules
+        ]
+
+    def _hook(self, number: int, path: str) -> Callable[[object, object, object], None]:
+        def hook(module: object, inputs: object, output: object) -> None:
+            rows = self._rows[number]
+            if rows is not None:
+                for outputs in _windows_of(output, rows):
+                    self._watch[number].receive(path, outputs)
+
+        return hook
 
     def enter(self, indices: Sequence[int]) -> None:
-        wanted = np.array([i in self.windows for i in indices])
-        self.take = bool(wanted.any())
-        self.rows = wanted if self.take else None
+        wanted = [np.array([i in one.windows for i in indices]) for one in self._watch]
+        self._rows = [rows if rows.any() else None for rows in wanted]
 
     def leave(self) -> None:
-        self.take, self.rows = False, None
+        self._rows = [None] * len(self._watch)
+
+    def __enter__(self) -> _Hooks:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
 
 
-@dataclass
-class LoopResult:
-    """Per-window columns, in the order of the windows given; `reference` holds every scored token in that order."""
-
-    loss: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    correct: list[float] | None = None
-    kl_sum: list[float] | None = None
-    kl_max: list[float] | None = None
-    flips: list[int] | None = None
-    kl_histogram: np.ndarray[Any, Any] | None = None
-    kl_exact_sum: list[float | None] | None = None
-    reference: divergence.TokenReference | None = None
-    used_shortcut: bool = False
+def _windows_of(output: object, rows: NDArray[np.bool_]) -> Iterator[Tensor]:
+    """Yield the outputs [T, F] of the wanted windows; what is not one row of tokens a window is passed over."""
+    tensor: Any = output[0] if isinstance(output, tuple) else output
+    if not hasattr(tensor, "ndim") or not tensor.is_floating_point():
+        return
+    count = len(rows)
+    if tensor.ndim == 2 and tensor.shape[0] % count == 0 and tensor.shape[0] > count:
+        tensor = tensor.reshape(count, -1, tensor.shape[-1])  # tokens of a batch in one row, as experts see them
+    if tensor.ndim != 3 or tensor.shape[0] != count:
+        return
+    for index in np.flatnonzero(rows):
+        yield tensor[index]
 
 
-def evenly_spaced(count: int, wanted: int) -> list[int]:
-    """Return `wanted` indices (or all) spread evenly over range(count), the first and last included."""
-    if wanted >= count:
-        return list(range(count))
-    return sorted({round(k * (count - 1) / max(wanted - 1, 1)) for k in range(wanted)})
-
-
-def scored_tokens(window: Window, task: Task) -> int:
-    """Return how many tokens of the window the metric scores. Raises DataError where the labels cannot be scored."""
-    if window.labels is None and task != "causal":
-        raise DataError(
-            f"window {window.id!r} has no labels; expected 'labels' for a {task} model"
-            + (
-                ": hide tokens with invarlock.evidence.windows.mask_tokens"
-                if task == "mlm"
-                else ", the target's token ids"
-            )
-        )
-    labels = window.labels if window.labels is not None else window.input_ids
-    if task == "seq2seq":
-        return sum(label != IGNORED for label in labels)
-    if len(labels) != len(window.input_ids):
-        raise DataError(
-            f"window {window.id!r} has {len(labels)} labels for {len(window.input_ids)} tokens; expected one a token"
-        )
-    mask = window.mask or (1,) * len(labels)
-    seen = [bool(m) and label != IGNORED for label, m in zip(labels, mask, strict=True)]
-    if task == "causal":  # neither a masked token nor what is predicted from one counts
-        return sum(here and bool(before) for here, before in zip(seen[1:], mask[:-1], strict=True))
-    return sum(seen)
+def _device_of(model: ModelLike) -> str:
+    parameters = model.parameters() if hasattr(model, "parameters") else iter(())
+    return next((str(parameter.device) for parameter in parameters), "cpu")
 
 
 def _trimmed(window: Window, task: Task) -> Window:
@@ -117,25 +204,15 @@ def _trimmed(window: Window, task: Task) -> Window:
 
 
 def _batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[int]]:
-    def shape(window: Window) -> tuple[int, int]:
-        return len(window.input_ids), len(window.labels) if window.labels is not None else 0
-
     by_shape: dict[tuple[int, int], list[int]] = {}
     for index, window in enumerate(windows):
-        by_shape.setdefault(shape(window), []).append(index)
+        shape = len(window.input_ids), len(window.labels) if window.labels is not None else 0
+        by_shape.setdefault(shape, []).append(index)
     for key in sorted(by_shape, reverse=True):
         size = max(1, batch_tokens // sum(key))
         indices = by_shape[key]
         for start in range(0, len(indices), size):
             yield indices[start : start + size]
-
-
-@dataclass
-class _Batch:
-    indices: list[int]
-    inputs: dict[str, Any]
-    labels: torch.Tensor  # [B, T], IGNORED where nothing is scored, aligned with the logits that predict them
-    scored: torch.Tensor  # [B, T] bool
 
 
 def _collate(windows: Sequence[Window], indices: list[int], task: Task, device: str) -> _Batch:
@@ -144,7 +221,7 @@ def _collate(windows: Sequence[Window], indices: list[int], task: Task, device: 
     rows = [windows[i] for i in indices]
     ids = torch.tensor([w.input_ids for w in rows], device=device)
     labels = torch.tensor([w.labels if w.labels is not None else w.input_ids for w in rows], device=device)
-    inputs: dict[str, Any] = {"input_ids": ids}
+    inputs: dict[str, Tensor] = {"input_ids": ids}
     masked = any(w.mask is not None for w in rows)
     if masked:
         mask = torch.tensor([w.mask or [1] * len(w.input_ids) for w in rows], device=device)
@@ -163,11 +240,11 @@ def _collate(windows: Sequence[Window], indices: list[int], task: Task, device: 
 class _LogProbs:
     """Yields the log-probabilities at the scored positions of a batch, a block of tokens at a time."""
 
-    def __init__(self, model: Any, task: Task) -> None:
-        self.model = model
+    def __init__(self, model: ModelLike, task: Task) -> None:
+        self.model: Any = model
         self.task = task
         self.body = getattr(model, "base_model", None)
-        self.head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        self.head = getattr(model, "get_output_embeddings", lambda: None)()
         usable = task == "causal" and self.head is not None and self.body is not None and self.body is not model
         self.shortcut: bool | None = None if usable else False  # None: not yet checked
 
@@ -179,9 +256,9 @@ class _LogProbs:
         output = self.model(**inputs, **keywords)
         return output.logits if hasattr(output, "logits") else output[0] if isinstance(output, tuple) else output
 
-    def _hidden(self, batch: _Batch) -> torch.Tensor:
+    def _hidden(self, batch: _Batch) -> Tensor:
         assert self.body is not None
-        hidden: torch.Tensor = self.body(**batch.inputs, use_cache=False).last_hidden_state
+        hidden: Tensor = self.body(**batch.inputs, use_cache=False).last_hidden_state
         return hidden
 
     def _check_shortcut(self, batch: _Batch) -> bool:
@@ -206,12 +283,12 @@ class _LogProbs:
         fast = fast.to(full.dtype)
         return bool(((fast == full) | (torch.isnan(fast) & torch.isnan(full))).all())
 
-    def choose_path(self, batch: _Batch) -> None:
-        """Decide, on the first batch and before any activation hook is told to look, whether the shortcut serves."""
+    def choose(self, batch: _Batch) -> None:
+        """Decide, on the first batch and before any hook is told to look, whether the shortcut serves."""
         if self.shortcut is None:
             self.shortcut = self._check_shortcut(batch)
 
-    def blocks(self, batch: _Batch) -> Iterator[tuple[int, int, torch.Tensor]]:
+    def blocks(self, batch: _Batch) -> Iterator[tuple[int, int, Tensor]]:
         """Yield (start, stop, log-probabilities float32 [stop - start, V]) over the scored tokens, row by row."""
         states = (self._hidden(batch) if self.shortcut else self._call(batch))[batch.scored]
         if self.shortcut:
@@ -229,89 +306,9 @@ class _LogProbs:
                 yield start + first, start + first + len(block), block
 
 
-@dataclass
-class _Columns:
-    """Collects per-token numbers, window by window, in the caller's order."""
-
-    count: int
-    want_kl: bool
-    want_correct: bool
-    keep_reference: bool
-    exact: dict[int, Any]  # window -> whole log-probabilities of the baseline [t, V], where there is room for them
-    loss: list[float] = field(init=False)
-    tokens: list[int] = field(init=False)
-    correct: list[float] = field(init=False)
-    kl: list[Any] = field(init=False)
-    flips: list[int] = field(init=False)
-    references: list[Any] = field(init=False)
-    kl_exact: dict[int, float] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.loss = [float("nan")] * self.count
-        self.tokens = [0] * self.count
-        self.correct = [0.0] * self.count
-        self.kl = [None] * self.count
-        self.flips = [0] * self.count
-        self.references = [None] * self.count
-        self.kl_exact = {}
-
-
-def forward_windows(
-    model: Any,
-    windows: Sequence[Window],
-    *,
-    task: Task = "causal",
-    device: str = "cpu",
-    batch_tokens: int = BATCH_TOKENS,
-    want_correct: bool = False,
-    keep_reference: bool = False,
-    reference: divergence.TokenReference | None = None,
-    sampler: ActivationSampler | None = None,
-    progress: Progress | None = None,
-) -> LoopResult:
-    """Measure `model` on every window.
-
-    want_correct: also return each window's share of tokens that are the model's most likely ones.
-    keep_reference: also return the compact distribution of each scored token (the baseline's side).
-    reference: compare each scored token with this one (the subject's side); rows follow the order of `windows`.
-    Returns mean log-loss per window in nats (NaN where the model gives NaN). Raises DataError for a window without
-    scored tokens.
-    """
-    import torch
-
-    windows = [_trimmed(window, task) for window in windows]
-    counts = [scored_tokens(window, task) for window in windows]
-    if not windows or min(counts) < 1:
-        bad = windows[counts.index(0)].id if 0 in counts else "none given"
-        raise DataError(f"a window has no scored token ({bad}); expected at least one in every window")
-    _check_vocabulary(model, windows)
-    offsets = np.concatenate([[0], np.cumsum(counts)])
-    exact = (
-        dict.fromkeys(_exact_windows(counts, model)) if keep_reference else dict(reference.whole) if reference else {}
-    )
-    columns = _Columns(len(windows), reference is not None, want_correct, keep_reference, exact)
-    source = _LogProbs(model, task)
-    done = 0
-    with torch.inference_mode(), _evaluation_mode(model):
-        for indices in _batches(windows, batch_tokens):
-            batch = _collate(windows, indices, task, device)
-            source.choose_path(batch)
-            if sampler is not None:
-                sampler.enter(indices)
-            try:
-                _measure_batch(source, batch, columns, counts, offsets, reference, sampler)
-            finally:
-                if sampler is not None:
-                    sampler.leave()
-            done += len(indices)
-            if progress is not None:
-                progress(done, len(windows))
-    return _collect(columns, bool(source.shortcut))
-
-
-def _check_vocabulary(model: Any, windows: Sequence[Window]) -> None:
+def _check_vocabulary(model: ModelLike, windows: Sequence[Window]) -> None:
     """Refuse tokens for which the model has no embedding: they come from another model's tokenizer."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
     rows = getattr(getattr(embedding, "weight", None), "shape", (0,))[0]
     for window in windows if rows else ():
         low, high = min(window.input_ids), max(window.input_ids)
@@ -322,129 +319,109 @@ def _check_vocabulary(model: Any, windows: Sequence[Window]) -> None:
             )
 
 
-def _measure_batch(
-    source: _LogProbs,
-    batch: _Batch,
-    columns: _Columns,
-    counts: list[int],
-    offsets: np.ndarray[Any, Any],
-    reference: divergence.TokenReference | None,
-    sampler: ActivationSampler | None,
-) -> None:
-    import torch
-
-    sizes = [counts[i] for i in batch.indices]
-    compared = None
-    if reference is not None:
-        parts = [reference.rows(int(offsets[i]), int(offsets[i + 1])) for i in batch.indices]
-        device = batch.labels.device
-        ids, log_probs, label = (torch.cat([getattr(p, f) for p in parts]).to(device) for f in _FIELDS)
-        compared = divergence.TokenReference(ids, log_probs, label)
-    labels = batch.labels[batch.scored]
-    pieces: dict[str, list[Any]] = {"loss": [], "hit": [], "kl": [], "flip": [], "reference": []}
-    exact = columns.exact.keys() & set(batch.indices)
-    for start, stop, log_probs in source.blocks(batch):
-        if sampler is not None:
-            sampler.leave()  # the body has run: the output layer's chunks are no activations of a window
-        target = labels[start:stop]
-        label_log_prob = log_probs.gather(-1, target[:, None])[:, 0]
-        pieces["loss"].append(-label_log_prob.double())
-        if columns.want_correct:
-            few = torch.full_like(target, divergence.TIES)
-            pieces["hit"].append(divergence.is_top(log_probs, label_log_prob, few))
-        if exact:
-            _exact_rows(batch.indices, sizes, start, log_probs, columns)
-        if columns.keep_reference:
-            pieces["reference"].append(divergence.reference_rows(log_probs, label_log_prob))
-        if compared is not None:
-            kl, flip = divergence.coarsened_kl(compared.rows(start, stop), log_probs, target)
-            pieces["kl"].append(kl)
-            pieces["flip"].append(flip)
-    _file(batch.indices, sizes, pieces, columns)
-
-
-_FIELDS = ("ids", "log_probs", "label_log_prob")
-
-
-def _exact_windows(counts: list[int], model: Any) -> list[int]:
+def _exact_windows(counts: list[int], model: ModelLike) -> list[int]:
     """Return the evenly spaced windows whose whole distributions fit into `_EXACT_BYTES`, at most `_EXACT_WINDOWS`."""
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     if not isinstance(size, int):
         return []
     for wanted in range(_EXACT_WINDOWS, 0, -1):
-        picked = evenly_spaced(len(counts), wanted)
+        picked = pick_indices(len(counts), wanted)
         if 4 * size * sum(counts[i] for i in picked) <= _EXACT_BYTES:
             return picked
     return []
 
 
-def _exact_rows(indices: list[int], sizes: list[int], start: int, log_probs: torch.Tensor, columns: _Columns) -> None:
-    """Keep the baseline's whole distributions of the chosen windows, or add the subject's exact divergence from them.
-
-    `log_probs` [n, V] are those of the batch's scored tokens from `start` on.
-    """
+def _score_batch(path: _LogProbs, batch: _Batch, wanted: _Wanted, hooks: _Hooks) -> Scored:
+    """Run one batch and cut its tokens' figures into windows."""
     import torch
 
-    first = 0
-    for index, size in zip(indices, sizes, strict=True):
-        low, high = max(first, start), min(first + size, start + len(log_probs))
-        if index in columns.exact and low < high:
+    sizes = [wanted.counts[i] for i in batch.indices]
+    compared = wanted.compared(batch.indices, batch.labels.device)
+    labels = batch.labels[batch.scored]
+    pieces: dict[str, list[Any]] = {}
+    whole = _Whole(batch.indices, sizes, wanted)
+    for start, stop, log_probs in path.blocks(batch):
+        hooks.leave()  # the body has run: the output layer's chunks are no activations of a window
+        target = labels[start:stop]
+        label_log_prob = log_probs.gather(-1, target[:, None])[:, 0]
+        pieces.setdefault("loss", []).append(-label_log_prob.double())
+        if wanted.correct:
+            few = torch.full_like(target, divergence.TIES)
+            pieces.setdefault("correct", []).append(divergence.is_top(log_probs, label_log_prob, few))
+        whole.add(start, log_probs)
+        if wanted.keep_reference:
+            pieces.setdefault("reference", []).append(divergence.reference_rows(log_probs, label_log_prob))
+        if compared is not None:
+            kl, flip = divergence.coarsened_kl(compared.rows(start, stop), log_probs, target)
+            pieces.setdefault("kl", []).append(kl)
+            pieces.setdefault("flips", []).append(flip)
+    return _cut(batch.indices, sizes, pieces, whole)
+
+
+class _Whole:
+    """The whole distributions of a few windows: kept on the baseline's side, compared with on the subject's."""
+
+    def __init__(self, indices: list[int], sizes: list[int], wanted: _Wanted) -> None:
+        theirs = wanted.reference.whole if wanted.reference is not None else {}
+        ends = np.cumsum(sizes)
+        self.spans = [
+            (index, int(end) - size, int(end))
+            for index, size, end in zip(indices, sizes, ends, strict=True)
+            if index in wanted.exact or index in theirs
+        ]
+        self.theirs = theirs
+        self.kept: dict[int, list[Tensor]] = {}
+        self.kl: dict[int, float] = {}
+
+    def add(self, start: int, log_probs: Tensor) -> None:
+        """Take the log-probabilities [n, V] of the batch's scored tokens from `start` on."""
+        import torch
+
+        for index, first, last in self.spans:
+            low, high = max(first, start), min(last, start + len(log_probs))
+            if low >= high:
+                continue
             rows = log_probs[low - start : high - start]
-            kept = columns.exact[index]
-            if columns.keep_reference:
-                whole = [] if kept is None else [kept]
-                columns.exact[index] = torch.cat([*whole, rows.cpu()])
-            else:
-                theirs = kept[low - first : high - first].to(rows.device).double()
-                terms = torch.where(theirs.exp() > 0, theirs.exp() * (theirs - rows.double()), 0.0)
-                columns.kl_exact[index] = columns.kl_exact.get(index, 0.0) + float(terms.sum())
-        first += size
+            if index not in self.theirs:
+                self.kept.setdefault(index, []).append(rows.cpu())
+                continue
+            old = self.theirs[index][low - first : high - first].to(rows.device).double()
+            terms = torch.where(old.exp() > 0, old.exp() * (old - rows.double()), 0.0)
+            self.kl[index] = self.kl.get(index, 0.0) + float(terms.sum())
 
 
-def _file(indices: list[int], sizes: list[int], pieces: dict[str, list[Any]], columns: _Columns) -> None:
-    """Cut the batch's tokens into windows again and file the numbers under their windows."""
+def _cut(indices: list[int], sizes: list[int], pieces: dict[str, list[Any]], whole: _Whole) -> Scored:
+    """Cut a batch's figures per token into columns per window."""
     import torch
 
-    for index, loss in zip(indices, torch.split(torch.cat(pieces["loss"]).cpu(), sizes), strict=True):
-        columns.loss[index] = float(loss.mean())
-        columns.tokens[index] = len(loss)
-    if columns.want_correct:
-        for index, hit in zip(indices, torch.split(torch.cat(pieces["hit"]).cpu(), sizes), strict=True):
-            columns.correct[index] = float(hit.double().mean())
-    if columns.want_kl:
-        kls, flips = (torch.split(torch.cat(pieces[key]).cpu(), sizes) for key in ("kl", "flip"))
-        for index, kl, flip in zip(indices, kls, flips, strict=True):
-            columns.kl[index] = kl.numpy()
-            columns.flips[index] = int(flip.sum())
-    if columns.keep_reference:
-        whole = [torch.split(torch.cat([getattr(p, f) for p in pieces["reference"]]).cpu(), sizes) for f in _FIELDS]
-        for index, ids, log_probs, label in zip(indices, *whole, strict=True):
-            columns.references[index] = divergence.TokenReference(ids, log_probs, label)
+    def windows(name: str) -> list[Tensor]:
+        return list(torch.split(torch.cat(pieces[name]).cpu(), sizes)) if name in pieces else []
 
-
-def _collect(columns: _Columns, used_shortcut: bool) -> LoopResult:
-    import torch
-
-    out = LoopResult(columns.loss, columns.tokens, used_shortcut=used_shortcut)
-    if columns.want_correct:
-        out.correct = columns.correct
-    if columns.want_kl:
-        out.kl_sum = [float(k.sum()) for k in columns.kl]
-        out.kl_max = [float(k.max()) for k in columns.kl]
-        out.flips = columns.flips
-        out.kl_histogram = divergence.histogram(np.concatenate(columns.kl))
-    if columns.keep_reference:
-        ids, log_probs, label = (torch.cat([getattr(r, f) for r in columns.references]) for f in _FIELDS)
-        out.reference = divergence.TokenReference(ids, log_probs, label, columns.exact)
-    elif columns.kl_exact:
-        out.kl_exact_sum = [columns.kl_exact.get(index) for index in range(columns.count)]
-    return out
+    kl = windows("kl")
+    columns: dict[str, Column] = {
+        "tokens": [*sizes],
+        "loss": [float(loss.mean()) for loss in windows("loss")],
+        "correct": [float(hit.double().mean()) for hit in windows("correct")],
+        "kl_sum": [float(values.sum()) for values in kl],
+        "kl_max": [float(values.max()) for values in kl],
+        "flips": [int(flip.sum()) for flip in windows("flips")],
+    }
+    if whole.theirs:
+        columns["kl_exact_sum"] = [whole.kl.get(index) for index in indices]
+    references = []
+    if "reference" in pieces:
+        fields = [torch.split(torch.cat([getattr(p, f) for p in pieces["reference"]]).cpu(), sizes) for f in _REFERENCE]
+        for index, *parts in zip(indices, *fields, strict=True):
+            kept = {0: torch.cat(whole.kept[index])} if index in whole.kept else {}
+            references.append(TokenReference(*parts, kept))
+    filled = {name: values for name, values in columns.items() if values}
+    return Scored(indices, filled, [values.numpy() for values in kl], references)
 
 
 @contextlib.contextmanager
-def _evaluation_mode(model: Any) -> Iterator[None]:
+def _evaluation_mode(model: ModelLike) -> Iterator[None]:
     """Switch dropout and the like off in every module, and back on afterwards in those where it was on."""
-    training = [module for module in (model.modules() if hasattr(model, "modules") else ()) if module.training]
+    training = [module for module in getattr(model, "modules", tuple)() if module.training]
     for module in training:
         module.training = False
     try:

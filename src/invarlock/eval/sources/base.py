@@ -1,0 +1,149 @@
+"""Who scores windows: the protocol that every source follows, and the columns that come of it.
+
+A source gives one `Scored` a batch, so that a decision can stop it between two; `score_all` collects them in the order of
+the windows. Columns are named as in `evidence.rows.COLUMNS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from invarlock.core.exceptions import DataError
+from invarlock.eval.divergence import TokenReference, histogram, joined
+from invarlock.eval.metrics import Task
+from invarlock.evidence.windows import IGNORED, Window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Column", "Progress", "Scored", "Scores", "Source", "Watch", "score_all", "scored_tokens"]
+
+Column = list[float | None]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Whose outputs to hand over while windows are scored.
+
+    `modules`: paths in the model. `windows`: the indices of the windows wanted. `receive(path, outputs [T, F])` is called
+    once for each wanted window and module, so that what it finds does not depend on the batch size.
+    """
+
+    modules: tuple[str, ...]
+    windows: frozenset[int]
+    receive: Callable[[str, Tensor], None]
+
+
+@dataclass
+class Scored:
+    """What one batch showed: for each of its windows (`indices`) a value a column, and figures per token.
+
+    `kl`: KL of each scored token [t], a window an array. `references`: the compact distributions of each window.
+    """
+
+    indices: list[int]
+    columns: dict[str, Column] = field(default_factory=dict)
+    kl: list[NDArray[np.float64]] = field(default_factory=list)
+    references: list[TokenReference] = field(default_factory=list)
+
+
+class Source(Protocol):
+    """A model in torch, a served engine, an imported log: whatever scores windows.
+
+    `provides` names what it can give: log_probs, top_k, activations, weights, correctness.
+    """
+
+    provides: frozenset[str]
+
+    def score(
+        self,
+        windows: Sequence[Window],
+        *,
+        reference: TokenReference | None = None,
+        keep_reference: bool = False,
+        correct: bool = False,
+        watch: Sequence[Watch] = (),
+    ) -> Iterator[Scored]:
+        """Score every window once.
+
+        reference: compare each scored token with this one (the subject's side); its tokens follow the order of `windows`.
+        keep_reference: also give each token's compact distribution (the baseline's side). correct: also give each window's
+        share of tokens that are the model's most likely ones. Raises DataError for a window without scored tokens.
+        """
+
+
+@dataclass
+class Scores:
+    """Every window's figures, in the order of the windows: mean log-loss in nats (NaN where the model gives NaN) and the
+    columns that were asked for; the histogram of the tokens' KL; the compact distributions, one token after the other."""
+
+    columns: dict[str, Column]
+    kl_histogram: list[int] | None = None
+    reference: TokenReference | None = None
+
+    def __getitem__(self, name: str) -> Column:
+        return self.columns[name]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Scored tokens a window."""
+        return [int(value or 0) for value in self.columns["tokens"]]
+
+    @property
+    def loss(self) -> list[float]:
+        """Mean log-loss a window, nats."""
+        return [float("nan") if value is None else value for value in self.columns["loss"]]
+
+
+def score_all(parts: Iterable[Scored], count: int, progress: Progress | None = None) -> Scores:
+    """Collect what a source gives for `count` windows."""
+    columns: dict[str, Column] = {}
+    kl: list[NDArray[np.float64]] = []
+    references: dict[int, TokenReference] = {}
+    done = 0
+    for part in parts:
+        for name, values in part.columns.items():
+            column = columns.setdefault(name, [None] * count)
+            for index, value in zip(part.indices, values, strict=True):
+                column[index] = value
+        kl += part.kl
+        references.update(zip(part.indices, part.references, strict=False))
+        done += len(part.indices)
+        if progress is not None:
+            progress(done, count)
+    return Scores(
+        columns,
+        [int(n) for n in histogram(np.concatenate(kl))] if kl else None,
+        joined([references[index] for index in range(count)]) if references else None,
+    )
+
+
+def scored_tokens(window: Window, task: Task) -> int:
+    """Return how many tokens of the window the metric scores. Raises DataError where the labels cannot be scored."""
+    if window.labels is None and task != "causal":
+        raise DataError(
+            f"window {window.id!r} has no labels; expected 'labels' for a {task} model"
+            + (
+                ": hide tokens with invarlock.evidence.windows.mask_tokens"
+                if task == "mlm"
+                else ", the target's token ids"
+            )
+        )
+    labels = window.labels if window.labels is not None else window.input_ids
+    if task == "seq2seq":
+        return sum(label != IGNORED for label in labels)
+    if len(labels) != len(window.input_ids):
+        raise DataError(
+            f"window {window.id!r} has {len(labels)} labels for {len(window.input_ids)} tokens; expected one a token"
+        )
+    mask = window.mask or (1,) * len(labels)
+    seen = [bool(m) and label != IGNORED for label, m in zip(labels, mask, strict=True)]
+    if task == "causal":  # neither a masked token nor what is predicted from one counts
+        return sum(here and bool(before) for here, before in zip(seen[1:], mask[:-1], strict=True))
+    return sum(seen)

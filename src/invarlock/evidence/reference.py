@@ -1,0 +1,75 @@
+"""The baseline's compact next-token distributions: in memory, and as the file beside its report."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from invarlock.core.exceptions import ModelLoadError
+from invarlock.core.files import write_whole
+from invarlock.evidence.model import TokenFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["TokenReference", "joined", "read_reference", "reference_digest", "write_reference"]
+
+_FIELDS = ("ids", "log_probs", "label_log_prob")
+
+
+@dataclass(frozen=True)
+class TokenReference:
+    """The baseline's compact distributions for n scored tokens: `ids` [n, k] int32, `log_probs` [n, k] float32
+    (nats), `label_log_prob` [n] float32. `whole` keeps, in memory only, the complete log-probabilities [t, V] of a few
+    windows by index, for the exact divergence there."""
+
+    ids: Tensor
+    log_probs: Tensor
+    label_log_prob: Tensor
+    whole: dict[int, Tensor] = field(default_factory=dict)
+
+    def rows(self, start: int, stop: int) -> TokenReference:
+        """Return the part of the tokens from `start` to `stop`."""
+        return TokenReference(*(getattr(self, name)[start:stop] for name in _FIELDS))
+
+
+def joined(parts: Sequence[TokenReference]) -> TokenReference:
+    """Return one reference of several, token after token; `whole` is by the number of the part."""
+    import torch
+
+    whole = {number: tensor for number, part in enumerate(parts) for tensor in part.whole.values()}
+    return TokenReference(*(torch.cat([getattr(part, name) for part in parts]) for name in _FIELDS), whole)
+
+
+def reference_digest(reference: TokenReference) -> str:
+    """Return 32 hex digits of SHA-256 over the arrays."""
+    sha = hashlib.sha256()
+    for name in _FIELDS:
+        sha.update(getattr(reference, name).contiguous().numpy().tobytes())
+    return sha.hexdigest()[:32]
+
+
+def write_reference(reference: TokenReference, path: Path) -> TokenFile:
+    """Write the compact distributions beside the report and return what the evidence says of them."""
+    from safetensors.torch import save
+
+    blob = save({name: getattr(reference, name).contiguous() for name in _FIELDS})
+    write_whole(path, blob)
+    tokens = max(1, len(reference.label_log_prob))
+    return TokenFile(name=path.name, sha256=hashlib.sha256(blob).hexdigest(), bytes_per_token=len(blob) / tokens)
+
+
+def read_reference(path: Path, facts: TokenFile) -> TokenReference:
+    """Read what `write_reference` wrote; ModelLoadError where the file is gone or is not the one recorded."""
+    from safetensors.torch import load
+
+    if not path.is_file():
+        raise ModelLoadError(f"the baseline's evidence file {path} is missing; expected it beside its report.json")
+    blob = path.read_bytes()
+    if hashlib.sha256(blob).hexdigest() != facts.sha256:
+        raise ModelLoadError(f"{path} is not the file that the baseline's report recorded; measure the baseline again")
+    arrays = load(blob)
+    return TokenReference(*(arrays[name] for name in _FIELDS))
