@@ -14,6 +14,7 @@ __all__ = ["SETTINGS", "Setting", "environment_flags", "flag", "get"]
 
 Kind = Literal["bool", "int", "float", "str"]
 Value = bool | int | float | str | None
+_TRUTH = {**dict.fromkeys(("1", "true", "yes", "on"), True), **dict.fromkeys(("0", "false", "no", "off", ""), False)}
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,9 @@ class Setting:
         """Turn the variable's text into its value; raises ConfigError with what was expected."""
         text = text.strip()
         if self.kind == "bool":
-            lowered = text.lower()
-            if lowered in {"1", "true", "yes", "on"}:
-                return True
-            if lowered in {"0", "false", "no", "off", ""}:
-                return False
-            raise self._wrong(text, "1 or 0")
+            if text.lower() not in _TRUTH:
+                raise self._wrong(text, "1 or 0")
+            return _TRUTH[text.lower()]
         if self.choices and text not in self.choices:
             raise self._wrong(text, " or ".join(self.choices))
         if self.kind == "str":
@@ -61,51 +59,30 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("INVARLOCK_EVAL_DEVICE", "str", None, "Measure on this device whatever the configuration says."),
     Setting("INVARLOCK_EVAL_STRICT", "bool", True, "A failing evaluation fails the run; 0 records it as a warning."),
     Setting("INVARLOCK_STORE_EVAL_WINDOWS", "bool", True, "Keep the evaluation windows in reports; 0 leaves them out."),
-    Setting(
-        "INVARLOCK_ALLOW_CALIBRATION_MATERIALIZE",
-        "bool",
-        False,
-        "Turn calibration data that is an iterator into a list instead of refusing it.",
-    ),
-    Setting(
-        "INVARLOCK_BOOTSTRAP_BCA", "bool", True, "Use BCa from 100 clusters on; 0 uses percentile intervals there."
-    ),
+    Setting("INVARLOCK_ALLOW_CALIBRATION_MATERIALIZE", "bool", False,
+            "Turn calibration data that is an iterator into a list instead of refusing it."),
+    Setting("INVARLOCK_BOOTSTRAP_BCA", "bool", True, "Use BCa from 100 clusters on; 0 uses percentile intervals there."),
     Setting("INVARLOCK_TINY_RELAX", "bool", False, "Lower the sample floors, in the dev profile only; recorded."),
     Setting("INVARLOCK_CI_PREVIEW", "int", None, "Number of preview windows in the ci profiles.", minimum=1),
     Setting("INVARLOCK_CI_FINAL", "int", None, "Number of final windows in the ci profiles.", minimum=1),
-    Setting(
-        "INVARLOCK_CAPACITY_FAST",
-        "bool",
-        False,
-        "Stop reading text as soon as it gives enough windows, even if they come from fewer documents.",
-    ),
+    Setting("INVARLOCK_CAPACITY_FAST", "bool", False,
+            "Stop reading text as soon as it gives enough windows, even if they come from fewer documents."),
     Setting("INVARLOCK_DEDUP_TEXTS", "bool", False, "Drop exact duplicates among the documents."),
     Setting("INVARLOCK_OMP_THREADS", "int", None, "Number of CPU threads to compute with.", minimum=1),
     Setting("INVARLOCK_DEBUG_TRACE", "bool", False, "Show tracebacks and debug logs."),
     Setting("INVARLOCK_LIGHT_IMPORT", "bool", False, "Refuse to import torch; for tools that only read reports."),
     Setting("INVARLOCK_SNAPSHOT_MODE", "str", None, "How snapshots are kept.", choices=("auto", "bytes", "chunked")),
-    Setting(
-        "INVARLOCK_SNAPSHOT_AUTO_RAM_FRACTION",
-        "float",
-        0.4,
-        "Largest share of free memory a snapshot may take.",
-        minimum=0,
-    ),
+    Setting("INVARLOCK_SNAPSHOT_AUTO_RAM_FRACTION", "float", 0.4, "Largest share of free memory a snapshot may take.",
+            minimum=0),
     Setting("INVARLOCK_SNAPSHOT_THRESHOLD_MB", "float", 768.0, "Snapshots above this size go to disk.", minimum=0),
     Setting("INVARLOCK_EXPORT_MODEL", "bool", False, "Save the edited model after a successful run."),
-    Setting(
-        "INVARLOCK_EXPORT_DIR", "str", None, "Where to save the edited model; default: `model` in the run's folder."
-    ),
+    Setting("INVARLOCK_EXPORT_DIR", "str", None, "Where to save the edited model; default: `model` in the run's folder."),
     Setting("INVARLOCK_GUARD_PREPARE_STRICT", "bool", True, "A guard that raises in prepare fails the run."),
     Setting("INVARLOCK_ASSERT_GUARDS", "bool", False, "Raise when a guard returns keys or types outside its contract."),
     Setting("INVARLOCK_EVIDENCE_DEBUG", "bool", False, "Write the guards' full measurements beside the report."),
     Setting("INVARLOCK_SKIP_OVERHEAD_CHECK", "bool", False, "Do not measure guard overhead; recorded."),
-    Setting(
-        "INVARLOCK_PM_ACCEPTANCE_MIN", "float", None, "Lowest acceptable primary-metric ratio; recorded.", minimum=0
-    ),
-    Setting(
-        "INVARLOCK_PM_ACCEPTANCE_MAX", "float", None, "Highest acceptable primary-metric ratio; recorded.", minimum=0
-    ),
+    Setting("INVARLOCK_PM_ACCEPTANCE_MIN", "float", None, "Lowest acceptable primary-metric ratio; recorded.", minimum=0),
+    Setting("INVARLOCK_PM_ACCEPTANCE_MAX", "float", None, "Highest acceptable primary-metric ratio; recorded.", minimum=0),
     Setting("INVARLOCK_CONFIG_ROOT", "str", None, "Folder whose runtime/ holds tiers.yaml and profiles/."),
     Setting("INVARLOCK_ALLOW_CONFIG_INCLUDE_OUTSIDE", "bool", False, "Let !include read outside the config's folder."),
     Setting("INVARLOCK_TELEMETRY", "bool", False, "Print one line of timings and memory after a run."),
@@ -114,7 +91,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("INVARLOCK_PLUGINS_DRY_RUN", "bool", False, "`plugins install/uninstall --apply` only print the command."),
     Setting("HF_DATASETS_OFFLINE", "bool", False, "Hugging Face's own switch: data sets from the cache only."),
     Setting("HF_HOME", "str", None, "Hugging Face's cache folder."),
-)
+)  # fmt: skip
 
 _BY_NAME = {setting.name: setting for setting in SETTINGS}
 
