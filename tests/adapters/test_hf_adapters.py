@@ -119,7 +119,7 @@ def test_a_loaded_model_remembers_where_it_came_from(kind: type[HF_Adapter], lla
     model = adapter.load_model(str(llama_model), device="cpu", torch_dtype="float16", attn_implementation="eager")
     origin = adapter.origin(model)
     assert origin == Origin(str(llama_model), llama_model, Loading("float16", options={"attn_implementation": "eager"}))
-    side = read_side(adapter, origin.id, origin.loading)
+    side = read_side(adapter, origin.model_id, origin.loading)
     assert live_structure(model, side.structure) is side.structure and side.tokenizer is not None
     again = origin.loading.load(adapter, side, "cpu")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))

@@ -54,7 +54,7 @@ class Loading:
 class Origin:
     """Where a live model came from: the id that was asked for, the folder that it was read from, and how."""
 
-    id: str
+    model_id: str
     folder: Path
     loading: Loading
 

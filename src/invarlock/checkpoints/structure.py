@@ -22,19 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Layout", "layout_of", "live_structure", "structure_of"]
 
-#: torch's names of types and those of safetensors; the first three are the ones that a floating tensor is stored in
+#: torch's names of types and those of safetensors
 _DTYPES = {
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float64": "F64",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
+    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64", "int32": "I32",
+    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
 _FLOATS = {stored: name for name, stored in _DTYPES.items() if "float" in name}
 #: buffers that earlier releases of the library stored and later ones compute
 _OLD_BUFFERS = (r"(^|\.)(masked_bias|rotary_emb\.inv_freq|position_ids)$", r"(^|\.)(attn|attention)\.bias$")
