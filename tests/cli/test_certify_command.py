@@ -158,7 +158,7 @@ def test_an_edit_from_a_file_is_applied_to_the_subject(
     result = cli("certify", *arguments)
     assert result.exit_code == 1, result.stderr
     certificate = json.loads((tmp_path / "cert" / "evaluation.cert.json").read_text(encoding="utf-8"))
-    assert (certificate["edit"]["name"], certificate["edit"]["plan"]) == ("quant_rtn", {"bitwidth": 2})
+    assert (certificate["edit"]["name"], certificate["edit"]["plan"]["bitwidth"]) == ("quant_rtn", 2)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")

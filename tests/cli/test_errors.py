@@ -6,7 +6,7 @@ import pytest
 import typer
 
 from invarlock.cli import app as app_module
-from invarlock.cli.errors import EXIT_CODES, exit_code, report_error
+from invarlock.cli.errors import VERDICT_CODES, exit_code, report_error
 from invarlock.cli.options import ProfileOption
 from invarlock.core import exceptions as e
 
@@ -62,13 +62,31 @@ def test_missing_extra_names_the_exact_command() -> None:
 def test_every_error_of_the_tree_has_a_line(capsys) -> None:
     for name in e.__all__:
         kind = getattr(e, name)
+        if not (isinstance(kind, type) and issubclass(kind, e.InvarlockError)):
+            continue
         error = kind("what", "hf") if name == "DependencyError" else kind.__new__(kind, "x")
+        assert error.code in e.CODES
         assert report_error(error) in (1, 2, 3, 130)
         assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_every_code_and_every_exit_code_has_a_meaning() -> None:
+    assert all(code in e.CODES for code in e.PairingCode)
+    for code, (status, meaning) in e.CODES.items():
+        assert meaning and e.EXIT_CODES[status] and status, code
+    assert set(VERDICT_CODES.values()) <= set(e.EXIT_CODES)
+
+
+def test_an_error_of_a_plugin_follows_the_class_that_it_extends(capsys) -> None:
+    class _MineError(e.ConfigError):
+        code = "MINE"
+
+    assert report_error(_MineError("no")) == 2
+    assert capsys.readouterr().err == "ERROR [MINE] no\n"
+
+
 def test_a_verdict_that_fails_never_exits_0() -> None:
-    assert EXIT_CODES == {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 4}
+    assert VERDICT_CODES == {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 4}
 
 
 @pytest.mark.parametrize(("value", "shown"), [("1", True), ("0", False)])

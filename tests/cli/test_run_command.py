@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from invarlock.assurance import validate_certificate
+from invarlock.cli.certify import request_from
 from invarlock.flow.run import RunOutcome
+from invarlock.policy.config import load_config
 
 Configure = Callable[..., Path]
 
@@ -24,6 +26,7 @@ def test_a_run_is_summed_up_and_ends_with_0(cli: Any, configure: Configure, tmp_
     assert lines["ratio"].startswith("1.0000")
     assert Path(lines["Report"]).parent.parent == tmp_path / "mine"
     assert lines["eval"].endswith(" s")
+    assert lines["verdict"].startswith("PASS")
     assert "NOTE: no edit is named: the model is measured as it is (noop)" in result.stderr
     assert "TELEMETRY" not in result.stderr
 
@@ -163,12 +166,13 @@ def test_a_run_without_a_baseline_of_its_own_needs_one_named(cli: Any, noop_run:
 @pytest.mark.parametrize(
     ("text", "key"),
     [
-        ("edit: {name: noop}", "edit.name"),
+        ("edit: {name: noop}", "edit"),
         ("auto: {probes: 2}", "auto.probes"),
         ("eval: {max_pm_ratio: 1.2}", "eval.max_pm_ratio"),
         ("eval: {spike_threshold: 3.0}", "eval.spike_threshold"),
         ("output: {save_model: true}", "output.save_model"),
-        ("context: {mine: 1}", "context.mine"),
+        ("eval: {gates_off: [token_flips]}", "eval.gates_off"),
+        ("context: {mine: 1}", "context"),
         ("model: {id: here}", "model.id"),
     ],
 )
@@ -176,21 +180,19 @@ def test_certify_refuses_what_it_would_not_use(cli: Any, tmp_path: Path, text: s
     (tmp_path / "p.yaml").write_text(text)
     result = cli("certify", "--baseline", "a", "--subject", "b", "--preset", str(tmp_path / "p.yaml"))
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
-    assert result.stderr.startswith(f"ERROR [CONFIG] p.yaml: certify does not use {key}; remove it from the preset")
+    assert result.stderr.startswith(f"ERROR [CONFIG] p.yaml:1: {key} is refused: certify does not use it; ")
 
 
 def test_certify_uses_the_models_section_and_says_what_gave_way(
     cli: Any, tmp_path: Path, demo_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from invarlock.cli.certify import request_from
-
     preset = tmp_path / "p.yaml"
     preset.write_text(
         "model: {revision: v2, dtype: bfloat16, options: {attn_implementation: eager}}\n"
         "dataset: {preview_n: 9, seq_len: 64}\noutput: {dir: elsewhere}\n"
     )
-    chosen = {"adapter": None, "device": None, "profile": "ci", "tier": None}
-    request = request_from(chosen, preset, subject="s", baseline="b", out=None)
+    chosen = load_config(preset, profile="ci", require_model=False)
+    request = request_from(chosen, profile="ci", subject="s", baseline="b")
     assert (request.loading.revision, request.loading.dtype) == ("v2", "bfloat16")
     assert request.loading.options == {"attn_implementation": "eager"}
     assert request.out == Path("elsewhere")

@@ -14,7 +14,6 @@ from .pages import ROOT
 
 CONFIGS = ROOT / "configs"
 KINDS = {"causal": "ppl_causal", "masked": "ppl_mlm", "seq2seq": "ppl_seq2seq"}
-NOTHING = {"adapter": None, "device": None, "profile": None, "tier": None}
 
 
 def test_there_is_a_preset_for_each_kind_of_model() -> None:
@@ -23,7 +22,8 @@ def test_there_is_a_preset_for_each_kind_of_model() -> None:
 
 @pytest.mark.parametrize(("name", "kind"), KINDS.items())
 def test_a_preset_makes_a_request_of_its_kind(name: str, kind: str) -> None:
-    request = request_from(NOTHING, CONFIGS / f"{name}.yaml", subject="s", baseline="b", out=None)
+    settings = load_config(CONFIGS / f"{name}.yaml", require_model=False)
+    request = request_from(settings, profile="ci", subject="s", baseline="b")
     assert request.metric_kind == kind
     assert request.overrides["guards"]["order"] == ["invariants", "spectral", "rmt", "variance"]
 

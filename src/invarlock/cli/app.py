@@ -8,13 +8,20 @@ import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 from typer.core import TyperGroup
 
+from invarlock.cli.console import setup_logging
 from invarlock.cli.errors import report_error
 from invarlock.cli.options import plain_typer, remembered_profile
+from invarlock.core import settings
+from invarlock.core.network import enforce_network_policy
+from invarlock.core.registry import nearest
+
+if TYPE_CHECKING:
+    from typer._click import Context, HelpFormatter  # typer's own, which is not public
 
 __all__ = ["COMMANDS", "Command", "app", "main"]
 
@@ -42,10 +49,10 @@ COMMANDS: dict[str, Command] = {
 class _LazyGroup(TyperGroup):
     """Lists commands from `COMMANDS` without importing them, and is the boundary where errors become exit codes."""
 
-    def list_commands(self, ctx: Any) -> list[str]:
+    def list_commands(self, ctx: Context) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+    def get_command(self, ctx: Context, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
         if cmd_name not in self.commands:
@@ -57,18 +64,16 @@ class _LazyGroup(TyperGroup):
             self.commands[cmd_name] = typer.main.get_command(target)
         return self.commands[cmd_name]
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
+    def format_commands(self, ctx: Context, formatter: HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, command.help) for name, command in COMMANDS.items()])
 
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+    def resolve_command(self, ctx: Context, args: list[str]) -> Any:
         if args[0] not in COMMANDS and not args[0].startswith("-"):
-            from invarlock.core.registry import nearest
-
             ctx.fail(f"no such command {args[0]!r}{nearest(args[0], COMMANDS)}")
         return super().resolve_command(ctx, args)
 
-    def invoke(self, ctx: Any) -> Any:
+    def invoke(self, ctx: Context) -> Any:
         """Prepare the process and run the command; an exception ends as one line on stderr and `typer.Exit`."""
         try:
             _start()
@@ -81,7 +86,7 @@ class _LazyGroup(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the outermost boundary: reported, never lost
-            raise typer.Exit(report_error(error, remembered_profile(ctx))) from None
+            raise typer.Exit(report_error(error, remembered_profile(ctx.meta))) from None
         return value
 
     def main(
@@ -91,7 +96,7 @@ class _LazyGroup(TyperGroup):
         complete_var: str | None = None,
         standalone_mode: bool = True,
         windows_expand_args: bool = True,
-        **extra: Any,
+        **extra: object,
     ) -> Any:
         """As in typer, but errors in the arguments are one line too, and a command may return its exit code."""
         try:
@@ -116,10 +121,6 @@ def _show_help(error: Exception) -> int:
 
 def _start() -> None:
     """What every command needs first: the network closed, the log on stderr, torch refused where that was asked for."""
-    from invarlock.cli.console import setup_logging
-    from invarlock.core import settings
-    from invarlock.core.network import enforce_network_policy
-
     setup_logging()
     enforce_network_policy()
     if settings.flag("INVARLOCK_LIGHT_IMPORT"):

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TextIO
+from pathlib import Path
+from typing import TextIO
 
 from invarlock.core import settings
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 __all__ = [
     "Tick",
@@ -23,9 +22,7 @@ __all__ = [
     "progress",
     "say",
     "setup_logging",
-    "show_telemetry",
-    "show_timings",
-    "stdout_console",
+    "show",
 ]
 
 #: what long work calls to show how far it is: what it does, how much is done, how much there is
@@ -35,14 +32,6 @@ Tick = Callable[[str, int, int], None]
 def is_terminal(stream: TextIO) -> bool:
     """Return whether a person looks at the stream, so that colour and movement help."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
-
-
-def stdout_console() -> Console:
-    """Return a rich console on stdout: styled on a terminal without NO_COLOR, plain and unwrapped otherwise."""
-    from rich.console import Console
-
-    plain = not is_terminal(sys.stdout)
-    return Console(highlight=False, soft_wrap=plain, no_color=plain or "NO_COLOR" in os.environ)
 
 
 def say(text: str = "") -> None:
@@ -56,30 +45,55 @@ def note(text: str) -> None:
         sys.stderr.write(text + "\n")
 
 
-def show_timings(timings: Mapping[str, float]) -> None:
-    """Write how long each step took, in seconds."""
-    for name, seconds in timings.items():
-        say(f"  {name:<16} {seconds:8.2f} s")
+def emit_json(**fields: object) -> None:
+    """Write exactly one JSON object on one line to stdout; `cli.envelopes` says what each holds."""
+    say(json.dumps(fields, allow_nan=False))
 
 
-def show_telemetry(timings: Mapping[str, float], measuring: Iterable[str], tokens: int) -> None:
-    """Write one line to stderr: time in all, the largest memory this process had, and scored tokens a second.
+def show(
+    form: str,
+    fields: Mapping[str, object],
+    lines: Sequence[str],
+    places: Mapping[str, Path | None],
+    *,
+    notes: Iterable[str],
+    timings: Mapping[str, float],
+    measured: tuple[tuple[str, ...], int],
+    code: int,
+    json: bool,
+    timing: bool,
+    telemetry: bool = False,
+) -> int:
+    """Say how a command that measured models ended, and return its exit `code`.
 
-    `measuring` names the steps in which the `tokens` were measured, in all.
+    With `json` that is the envelope `form` with its `fields`; else `lines` (the first alone under INVARLOCK_MINIMAL) and
+    the `places` of what was written. `measured` names the steps that scored windows, and the tokens in all.
     """
-    import resource
+    for text in notes:
+        note(f"NOTE: {text}")
+    if telemetry or settings.flag("INVARLOCK_TELEMETRY"):
+        _show_telemetry(timings, *measured)
+    if json:
+        emit_json(format_version=form, **fields, timings=timings, exit_code=code)
+        return code
+    for line in lines[:1] if settings.flag("INVARLOCK_MINIMAL") else lines:
+        say(line)
+    for label, path in places.items():
+        if path is not None:
+            say(f"{label:<13}{path}")
+    for name, seconds in timings.items() if timing else ():
+        say(f"  {name:<16} {seconds:8.2f} s")
+    return code
 
+
+def _show_telemetry(timings: Mapping[str, float], measuring: Iterable[str], tokens: int) -> None:
+    """Write one line to stderr: time in all, the largest memory this process had, and scored tokens a second."""
     unit = 1 if sys.platform == "darwin" else 1024
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
     seconds = sum(timings.get(name, 0.0) for name in measuring)
     speed = f"{tokens / seconds:.0f} tokens/s" if tokens and seconds else "no tokens measured"
     steps = ", ".join(f"{name} {value:.2f} s" for name, value in timings.items())
     sys.stderr.write(f"TELEMETRY: {sum(timings.values()):.2f} s in all ({steps}); memory {memory:.0f} MB; {speed}\n")
-
-
-def emit_json(value: Any) -> None:
-    """Write exactly one JSON object on one line to stdout."""
-    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
 
 
 @contextmanager
@@ -92,11 +106,11 @@ def progress() -> Iterator[Tick]:
         yield lambda description, done, total: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        tasks: dict[str, Any] = {}
+        tasks: dict[str, TaskID] = {}
 
         def tick(description: str, done: int, total: int) -> None:
             if description not in tasks:

@@ -9,8 +9,11 @@ from typing import Annotated
 import typer
 
 from invarlock.cli.console import progress, say
-from invarlock.cli.errors import EXIT_CODES
+from invarlock.cli.errors import VERDICT_CODES
 from invarlock.core.exceptions import InvarlockError
+from invarlock.flow.certify import CertifyRequest, certify
+from invarlock.reporting.bundle import HTML, write_bundle
+from invarlock.reporting.terminal import summary_lines
 
 __all__ = ["DEMO_EDITS", "demo"]
 
@@ -24,32 +27,27 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for the two certificates
     Everything runs offline, in under a minute on two cores. The exit code is 0 when the verdicts are those that the two
     edits deserve: PASS and FAIL.
     """
-    from invarlock.flow.certify import CertifyRequest, certify
-    from invarlock.reporting.bundle import HTML, write_bundle
-    from invarlock.reporting.terminal import summary_lines
-
     model = str(resources.files("invarlock.data").joinpath("demo_model"))
-    baseline: dict[str, object] = {"baseline": model}
+    measured: Path | None = None  # the baseline's report, once there is one
     pages = []
     for label, bits, expected in DEMO_EDITS:
         request = CertifyRequest(
             subject=model,
+            baseline=None if measured else model,
+            baseline_report=measured,
             profile="ci_cpu",
             dataset={"provider": "python_docs", "seq_len": 160},
             edit={"name": "quant_rtn", "plan": {"bitwidth": bits}},
             edit_label=label,
             out=out / "runs",
-            **baseline,  # type: ignore[arg-type]  # one of the two keys that the request takes
         )
         with progress() as tick:
             outcome = certify(request, tick)
-        baseline = {"baseline_report": outcome.source_report}
+        measured = outcome.source_report
         pages.append(write_bundle(outcome.certificate, out / label)[HTML])
         say(f"$ invarlock certify --baseline demo --subject demo-{label}")
-        for line in summary_lines(outcome.certificate):
-            say(line)
-        say(f"exit code {EXIT_CODES[outcome.status]}")
-        say()
+        say("\n".join(summary_lines(outcome.certificate)))
+        say(f"exit code {VERDICT_CODES[outcome.status]}\n")
         if outcome.status != expected:
             raise InvarlockError(f"the {label} edit of the demo model got {outcome.status}; expected {expected}")
     say("Look at the two certificates:")

@@ -10,6 +10,7 @@ import typer
 
 from invarlock.cli.console import emit_json, say
 from invarlock.cli.options import JsonOption, ProfileOption, TierOption
+from invarlock.flow.doctor import Request, examine
 
 __all__ = ["doctor"]
 
@@ -31,21 +32,17 @@ def doctor(
 
     Ends with 1 where there is an ERROR, or, under --strict, a WARNING.
     """
-    from invarlock.flow.doctor import Request, examine
-
     found = examine(Request(config, profile, tier, baseline_report, subject_report))
     counts = {level: sum(finding.level == level for finding in found) for level in ("ERROR", "WARNING", "NOTE")}
     code = 1 if counts["ERROR"] or (strict and counts["WARNING"]) else 0
     if json:
         emit_json(
-            {
-                "format_version": "doctor-v1",
-                "component": "doctor",
-                "summary": {level.lower(): count for level, count in counts.items()},
-                "findings": [{"code": item.code, "level": item.level, "message": item.message} for item in found],
-                "resolution": {"exit_code": code},
-                "ts": time.time(),
-            }
+            format_version="doctor-v1",
+            component="doctor",
+            summary={level.lower(): count for level, count in counts.items()},
+            findings=[{"code": item.code, "level": item.level, "message": item.message} for item in found],
+            resolution={"exit_code": code},
+            ts=time.time(),
         )
         return code
     for finding in found:

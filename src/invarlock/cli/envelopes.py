@@ -10,84 +10,78 @@ from invarlock.certificate.schema import Verdict
 
 __all__ = ["ENVELOPES", "envelope_schemas"]
 
+_Record = dict[str, Any]
+_EXIT = {"exit_code": Literal[0, 1, 2, 3, 4]}
+#: format_version -> its other fields; what is printed without one stands under the command's name
+_FIELDS: dict[str, dict[str, Any]] = {
+    "certify-v1": {
+        "verdict": Verdict,
+        "primary_metric": _Record,
+        "files": dict[str, str],
+        "source_report": str | None,
+        "edited_report": str | None,
+        "timings": dict[str, float],
+        "exit_code": Literal[0, 1, 4],
+    },
+    "run-v1": {
+        "status": Literal["success", "rollback", "failed"],
+        "reason": str | None,
+        "error": str | None,
+        "verdict": Verdict | None,
+        "primary_metric": _Record | None,
+        "guards": dict[str, bool],
+        "attempts": list[_Record] | None,
+        "report": str | None,
+        "model": str | None,
+        "timings": dict[str, float],
+        "exit_code": Literal[0, 1],
+    },
+    "verify-v1": {
+        "summary": {"ok": bool, "passed": int, "failed": int},
+        "certificate": {"count": int},
+        "results": list[_Record],
+        "resolution": _EXIT,
+        "component": Literal["verify"],
+        "ts": str,
+    },
+    "plugins-v1": {
+        "component": Literal["plugins"],
+        "category": str,
+        "discovery": bool,
+        "items": list[_Record],
+        "ts": float,
+    },
+    "doctor-v1": {
+        "component": Literal["doctor"],
+        "summary": {"error": int, "warning": int, "note": int},
+        "findings": [{"code": str, "level": Literal["ERROR", "WARNING", "NOTE"], "message": str}],
+        "resolution": _EXIT,
+        "ts": float,
+    },
+    "calibration-v1": {"sweep": str, "runs": int, "guards": _Record, "file": str},
+    "version": {"version": str, "schema_version": Literal["v1"], "python": str},
+}
 
-def _envelope(name: str, **fields: Any) -> type[BaseModel]:
-    strict = ConfigDict(extra="forbid")
-    annotated: dict[str, Any] = {key: (kind, ...) for key, kind in fields.items()}
-    model: type[BaseModel] = create_model(name, __config__=strict, **annotated)
+
+def _model(name: str, fields: dict[str, Any]) -> type[BaseModel]:
+    """Return a model that takes these fields and no others; a mapping is one within it, a list of one a list of them."""
+
+    def kind(key: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return list[kind(key, value[0])]  # type: ignore[misc]  # a type made here
+        return _model(name + key.capitalize(), value) if isinstance(value, dict) else value
+
+    made: dict[str, Any] = {key: (kind(key, value), ...) for key, value in fields.items()}
+    model: type[BaseModel] = create_model(name, __config__=ConfigDict(extra="forbid"), **made)
     return model
 
 
-_Summary = _envelope("VerifySummary", ok=bool, passed=int, failed=int)
-_Count = _envelope("CertificateCount", count=int)
-_Exit = _envelope("Resolution", exit_code=Literal[0, 1, 2, 3, 4])
-_Finding = _envelope("DoctorFinding", code=str, level=Literal["ERROR", "WARNING", "NOTE"], message=str)
-_Levels = _envelope("DoctorSummary", error=int, warning=int, note=int)
-
 #: format_version -> what such an object holds
-ENVELOPES: dict[str, type[BaseModel]] = {
-    "certify-v1": _envelope(
-        "Certify",
-        format_version=Literal["certify-v1"],
-        verdict=Verdict,
-        primary_metric=dict[str, Any],
-        files=dict[str, str],
-        source_report=str | None,
-        edited_report=str | None,
-        timings=dict[str, float],
-        exit_code=Literal[0, 1, 4],
-    ),
-    "run-v1": _envelope(
-        "Run",
-        format_version=Literal["run-v1"],
-        status=Literal["success", "rollback", "failed"],
-        reason=str | None,
-        error=str | None,
-        primary_metric=dict[str, Any] | None,
-        guards=dict[str, bool],
-        attempts=list[dict[str, Any]] | None,
-        report=str | None,
-        model=str | None,
-        timings=dict[str, float],
-        exit_code=Literal[0, 1],
-    ),
-    "verify-v1": _envelope(
-        "Verify",
-        format_version=Literal["verify-v1"],
-        summary=_Summary,
-        certificate=_Count,
-        results=list[dict[str, Any]],
-        resolution=_Exit,
-        component=Literal["verify"],
-        ts=str,
-    ),
-    "plugins-v1": _envelope(
-        "Plugins",
-        format_version=Literal["plugins-v1"],
-        component=Literal["plugins"],
-        category=str,
-        discovery=bool,
-        items=list[dict[str, Any]],
-        ts=float,
-    ),
-    "doctor-v1": _envelope(
-        "Doctor",
-        format_version=Literal["doctor-v1"],
-        component=Literal["doctor"],
-        summary=_Levels,
-        findings=list[_Finding],  # type: ignore[valid-type]  # a model made a few lines above
-        resolution=_Exit,
-        ts=float,
-    ),
-    "calibration-v1": _envelope(
-        "Calibration",
-        format_version=Literal["calibration-v1"],
-        sweep=str,
-        runs=int,
-        guards=dict[str, Any],
-        file=str,
-    ),
-    "version": _envelope("Version", version=str, schema_version=Literal["v1"], python=str),
+ENVELOPES = {
+    form: _model(
+        form.partition("-")[0].capitalize(), {"format_version": Literal[form], **fields} if "-" in form else fields
+    )
+    for form, fields in _FIELDS.items()
 }
 
 

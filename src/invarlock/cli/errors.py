@@ -1,37 +1,23 @@
-"""The one place where exceptions become a line on stderr and an exit code.
-
-0  pass        1  failure       2  wrong schema, configuration or usage
-3  hard stop in ci and release  4  inconclusive           130  interrupted
-"""
+"""The one place where exceptions become a line on stderr and an exit code; `core.exceptions` holds the table of both."""
 
 from __future__ import annotations
 
-import re
 import sys
 import traceback
 
 import typer
 
 from invarlock.core import settings
-from invarlock.core.exceptions import (
-    CertificateError,
-    ConfigError,
-    DependencyError,
-    InvarlockError,
-    PairingError,
-    RunInterruptedError,
-)
+from invarlock.core.exceptions import CODES, ConfigError, DependencyError, InvarlockError, PairingCode, PairingError
 
-__all__ = ["EXIT_CODES", "INTERRUPTED", "exit_code", "report_error"]
+__all__ = ["INTERRUPTED", "VERDICT_CODES", "exit_code", "report_error"]
 
 #: exit code of a verdict
-EXIT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 4}
-INTERRUPTED = 130
+VERDICT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 4}
+INTERRUPTED = CODES["INTERRUPTED"][0]
 
 # typer may carry click within itself, so its classes are reached through the one that it exports
 _UsageError, _ClickException = typer.BadParameter.__mro__[1:3]
-_CONTRACT_CODE = re.compile(r"E\d{3}$")
-_HARD_STOP = ("ci", "release")
 #: the extra that brings an optional module, for imports that nothing checked beforehand
 _EXTRAS = {
     "torch": "hf",
@@ -49,13 +35,18 @@ _EXTRAS = {
 
 def exit_code(error: BaseException, profile: str | None) -> int:
     """Return the exit code that an exception stands for. Pairing errors are a hard stop in the ci and release profiles."""
-    if isinstance(error, (KeyboardInterrupt, RunInterruptedError)):
-        return INTERRUPTED
-    if isinstance(error, (ConfigError, CertificateError, _ClickException)):
-        return 2
-    if isinstance(error, PairingError) and (profile or "ci").startswith(_HARD_STOP):
-        return 3
-    return 1
+    if isinstance(error, PairingError) and not (profile or "ci").startswith(("ci", "release")):
+        return 1
+    own = [kind.code for kind in type(error).__mro__ if issubclass(kind, InvarlockError)]
+    return next((CODES[code][0] for code in (_code(error), *own) if code in CODES), 1)
+
+
+def _code(error: BaseException) -> str:
+    if isinstance(error, InvarlockError):
+        return error.code
+    if isinstance(error, KeyboardInterrupt):
+        return "INTERRUPTED"
+    return "USAGE" if isinstance(error, _ClickException) else type(error).__name__
 
 
 def report_error(error: BaseException, profile: str | None = None) -> int:
@@ -77,24 +68,16 @@ def _wants_traceback() -> bool:
 
 
 def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text, code = " ".join(str(error).split()), _code(error)
     if isinstance(error, DependencyError):
-        return f"DEPENDENCY-MISSING: {text}"
-    if isinstance(error, (KeyboardInterrupt, RunInterruptedError)):
+        return f"{code}: {text}"
+    if code == "INTERRUPTED":
         return text or "interrupted; no certificate was written"
-    if isinstance(error, InvarlockError):
-        code = error.code or _default_code(error)
-        label = f"[INVARLOCK:{code}]" if _CONTRACT_CODE.match(code) else f"[{code}]"
-        return f"ERROR {label} {text}"
-    if isinstance(error, _ClickException):
-        return f"ERROR [USAGE] {_usage(error)}"
-    return f"ERROR [{type(error).__name__}] {text}; set INVARLOCK_DEBUG_TRACE=1 for the traceback"
-
-
-def _default_code(error: InvarlockError) -> str:
-    """Return the class name as a label: ModelLoadError becomes MODEL-LOAD."""
-    name = type(error).__name__.removesuffix("Error")
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name).upper()
+    if code == "USAGE":
+        text = _usage(error)
+    elif not isinstance(error, InvarlockError):
+        text += "; set INVARLOCK_DEBUG_TRACE=1 for the traceback"
+    return f"ERROR [{'INVARLOCK:' if code in list(PairingCode) else ''}{code}] {text}"
 
 
 def _usage(error: BaseException) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 __all__ = [
     "DeviceOption",
@@ -13,6 +15,7 @@ __all__ = [
     "ProfileOption",
     "Tier",
     "TierOption",
+    "TimingOption",
     "plain_typer",
     "remember_profile",
     "remembered_profile",
@@ -22,9 +25,11 @@ Profile = Literal["dev", "ci", "ci_cpu", "release"]
 Tier = Literal["conservative", "balanced", "aggressive"]
 
 
-def plain_typer(**arguments: Any) -> typer.Typer:
+def plain_typer(*, cls: type[TyperGroup] = TyperGroup, no_args_is_help: bool = False) -> typer.Typer:
     """Return a Typer whose help is plain text and whose errors are left to `cli.app`; for groups of commands."""
-    return typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, **arguments)
+    made = typer.Typer(cls=cls, no_args_is_help=no_args_is_help, rich_markup_mode=None, add_completion=False)
+    made.pretty_exceptions_enable = False
+    return made
 
 
 _PROFILE = "invarlock.profile"
@@ -42,9 +47,9 @@ def remember_profile(context: typer.Context, profile: str | None) -> None:
     context.meta[_PROFILE] = profile
 
 
-def remembered_profile(context: typer.Context) -> str | None:
+def remembered_profile(meta: Mapping[str, Any]) -> str | None:
     """Return the profile in effect, None for the usual ci: the exit code of a pairing error depends on it."""
-    profile: str | None = context.meta.get(_PROFILE)
+    profile: str | None = meta.get(_PROFILE)
     return profile
 
 
@@ -53,4 +58,5 @@ ProfileOption = Annotated[
 ]
 TierOption = Annotated[Tier | None, typer.Option("--tier", help="How strict the limits are.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+TimingOption = Annotated[bool, typer.Option("--timing", help="Print how long each step took.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on one line.")]

@@ -5,12 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import typer
 
 from invarlock.cli.console import emit_json, is_terminal, note, say
 from invarlock.cli.options import JsonOption, plain_typer
+from invarlock.core import inventory, settings
+from invarlock.core.exceptions import NetworkError
+from invarlock.core.inventory import PluginStatus
+from invarlock.core.network import network_allowed
+from invarlock.plugins.packages import install_command, uninstall_command
 
 __all__ = ["app"]
 
@@ -34,22 +40,11 @@ ApplyOption = Annotated[bool, typer.Option("--apply", help="Run the command; wit
 
 _HEADER = "name | origin | kind | backend | version | status"
 
-app = plain_typer(help="List adapters, guards, edits and data providers, and install what they need.")
+_HELP = "List adapters, guards, edits and data providers, and install what they need."
+#: categories that are commands too; the bare `plugins` lists everything
+_COMMANDS: tuple[Category, ...] = ("adapters", "guards", "edits")
 
-
-@app.callback(invoke_without_command=True)
-def plugins(
-    context: typer.Context,
-    json: JsonOption = False,
-    verbose: VerboseOption = False,
-    explain: ExplainOption = None,
-    only: OnlyOption = None,
-    show_unsupported: UnsupportedOption = False,
-) -> int:
-    """List adapters, guards, edits and data providers, and install what they need."""
-    if context.invoked_subcommand is not None:
-        return 0
-    return _show("all", json, verbose, explain, only, show_unsupported)
+app = plain_typer()
 
 
 @app.command("list")
@@ -62,63 +57,59 @@ def list_(
     show_unsupported: UnsupportedOption = False,
 ) -> int:
     """List one category, or all."""
-    return _show(category, json, verbose, explain, only, show_unsupported)
+    if explain is not None:
+        found = inventory.explain(explain, category)
+    else:
+        found = inventory.select(inventory.inventory(category), only, show_unsupported=show_unsupported)
+    if json:
+        emit_json(
+            format_version="plugins-v1",
+            component="plugins",
+            category=category,
+            discovery=not settings.flag("INVARLOCK_DISABLE_PLUGIN_DISCOVERY"),
+            items=[item.as_dict() | ({"parameters": item.parameters} if explain else {}) for item in found],
+            ts=time.time(),
+        )
+    elif explain is not None:
+        for item in found:
+            _explain(item)
+    else:
+        _table(found, verbose)
+    return 1 if explain is not None and any(item.state in ("broken", "shadowed") for item in found) else 0
 
 
-def _add(category: Category) -> None:
-    @app.command(category, help=f"List {category}.")
-    def listing(
-        json: JsonOption = False,
-        verbose: VerboseOption = False,
-        explain: ExplainOption = None,
-        only: OnlyOption = None,
-        show_unsupported: UnsupportedOption = False,
-    ) -> int:
-        return _show(category, json, verbose, explain, only, show_unsupported)
+def _listing(
+    context: typer.Context,
+    json: JsonOption = False,
+    verbose: VerboseOption = False,
+    explain: ExplainOption = None,
+    only: OnlyOption = None,
+    show_unsupported: UnsupportedOption = False,
+) -> int:
+    if context.invoked_subcommand is not None:
+        return 0
+    category: Category = next((name for name in _COMMANDS if name == context.info_name), "all")
+    return list_(category, json, verbose, explain, only, show_unsupported)
 
 
-for _category in ("adapters", "guards", "edits"):
-    _add(_category)
+app.callback(invoke_without_command=True, help=_HELP)(_listing)
+for _category in _COMMANDS:
+    app.command(_category, help=f"List {_category}.")(_listing)
 
 
 @app.command()
 def install(name: NameArgument, apply: ApplyOption = False) -> int:
     """Install the extra that a name needs (a dry run unless --apply)."""
-    from invarlock.plugins.packages import install_command
-
     return _pip(install_command(name), apply, needs_network=True)
 
 
 @app.command()
 def uninstall(name: NameArgument, apply: ApplyOption = False) -> int:
     """Uninstall a plugin, or what an extra alone brought (a dry run unless --apply)."""
-    from invarlock.plugins.packages import uninstall_command
-
     return _pip(uninstall_command(name), apply, needs_network=False)
 
 
-def _show(category: str, json: bool, verbose: bool, name: str | None, only: str | None, show_unsupported: bool) -> int:
-    from invarlock.core import inventory as status
-    from invarlock.core import settings
-
-    if name is not None:
-        found = status.explain(name, category)
-    else:
-        found = status.select(status.inventory(category), only, show_unsupported=show_unsupported)
-    if json:
-        items = [item.as_dict() | ({"parameters": item.parameters} if name is not None else {}) for item in found]
-        discovery = not settings.flag("INVARLOCK_DISABLE_PLUGIN_DISCOVERY")
-        envelope: dict[str, Any] = {"format_version": "plugins-v1", "component": "plugins", "category": category}
-        emit_json({**envelope, "discovery": discovery, "items": items, "ts": time.time()})
-    elif name is not None:
-        for item in found:
-            _explain(item)
-    else:
-        _table(found, verbose)
-    return 1 if name is not None and any(item.state in ("broken", "shadowed") for item in found) else 0
-
-
-def _table(found: list[Any], verbose: bool) -> None:
+def _table(found: Sequence[PluginStatus], verbose: bool) -> None:
     if is_terminal(sys.stdout):
         note(_HEADER)
     for item in found:
@@ -132,7 +123,7 @@ def _table(found: list[Any], verbose: bool) -> None:
         note("nothing to list")
 
 
-def _explain(item: Any) -> None:
+def _explain(item: PluginStatus) -> None:
     entry = item.entry
     module, _, attribute = entry.target.partition(":")
     package, version = item.backend or ("none", None)
@@ -156,10 +147,6 @@ def _explain(item: Any) -> None:
 
 
 def _pip(command: list[str], apply: bool, *, needs_network: bool) -> int:
-    from invarlock.core import settings
-    from invarlock.core.exceptions import NetworkError
-    from invarlock.core.network import network_allowed
-
     shown = " ".join(f'"{part}"' if "[" in part else part for part in command)
     if not apply or settings.flag("INVARLOCK_PLUGINS_DRY_RUN"):
         say(f"dry run: {shown}")

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from invarlock.cli.console import emit_json, note, progress, say, show_telemetry, show_timings
-from invarlock.cli.options import DeviceOption, JsonOption, ProfileOption, TierOption
-from invarlock.core import settings
+from invarlock.cli.console import progress, show
+from invarlock.cli.options import DeviceOption, JsonOption, ProfileOption, TierOption, TimingOption
+from invarlock.flow.run import RunOutcome, RunRequest
+from invarlock.flow.run import run as run_pipeline
+from invarlock.policy.config import MetricKind, load_config
+from invarlock.reporting.wording import MISSING, clean, interval, ratio
 
 __all__ = ["run"]
-
-MetricKind = Literal["auto", "ppl_causal", "ppl_mlm", "ppl_seq2seq", "accuracy", "vqa_accuracy"]
 
 
 def run(
@@ -37,7 +38,7 @@ def run(
     no_cleanup: Annotated[
         bool, typer.Option("--no-cleanup", help="Keep the unfinished folder of a run that is stopped.")
     ] = False,
-    timing: Annotated[bool, typer.Option("--timing", help="Print how long each step took.")] = False,
+    timing: TimingOption = False,
     telemetry: Annotated[
         bool, typer.Option("--telemetry", help="Print time, memory and tokens a second in one line.")
     ] = False,
@@ -50,19 +51,15 @@ def run(
 
     Exit codes: 0 kept, 1 rolled back or failed, 2 wrong configuration, 3 the sides cannot be paired (ci and release).
     """
-    from invarlock.flow.run import RunRequest
-    from invarlock.flow.run import run as run_pipeline
-    from invarlock.policy.config import load_config
-
-    overrides = {
+    flags = {
         "model.device": device,
         "auto.tier": tier,
         "auto.probes": probes,
         "edit.name": edit,
         "eval.metric.kind": metric_kind,
-        "output.dir": None if out is None else str(out),
+        "output.dir": out and str(out),
     }
-    chosen = load_config(config, cli_overrides=overrides, profile=profile)
+    chosen = load_config(config, cli_overrides=flags, profile=profile)
     request = RunRequest(
         settings=chosen,
         out=Path(chosen.output.dir),
@@ -76,73 +73,67 @@ def run(
     )
     with progress() as tick:
         outcome = run_pipeline(request, tick)
-    _show(outcome, timing=timing, telemetry=telemetry or settings.flag("INVARLOCK_TELEMETRY"), json=json)
-    return 0 if outcome.status == "success" else 1
+    return show(
+        "run-v1",
+        _fields(outcome),
+        [f"{label:<13}{text}" for label, text in _lines(outcome.report)],
+        {"Report": outcome.report_path, "Model": outcome.model_folder},
+        notes=outcome.report["meta"]["warnings"],
+        timings=outcome.timings,
+        measured=(("guard_prepare", "eval"), _tokens(outcome.report)),
+        code=0 if outcome.status == "success" else 1,
+        json=json,
+        timing=timing,
+        telemetry=telemetry,
+    )
 
 
-def _show(outcome: Any, *, timing: bool, telemetry: bool, json: bool) -> None:
-    report = outcome.report
-    for text in report["meta"]["warnings"]:
-        note(f"NOTE: {text}")
-    if telemetry:
-        passes, tokens = _measured(report)
-        show_telemetry(outcome.timings, ("guard_prepare", "eval"), passes * tokens)
-    if json:
-        emit_json(_as_json(outcome))
-        return
-    lines = list(_lines(report))
-    for label, text in lines[:1] if settings.flag("INVARLOCK_MINIMAL") else lines:
-        say(f"{label:<13}{text}")
-    for label, path in (("Report", outcome.report_path), ("Model", outcome.model_folder)):
-        if path is not None:
-            say(f"{label:<13}{path}")
-    if timing:
-        show_timings(outcome.timings)
-
-
-def _as_json(outcome: Any) -> dict[str, Any]:
-    report = outcome.report
+def _fields(outcome: RunOutcome) -> dict[str, object]:
+    report, metrics, meta = outcome.report, outcome.report["metrics"], outcome.report["meta"]
     return {
-        "format_version": "run-v1",
         "status": outcome.status,
-        "reason": report["meta"].get("rollback_reason"),
+        "reason": meta.get("rollback_reason"),
         "error": report["error"],
-        "primary_metric": report["metrics"].get("primary_metric"),
+        "verdict": metrics.get("verdict"),
+        "primary_metric": metrics.get("primary_metric"),
         "guards": {name: result["passed"] for name, result in report["guards"].items()},
-        "attempts": report["meta"].get("attempts"),
-        "report": str(outcome.report_path) if outcome.report_path else None,
-        "model": str(outcome.model_folder) if outcome.model_folder else None,
-        "timings": outcome.timings,
-        "exit_code": 0 if outcome.status == "success" else 1,
+        "attempts": meta.get("attempts"),
+        "report": outcome.report_path and str(outcome.report_path),
+        "model": outcome.model_folder and str(outcome.model_folder),
     }
 
 
-def _measured(report: dict[str, Any]) -> tuple[int, int]:
-    """Return how often the windows were measured, and how many scored tokens they hold."""
+def _tokens(report: Mapping[str, Any]) -> int:
+    """Return how many tokens were scored, in all."""
     evidence = report["evidence"]
     if not evidence:
-        return 0, 0
-    tokens = sum(sum(evidence[split]["tokens"]) for split in ("preview", "final"))
-    return 1 if evidence["data"]["reused"] else 2, tokens
+        return 0
+    passes = 1 if evidence["data"]["reused"] else 2
+    return passes * sum(sum(evidence[split]["tokens"]) for split in ("preview", "final"))
 
 
-def _lines(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    why = report["error"] or report["meta"].get("rollback_reason")
+def _lines(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    metrics, meta = report["metrics"], report["meta"]
+    why = report["error"] or meta.get("rollback_reason")
     said = {"success": "the edit is kept", "rollback": f"the edit is rolled back: {why}", "failed": str(why)}
     yield report["status"].upper(), said[report["status"]]
-    described = report["meta"].get("model") or {}
-    yield "model", f"{report['context']['model_id']} ({described.get('model_class') or 'unknown class'})"
+    model = (meta.get("model") or {}).get("model_class") or "unknown class"
+    yield "model", f"{report['context']['model_id']} ({model})"
     changed = (report["edit"].get("deltas") or {}).get("params_changed", 0)
     yield "edit", f"{report['edit'].get('name', 'none')}, {changed:,} parameters changed"
-    metric = report["metrics"].get("primary_metric")
+    metric, verdict = metrics.get("primary_metric"), metrics.get("verdict")
     if metric and metric["ratio_vs_baseline"] is not None:
-        low, high = metric["display_ci"] or (None, None)
-        level = report["meta"]["policy"]["values"]["metrics"]["pm_ratio"]["ci_level"]
-        interval = f"  ({level:.0%} interval [{low:.4f}, {high:.4f}])" if low is not None and high is not None else ""
-        yield "ratio", f"{metric['ratio_vs_baseline']:.4f}{interval}"
+        level = meta["policy"]["values"]["metrics"]["pm_ratio"]["ci_level"]
+        bounds = interval(metric["display_ci"] or (None, None), ratio)
+        around = f"  ({level:.0%} interval {bounds})" if bounds != MISSING else ""
+        yield "ratio", ratio(metric["ratio_vs_baseline"]) + around
+    if verdict:
+        reasons = [clean(reason["message"], 200) for reason in verdict["reasons"]]
+        rest = f" (and {len(reasons) - 1} more)" if reasons[1:] else ""
+        yield "verdict", ": ".join([verdict["status"], *reasons[:1]]) + rest
     guards = [f"{name} {'pass' if result['passed'] else 'fail'}" for name, result in report["guards"].items()]
     yield "guards", ", ".join(guards) or "none ran"
-    for number, row in enumerate(report["meta"].get("attempts") or (), 1):
-        ratio = "not measured" if row["ratio"] is None else f"ratio {row['ratio']:.4f}"
+    for number, row in enumerate(meta.get("attempts") or (), 1):
+        figure = "not measured" if row["ratio"] is None else f"ratio {ratio(row['ratio'])}"
         plan = ", ".join(f"{key}={value}" for key, value in row["plan"].items())
-        yield f"attempt {number}", f"{row['status']}, {ratio}, {row['seconds']:.1f} s: {plan}"
+        yield f"attempt {number}", f"{row['status']}, {figure}, {row['seconds']:.1f} s: {plan}"

@@ -1,4 +1,4 @@
-"""Every error that InvarLock raises on purpose.
+"""Every error that InvarLock raises on purpose, its code and its exit code.
 
     InvarlockError
     ├── ConfigError           a setting, flag or file of settings is wrong            exit 2
@@ -13,15 +13,19 @@
     ├── PairingError          the two sides were not measured on the same windows   Ennn  exit 3
     ├── CertificateError      a certificate does not follow the schema, or cannot be made  exit 2
     ├── NetworkError          the network was needed and is not allowed
-    └── RunInterruptedError        the run was stopped before it ended
+    └── RunInterruptedError        the run was stopped before it ended                exit 130
 
-A message is one line: what was got, what was expected, what to do. `code` is set where the contract gives one.
-Only the command line turns errors into exit codes.
+A message is one line: what was got, what was expected, what to do. `CODES` says what each code means and with which
+exit code a command ends. Only the command line turns errors into exit codes.
 """
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 __all__ = [
+    "CODES",
+    "EXIT_CODES",
     "AdapterError",
     "CertificateError",
     "CheckpointDamagedError",
@@ -33,16 +37,62 @@ __all__ = [
     "InvarlockError",
     "ModelLoadError",
     "NetworkError",
+    "PairingCode",
     "PairingError",
     "RunInterruptedError",
     "TooLittleTextError",
 ]
 
+#: what the exit code of a command means
+EXIT_CODES: dict[int, str] = {
+    0: "pass",
+    1: "failure",
+    2: "wrong schema, configuration or usage",
+    3: "hard stop in ci and release",
+    4: "inconclusive",
+    130: "interrupted",
+}
+
+
+class PairingCode(StrEnum):
+    """Why two sides cannot be compared. Such an error ends a command with 3, or with 1 under the profile `dev`."""
+
+    SCHEDULE = "E001"
+    TOKENIZER = "E002"
+    MASKS = "E003"
+    PROVIDER = "E004"
+    WINDOWS = "E006"
+
+
+#: code of an error -> exit code of the command that it ends, and what it means
+CODES: dict[str, tuple[int, str]] = {
+    "E001": (3, "The schedule differs or cannot be met: counts, lengths, metric, or too little text for the floor"),
+    "E002": (3, "The tokenizers differ"),
+    "E003": (3, "The same windows have other masks or another number of scored tokens"),
+    "E004": (3, "A side has no digest of its data"),
+    "E006": (3, "The window ids differ"),
+    "PAIRING": (3, "The two sides were not measured on the same windows"),
+    "USAGE": (2, "The command line is wrong"),
+    "CONFIG": (2, "A setting, flag or file of settings is wrong"),
+    "CERTIFICATE": (2, "A certificate does not follow the schema, or cannot be made"),
+    "DEPENDENCY-MISSING": (1, "An optional extra is missing"),
+    "MODEL-LOAD": (1, "A checkpoint cannot be read"),
+    "CHECKPOINT-DAMAGED": (1, "A checkpoint reads, but its tensors are damaged"),
+    "ADAPTER": (1, "An adapter cannot do what it was asked"),
+    "EDIT": (1, "An edit cannot be applied"),
+    "GUARD": (1, "A guard broke its contract or raised"),
+    "DATA": (1, "Evaluation text is missing or malformed"),
+    "TOO-LITTLE-TEXT": (1, "There is text, but not enough"),
+    "NETWORK": (1, "The network was needed and is not allowed"),
+    "INTERRUPTED": (130, "The run was stopped before it ended"),
+    "INVARLOCK": (1, "Any other error of ours"),
+}
+
 
 class InvarlockError(Exception):
-    """Root of the tree; `code` is a stable label such as `E001` or `DEPENDENCY-MISSING`, or None."""
+    """Root of the tree; `code` is a key of `CODES`."""
 
-    code: str | None = None
+    code: str = "INVARLOCK"
 
     def __init__(self, message: str, *, code: str | None = None) -> None:
         super().__init__(message)
@@ -52,6 +102,8 @@ class InvarlockError(Exception):
 
 class ConfigError(InvarlockError):
     """A setting, flag or file of settings is wrong."""
+
+    code = "CONFIG"
 
 
 class DependencyError(InvarlockError):
@@ -67,9 +119,13 @@ class DependencyError(InvarlockError):
 class ModelLoadError(InvarlockError):
     """A checkpoint cannot be read."""
 
+    code = "MODEL-LOAD"
+
 
 class CheckpointDamagedError(ModelLoadError):
     """A checkpoint reads but must not be used; `findings` names every tensor at fault."""
+
+    code = "CHECKPOINT-DAMAGED"
 
     def __init__(self, message: str, findings: list[dict[str, object]]) -> None:
         super().__init__(message)
@@ -79,21 +135,31 @@ class CheckpointDamagedError(ModelLoadError):
 class AdapterError(InvarlockError):
     """An adapter cannot do what it was asked."""
 
+    code = "ADAPTER"
+
 
 class EditError(InvarlockError):
     """An edit cannot be applied."""
+
+    code = "EDIT"
 
 
 class GuardError(InvarlockError):
     """A guard broke its contract or raised."""
 
+    code = "GUARD"
+
 
 class DataError(InvarlockError):
     """Evaluation text is missing, malformed or too little."""
 
+    code = "DATA"
+
 
 class TooLittleTextError(DataError):
     """There is text, but not enough for the windows asked for; `fits` are the (preview, final) counts that would do."""
+
+    code = "TOO-LITTLE-TEXT"
 
     def __init__(self, message: str, fits: tuple[int, int]) -> None:
         super().__init__(message)
@@ -101,16 +167,24 @@ class TooLittleTextError(DataError):
 
 
 class PairingError(InvarlockError):
-    """The two sides were not measured on the same windows."""
+    """The two sides were not measured on the same windows; `code` says how they differ."""
+
+    code = "PAIRING"
 
 
 class CertificateError(InvarlockError):
     """A certificate does not follow the schema, or cannot be made from what was given."""
 
+    code = "CERTIFICATE"
+
 
 class NetworkError(InvarlockError):
     """The network was needed and is not allowed."""
 
+    code = "NETWORK"
+
 
 class RunInterruptedError(InvarlockError):
     """The run was stopped before it ended."""
+
+    code = "INTERRUPTED"

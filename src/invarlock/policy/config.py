@@ -6,20 +6,22 @@ Only names and types are judged here; whether a model or a file exists is found 
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, create_model
 
 from invarlock.core import registry
 from invarlock.core.exceptions import ConfigError
-from invarlock.core.registry import nearest
+from invarlock.core.registry import Registry, nearest
 from invarlock.policy.resolve import merge, profile_values, resolve_policy
 from invarlock.policy.yaml_source import Document, KeyPath, read_yaml
 
 __all__ = [
+    "GATE_NAMES",
     "AutoSection",
     "ContextSection",
     "DatasetSection",
@@ -34,7 +36,6 @@ __all__ = [
     "load_edit_config",
 ]
 
-BUILTIN_GUARDS = ("invariants", "spectral", "rmt", "variance")
 #: keys that earlier configurations had; what to say instead of "unknown key"
 _REFUSED = {
     "assurance": "assurance levels do not exist: the tier and the profile alone decide; choose one with auto.tier",
@@ -49,7 +50,11 @@ _PROFILE_KEYS = {
     ("bootstrap", "replicates"): ("eval.bootstrap.replicates", "eval.metric.reps"),
     ("device",): ("model.device",),
 }
+#: what stands in place of pydantic's words, for a key or for a kind of finding
 _EXPECTED = {
+    "bool_type": "true or false",
+    "float_type": "a number",
+    "model_type": "a mapping",
     "dataset.provider": "a provider's name, or a mapping with `kind`",
     "eval.loss": "auto, causal, mlm or seq2seq, or a mapping with `type`",
 }
@@ -58,6 +63,12 @@ Count = Annotated[int, Field(ge=1)]
 Ratio = Annotated[float, Field(gt=0)]
 MetricKind = Literal["auto", "ppl_causal", "ppl_mlm", "ppl_seq2seq", "accuracy", "vqa_accuracy"]
 LossKind = Literal["auto", "causal", "mlm", "seq2seq"]
+GateName = Literal[
+    "primary_metric", "sample_size", "pairing", "preview_final_drift", "primary_metric_tail", "divergence_kl",
+    "token_flips", "invariants", "spectral", "rmt", "variance", "guard_overhead", "measurement_contracts",
+]  # fmt: skip
+#: every gate that is not a plugin guard's, in the order in which certificates list them
+GATE_NAMES: tuple[str, ...] = get_args(GateName)
 
 
 class _Section(BaseModel):
@@ -158,6 +169,7 @@ class EvalSection(_Section):
     metric: _Metric = Field(default_factory=_Metric)
     bootstrap: _Bootstrap = Field(default_factory=_Bootstrap)
     loss: LossKind | _Loss = Field("auto", description="Another way to say metric.kind: causal means ppl_causal.")
+    gates_off: list[GateName] = Field(default_factory=list, description="Gates that `run` does not hold the edit to.")
 
     @property
     def metric_kind(self) -> str:
@@ -214,7 +226,7 @@ class RunSettings(_Section):
 
     def policy_overrides(self) -> dict[str, Any]:
         """Return what the configuration asks of the policy, for `resolve_policy(overrides=...)`; {} when nothing."""
-        metric, bootstrap = self.eval.metric, self.eval.bootstrap
+        metric, bootstrap, policies = self.eval.metric, self.eval.bootstrap, _packaged("guards")
         replicates = bootstrap.replicates if bootstrap.replicates is not None else metric.reps
         wanted = {
             "metrics": merge(self.metrics, _given(pm_ratio=_given(ci_level=metric.ci_level))),
@@ -222,54 +234,62 @@ class RunSettings(_Section):
             "bootstrap": _given(replicates=replicates, seed=bootstrap.seed),
             "guards": {
                 **_given(order=self.guards.order),
-                **{name: policy for name, policy in self.guards.by_name.items() if name in BUILTIN_GUARDS and policy},
+                **{name: values for name, values in self.guards.by_name.items() if values and name in policies},
             },
         }
         return {section: values for section, values in wanted.items() if values}
 
     def plugin_arguments(self, name: str) -> dict[str, Any]:
         """Return the constructor arguments that the configuration gives a plugin guard; {} for a built-in one."""
-        return {} if name in BUILTIN_GUARDS else dict(self.guards.by_name.get(name, {}))
+        return {} if name in _packaged("guards") else dict(self.guards.by_name.get(name, {}))
 
 
-def _given(**values: Any) -> dict[str, Any]:
+def _packaged(section: str, tier: str = "balanced") -> dict[str, Any]:
+    """Return a section of the packaged policy: the limits of gates, or the policy of each built-in guard."""
+    values: dict[str, Any] = resolve_policy(tier, "ci", relaxed=False).values[section]
+    return {key: value for key, value in values.items() if key != "order"}
+
+
+def _given(**values: object) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None and value != {}}
 
 
 def load_config(
-    path: Path | str,
+    path: Path | str | None,
     *,
-    cli_overrides: Mapping[str, Any] | None = None,
+    cli_overrides: Mapping[str, object] | None = None,
     profile: str | None = None,
     require_model: bool = True,
+    refused: Mapping[str, str] | None = None,
 ) -> RunSettings:
-    """Read a configuration.
+    """Read a configuration; without a path the command line and the profile are all there is.
 
     `cli_overrides` maps dotted keys (`model.device`) to values; None means not given. `profile` is the one asked for, or
     None where the command fell back on its default, which then stands below the file. `require_model=False` is for
-    presets, which hold data and policy only. Raises ConfigError naming the key, its line, and the nearest valid key.
+    presets, which hold data and policy only; `refused` are keys that have no use there, and what to do instead. Raises
+    ConfigError naming the key, its line, and the nearest valid key.
     """
-    document = read_yaml(path)
+    document = Document(Path("command line"), {}) if path is None else read_yaml(path)
     data = dict(document.data)
     defaults = data.pop("defaults", None)
     if defaults is not None:
         if not isinstance(defaults, dict):
-            raise ConfigError(
-                f"{document.where(('defaults',))}: defaults is not a mapping; expected sections like those beside it"
-            )
+            raise document.error(("defaults",), "defaults is not a mapping; expected sections like those beside it")
         lines = {key[1:]: line for key, line in document.lines.items() if key[0] == "defaults" and len(key) > 1}
         document = Document(document.path, document.data, {**lines, **document.lines})
         data = merge(defaults, data)
+    for dotted, reason in {**_REFUSED, **(refused or {})}.items():
+        if _at(data, dotted.split(".")) not in (None, {}):
+            raise document.error(tuple(dotted.split(".")), f"{dotted} is refused: {reason}")
     data, notes = _lay_profile(data, profile)
-    for key, value in (cli_overrides or {}).items():
+    for dotted, value in (cli_overrides or {}).items():
         if value is not None:
-            parts = key.split(".")
-            data = merge(data, _nested(parts, value))
-            document.lines[tuple(parts)] = "command line"
-    resolved = _parse(RunSettings, data, document)
+            data = merge(data, _nested(dotted.split("."), value))
+            document.lines[tuple(dotted.split("."))] = "command line"
+    resolved = _settings(data, document)
     _check_names(resolved, document)
     if require_model and resolved.model.id is None:
-        raise ConfigError(f"{document.path.name}: model.id is missing; expected a folder or a hub id")
+        raise document.error((), "model.id is missing; expected a folder or a hub id")
     resolved._notes = tuple(notes)
     return resolved
 
@@ -278,17 +298,13 @@ def load_edit_config(path: Path | str) -> EditSection:
     """Read a file that holds an edit alone: `edit: {name, plan}`, or name and plan without the heading."""
     document = read_yaml(path, what="edit configuration")
     data = document.data if "edit" in document.data else {"edit": document.data}
-    extra = sorted(set(data) - {"edit"})
-    if extra:
-        raise ConfigError(
-            f"{document.where((extra[0],))}: {extra[0]!r} has no place in an edit configuration; expected `edit` alone"
-        )
-    edit = _parse(RunSettings, data, document).edit
+    for key in sorted(set(data) - {"edit"}):
+        raise document.error((key,), f"{key!r} has no place in an edit configuration; expected `edit` alone")
+    edit = _settings(data, document).edit
     if edit.name is None:
-        raise ConfigError(
-            f"{document.path.name}: edit.name is missing; expected one of: {', '.join(registry.edits.entries())}"
-        )
-    _look_up(document, ("edit", "name"), registry.edits.entry, edit.name)
+        known = ", ".join(registry.edits.entries())
+        raise document.error((), f"edit.name is missing; expected one of: {known}")
+    _registered(("edit", "name"), registry.edits, edit.name, document)
     return edit
 
 
@@ -309,14 +325,21 @@ def config_schema() -> dict[str, Any]:
     }
 
 
-def _nested(key: list[str], value: Any) -> dict[str, Any]:
-    for part in reversed(key):
-        value = {part: value}
-    nested: dict[str, Any] = value
+def _nested(key: Sequence[str], value: object) -> dict[str, Any]:
+    nested = {key[-1]: value}
+    for part in reversed(key[:-1]):
+        nested = {part: nested}
     return nested
 
 
-def _leaves(values: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _at(data: object, key: Sequence[str]) -> object:
+    """Return what stands in `data` at a key, or None."""
+    for part in key:
+        data = data.get(part) if isinstance(data, Mapping) else None
+    return data
+
+
+def _leaves(values: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, (*above, key))
@@ -329,7 +352,8 @@ def _lay_profile(data: dict[str, Any], profile: str | None) -> tuple[dict[str, A
     notes: list[str] = []
     for path, value in _leaves(profile_values(profile)) if profile else ():
         for key in _PROFILE_KEYS.get(path, (".".join(path),) if path[0] == "metrics" else ()):
-            data, old = _without(data, key.split("."))
+            old = _at(data, key.split("."))
+            data = _without(data, key.split("."))
             if old is not None and old != value:
                 notes.append(f"{key}: {old} of the configuration gives way to {value} of profile {profile}")
         if path == ("device",):
@@ -337,65 +361,61 @@ def _lay_profile(data: dict[str, Any], profile: str | None) -> tuple[dict[str, A
     return data, notes
 
 
-def _without(data: Mapping[str, Any], key: list[str]) -> tuple[dict[str, Any], Any]:
+def _without(data: Mapping[str, Any], key: Sequence[str]) -> dict[str, Any]:
+    """Return `data` without a key and without the sections that are empty then, as they are no wish any more."""
     out = dict(data)
-    if len(key) == 1:
-        return out, out.pop(key[0], None)
-    if not isinstance(out.get(key[0]), Mapping):
-        return out, None
-    rest, old = _without(out[key[0]], key[1:])
-    if rest or old is None:
+    rest = _without(out[key[0]], key[1:]) if len(key) > 1 and isinstance(out.get(key[0]), Mapping) else {}
+    if rest or (len(key) > 1 and _at(data, key) is None):
         out[key[0]] = rest
-    else:  # what is emptied is no wish any more
-        del out[key[0]]
-    return out, old
+    else:
+        out.pop(key[0], None)
+    return out
 
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-def _parse(model: type[_Model], data: dict[str, Any], document: Document) -> _Model:
-    for dotted, reason in _REFUSED.items():
-        path = tuple(dotted.split("."))
-        if _holds(data, path):
-            raise ConfigError(f"{document.where(path)}: {dotted} is refused: {reason}")
+def _settings(data: Mapping[str, Any], document: Document) -> RunSettings:
     for section, name, alias in (("model", "dtype", "torch_dtype"), ("edit", "plan", "parameters")):
-        if _holds(data, (section, name)) and _holds(data, (section, alias)):
-            raise ConfigError(
-                f"{document.where((section, alias))}: {section}.{name} and {section}.{alias} are one key; keep one of them"
-            )
+        if None not in (_at(data, (section, name)), _at(data, (section, alias))):
+            both = f"{section}.{name} and {section}.{alias}"
+            raise document.error((section, alias), f"{both} are one key; keep one of them")
     # an empty section (`guards:` with nothing below) means no wishes
-    data = {key: {} if value is None and key in model.model_fields else value for key, value in data.items()}
+    sections = RunSettings.model_fields
+    given = {key: {} if value is None and key in sections else value for key, value in data.items()}
+    return _parse(RunSettings, given, document)
+
+
+def _parse(model: type[_Model], data: object, document: Document, above: KeyPath = ()) -> _Model:
+    """Validate what stands at the key `above`; one line about the first finding, unknown keys before wrong values."""
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise _explained(error, data, model, document) from None
-
-
-def _holds(data: Any, path: tuple[str, ...]) -> bool:
-    for part in path:
-        if not isinstance(data, Mapping) or part not in data:
-            return False
-        data = data[part]
-    return True
-
-
-def _explained(error: ValidationError, data: Any, model: type[BaseModel], document: Document) -> ConfigError:
-    """Turn pydantic's findings into one line about the first; unknown keys before wrong values, as they explain more."""
-    findings = sorted(error.errors(), key=lambda finding: finding["type"] != "extra_forbidden")
+        findings = sorted(error.errors(), key=lambda finding: finding["type"] != "extra_forbidden")
     first = findings[0]
-    path, value = _real_path(first["loc"], data)
+    inner, value = _real_path(first["loc"], data)
+    path = (*above, *inner)
     dotted = ".".join(map(str, path))
-    if first["type"] == "extra_forbidden" and len(path) == len(first["loc"]):
-        message = _unknown(path, model)
+    if first["type"] == "extra_forbidden" and len(inner) == len(first["loc"]):
+        sections, name = _sections(model, above), str(path[-1])
+        known = list(sections[path[:-1]].model_fields) if path[:-1] in sections else []
+        homes = [
+            ".".join(map(str, (*place, name))) for place, section in sections.items() if name in section.model_fields
+        ]
+        message = f"unknown key {dotted!r}{nearest(homes[0] if homes else name, homes or known)}; {_one_of(known)}"
     else:
-        expected = _EXPECTED.get(dotted) or first["msg"].removeprefix("Input should be ")
-        message = f"{dotted} is {value!r}; expected {expected}"
-    others = len({_real_path(finding["loc"], data)[0] for finding in findings} - {path})
-    return ConfigError(f"{document.where(path)}: {message}" + (f" (and {others} more)" if others else ""))
+        choices = re.findall(r"'(.*?)'", first["msg"]) if first["type"] == "literal_error" else []
+        words = _EXPECTED.get(dotted) or _EXPECTED.get(first["type"]) or first["msg"].removeprefix("Input should be ")
+        message = f"{dotted} is {value!r}{nearest(str(value), choices)}; expected {words}"
+    others = len({_real_path(finding["loc"], data)[0] for finding in findings} - {inner})
+    raise document.error(path, message + (f" (and {others} more)" if others else ""))
 
 
-def _real_path(location: tuple[str | int, ...], data: Any) -> tuple[KeyPath, Any]:
+def _one_of(known: Sequence[str]) -> str:
+    return f"expected one of: {', '.join(known)}"
+
+
+def _real_path(location: tuple[str | int, ...], data: object) -> tuple[KeyPath, object]:
     """Drop from pydantic's location the names of union members, which are no keys of the file."""
     path: list[str | int] = []
     for part in location:
@@ -405,103 +425,66 @@ def _real_path(location: tuple[str | int, ...], data: Any) -> tuple[KeyPath, Any
     return tuple(path), data
 
 
-def _fields(model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel] | None]]:
+def _sections(model: type[BaseModel], above: KeyPath) -> dict[KeyPath, type[BaseModel]]:
+    """Return `model`, which stands at the key `above`, and the sections within it, by their keys."""
+    found = {above: model}
     for name, info in model.model_fields.items():
-        kind = info.annotation
-        yield name, kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            found |= _sections(info.annotation, (*above, name))
+    return found
 
 
-def _dotted_keys(model: type[BaseModel], above: str = "") -> Iterator[str]:
-    for name, section in _fields(model):
-        yield above + name
-        if section is not None:
-            yield from _dotted_keys(section, f"{above}{name}.")
+def _shape(values: Mapping[str, Any]) -> type[BaseModel]:
+    """Return the section that takes the keys and types of packaged values; what is None there may be anything."""
+    kinds: dict[type, Any] = {bool: bool, int: float, float: float, str: str, list: list[Any], NoneType: Any}
+    fields: dict[str, Any] = {
+        key: (_shape(value) if isinstance(value, Mapping) else kinds[type(value)], None)
+        for key, value in values.items()
+    }
+    made: type[BaseModel] = create_model("Packaged", __base__=_Section, **fields)
+    return made
 
 
-def _unknown(path: KeyPath, model: type[BaseModel]) -> str:
-    section: type[BaseModel] | None = model
-    for part in path[:-1]:
-        section = dict(_fields(section)).get(str(part)) if section else None
-    known = list(section.model_fields) if section else []
-    name, dotted = str(path[-1]), ".".join(map(str, path))
-    elsewhere = [key for key in _dotted_keys(model) if key.rpartition(".")[2] == name]
-    hint = f" (did you mean {elsewhere[0]!r}?)" if elsewhere else nearest(name, known)
-    return f"unknown key {dotted!r}{hint}; expected one of: {', '.join(known)}"
-
-
-def _look_up(document: Document, path: KeyPath, find: Any, *arguments: Any) -> Any:
-    """Call `find` and put the place and the key before the message of its ConfigError."""
+def _registered(path: KeyPath, names: Registry[Any], name: str, document: Document) -> None:
     try:
-        return find(*arguments)
+        names.entry(name)
     except ConfigError as error:
-        raise ConfigError(f"{document.where(path)}: {'.'.join(map(str, path))}: {error}") from None
+        raise document.error(path, f"{'.'.join(map(str, path))}: {error}") from None
 
 
 def _check_names(resolved: RunSettings, document: Document) -> None:
     """Check names that only the registry knows, and the keys below `guards`, `metrics` and `dataset`."""
-    _look_up(document, ("model", "adapter"), registry.adapters.entry, resolved.model.adapter)
+    guards = resolved.guards
+    _registered(("model", "adapter"), registry.adapters, resolved.model.adapter, document)
     if resolved.edit.name is not None:
-        _look_up(document, ("edit", "name"), registry.edits.entry, resolved.edit.name)
-    for index, name in enumerate(resolved.guards.order or ()):
-        _look_up(document, ("guards", "order", index), registry.guards.entry, name)
-    packaged = resolve_policy(resolved.auto.tier, "ci", relaxed=False).values
-    _check_like(("metrics",), resolved.metrics, packaged["metrics"], document)
-    for name, values in resolved.guards.by_name.items():
-        entry = _look_up(document, ("guards", name), registry.guards.entry, name)
-        if name in BUILTIN_GUARDS:
-            known = merge(_guard_defaults(entry.target), packaged["guards"].get(name, {}))
-            _check_like(("guards", name), values, known, document)
+        _registered(("edit", "name"), registry.edits, resolved.edit.name, document)
+    for index, name in enumerate(guards.order or ()):
+        _registered(("guards", "order", index), registry.guards, name, document)
+    _parse(_shape(_packaged("metrics", resolved.auto.tier)), resolved.metrics, document, ("metrics",))
+    policies = _packaged("guards", resolved.auto.tier)
+    for name, values in guards.by_name.items():
+        _registered(("guards", name), registry.guards, name, document)
+        if name in policies:
+            _parse(_shape(policies[name]), values, document, ("guards", name))
     _check_provider(resolved.dataset, document)
 
 
-def _guard_defaults(target: str) -> dict[str, Any]:
-    module, _, name = target.partition(":")
-    return dict(getattr(importlib.import_module(module), name).defaults)
-
-
 def _check_provider(dataset: DatasetSection, document: Document) -> None:
-    name, path = dataset.provider_name, ("dataset", "provider")
-    own = list(DatasetSection.model_fields)
-    if name is None and (isinstance(dataset.provider, dict) or dataset.provider_options):
-        extra = next(iter(dataset.provider_options), None)
-        if extra is None or isinstance(dataset.provider, dict):
-            raise ConfigError(f"{document.where(path)}: dataset.provider has no `kind`; expected {{kind: name, ...}}")
-        raise ConfigError(
-            f"{document.where(('dataset', extra))}: unknown key 'dataset.{extra}'{nearest(extra, own)}; expected one of: "
-            f"{', '.join(own)}, or an option of the provider that dataset.provider names"
-        )
+    name, place = dataset.provider_name, ("dataset", "provider")
+    own, given = list(DatasetSection.model_fields), dataset.provider_options
+    inside = dataset.provider if isinstance(dataset.provider, dict) else {}
+    if name is None and inside:
+        raise document.error(place, "dataset.provider has no `kind`; expected {kind: name, ...}")
+    if name is not None and not isinstance(name, str):
+        raise document.error(place, f"dataset.provider.kind is {name!r}; expected a provider's name")
+    options: list[str] = []
+    if name is not None:
+        _registered(place, registry.providers, name, document)
+        options = list(registry.providers.resolve(name).options())
+    takes = f"{name!r} takes: {', '.join(options) or 'no options'}"
     if name is None:
-        return
-    if not isinstance(name, str):
-        raise ConfigError(f"{document.where(path)}: dataset.provider.kind is {name!r}; expected a provider's name")
-    _look_up(document, path, registry.providers.entry, name)
-    options = registry.providers.resolve(name).options()
-    for option in dataset.provider_options:
+        takes = f"{_one_of(own)}, or an option of the provider that dataset.provider names"
+    for option in given:
         if option not in options:
-            inside = isinstance(dataset.provider, dict) and option in dataset.provider
-            known = options if inside else [*own, *options]
-            key = (*path, option) if inside else ("dataset", option)
-            raise ConfigError(
-                f"{document.where(key)}: unknown key {'.'.join(key)!r}{nearest(option, known)}; {name!r} takes: "
-                f"{', '.join(options) or 'no options'}"
-            )
-
-
-def _check_like(path: tuple[str, ...], value: Any, known: Any, document: Document) -> None:
-    """Require that `value` has the keys and the types of `known`, the packaged value; None there allows anything."""
-    dotted, where = ".".join(path), document.where(path)
-    if isinstance(known, Mapping):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: {dotted} is {value!r}; expected a mapping with {', '.join(known)}")
-        for key, inner in value.items():
-            if key not in known:
-                raise ConfigError(
-                    f"{document.where((*path, key))}: unknown key '{dotted}.{key}'{nearest(key, known)}; expected one of: "
-                    f"{', '.join(known)}"
-                )
-            _check_like((*path, key), inner, known[key], document)
-        return
-    kinds = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
-    expected = kinds.get(type(known))
-    if expected is not None and kinds.get(type(value)) != expected:
-        raise ConfigError(f"{where}: {dotted} is {value!r}; expected {expected}, such as {known!r}")
+            path, known = ((*place, option), options) if option in inside else (("dataset", option), [*own, *options])
+            raise document.error(path, f"unknown key {'.'.join(path)!r}{nearest(option, known)}; {takes}")

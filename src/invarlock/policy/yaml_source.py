@@ -54,6 +54,10 @@ class Document:
                 return self.lines[key[:end]]
         return self.path.name
 
+    def error(self, key: KeyPath, message: str) -> ConfigError:
+        """Return the error about a key: where it stands, and what is wrong."""
+        return ConfigError(f"{self.where(key)}: {message}")
+
 
 def read_yaml(path: Path | str, *, what: str = "configuration") -> Document:
     """Read one file, its includes resolved. Raises ConfigError: missing, empty, malformed, or not a mapping."""
