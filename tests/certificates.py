@@ -1,6 +1,6 @@
-"""Certificates for tests: made by the real `record` and `derive` from small, seeded measurements.
+"""Certificates for tests: made by the real `make_certificate` from reports of small, seeded measurements.
 
-`make_cert(kind)` gives the JSON form of one of KINDS; `make_evidence` and `certify` are its parts.
+`make_cert(kind)` gives the JSON form of one of KINDS; `make_evidence`, `make_report` and `certify` are its parts.
 """
 
 from __future__ import annotations
@@ -12,24 +12,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from invarlock.certificate.make import RunFacts, record, refuse
-from invarlock.certificate.reports import certificate_json
-from invarlock.certificate.schema import Meta, Overhead, PluginGuardSection, StructureSection
-from invarlock.eval.divergence import histogram
-from invarlock.evidence.model import (
-    DataFacts,
-    Evidence,
-    ModelFacts,
-    Runtime,
-    Structure,
-    TensorFacts,
-    WindowRows,
-    canonical_digest,
-)
-from invarlock.policy.resolve import ResolvedPolicy, resolve_policy
+from invarlock.assurance import make_certificate
+from invarlock.core.api import RunReport
+from invarlock.evidence.histogram import histogram
+from invarlock.evidence.model import DataFacts, Evidence, ModelFacts, Runtime, Structure, TensorFacts
+from invarlock.evidence.plain import canonical_digest
+from invarlock.evidence.rows import WindowRows
+from invarlock.policy.resolve import Policy, resolve_policy
 from invarlock.stats.linalg import pack, sign_vectors
 
-__all__ = ["HOSTILE", "KINDS", "certify", "make_cert", "make_evidence", "make_weights"]
+__all__ = ["HOSTILE", "KINDS", "certify", "make_cert", "make_evidence", "make_report", "make_weights"]
 
 KINDS = ("pass", "fail", "inconclusive", "refused", "hostile", "accuracy", "non_finite", "self")
 HOSTILE = "<script>alert('x')</script> | **b** `c` [l](javascript:0) ]]> \x00\u202e\n# $\\frac{1}$ {{ 7*7 }}"
@@ -115,7 +107,10 @@ def make_evidence(
     for start in (0, windows):
         loss = base.normal(3.2, 0.4, windows) + shift + spread * own.standard_t(4, windows)
         values: list[float | None] = loss.tolist()
-        rows: dict[str, Any] = {"loss": [None] * lost + values[lost:] if start == 0 else values}
+        rows: dict[str, Any] = {
+            "tokens": [tokens] * windows,
+            "loss": [None] * lost + values[lost:] if start == 0 else values,
+        }
         if kl is not None:
             per_token = own.lognormal(np.log(kl) - 0.9, 1.34, (windows, tokens)) if kl else np.zeros((windows, tokens))
             rows["kl_sum"], rows["kl_max"] = per_token.sum(1).tolist(), per_token.max(1).tolist()
@@ -126,11 +121,10 @@ def make_evidence(
             rows["correct"] = (hard + own.normal(0, 0.02, windows) < correct).astype(float).tolist()
         numbers = range(start, start + windows)
         parts.append(
-            WindowRows(
-                window_ids=[hashlib.sha256(f"w{i}".encode()).hexdigest()[:16] for i in numbers],
-                document_ids=[f"doc-{i // 4}" for i in numbers],
-                tokens=[tokens] * windows,
-                **rows,
+            WindowRows.of(
+                [hashlib.sha256(f"w{i}".encode()).hexdigest()[:16] for i in numbers],
+                [f"doc-{i // 4}" for i in numbers],
+                rows,
             )
         )
     return Evidence(
@@ -164,36 +158,31 @@ def _sketch(weight: NDArray[np.float32]) -> str:
     return pack(signs[: weight.shape[0]].T @ weight @ signs[: weight.shape[1]])
 
 
-def _facts(baseline: ModelFacts, subject: ModelFacts, **others: Any) -> RunFacts:
-    meta = Meta(
-        created="2025-06-01T12:00:00+00:00", tool="invarlock", tool_version="1.0.0", profile="ci", tier="balanced",
-        intent=others.pop("intent", "preserve"), device="cpu", adapter="hf_causal", baseline_model=baseline,
-        subject_model=subject,
-    )  # fmt: skip
-    chosen: dict[str, Any] = {
-        "edit": {"name": "checkpoint"},
-        "auto": {},
-        "baseline_run_id": "base-run",
-        "baseline_reused": False,
-        "env_flags": {},
-        "overhead": Overhead(evaluated=True, ratio=1.0, windows=32),
-        "plugins": {"adapter": "hf_causal"},
-    }
-    return RunFacts(meta=meta, **{**chosen, **others})
-
-
-def _policy(overrides: Mapping[str, Any] | None = None) -> ResolvedPolicy:
+def _policy(overrides: Mapping[str, Any] | None = None) -> Policy:
     chosen = {"guards": {"order": ["invariants", "spectral", "rmt"]}, **(overrides or {})}
     return resolve_policy("balanced", "ci", overrides=chosen, relaxed=False)
 
 
+def make_report(evidence: Evidence, policy: Policy | None = None, **others: Any) -> RunReport:
+    """Return the report of a run that showed this. `others`: `edit`, `guards` and entries of `meta`."""
+    policy = policy or _policy()
+    meta: dict[str, Any] = {
+        "run_id": "base-run",
+        "created": "2025-06-01T12:00:00+00:00",
+        "policy": {**policy.provenance(), "values": policy.values},
+        "plugins": {"adapter": "hf_causal"},
+        "guard_overhead": {"evaluated": True, "ratio": 1.0, "windows": 32, "skipped": None},
+    }
+    edit, guards = others.pop("edit", {"name": "checkpoint"}), others.pop("guards", {})
+    made = evidence.model_dump(mode="json")
+    return RunReport(meta={**meta, **others}, edit=edit, guards=guards, status="success", evidence=made)
+
+
 def certify(
-    baseline: Evidence, subject: Evidence, *, overrides: Mapping[str, Any] | None = None, **facts: Any
+    baseline: Evidence, subject: Evidence, *, overrides: Mapping[str, Any] | None = None, **others: Any
 ) -> dict[str, Any]:
-    """Return the certificate of two pieces of evidence under tier balanced, profile ci. `facts` go to RunFacts."""
-    return certificate_json(
-        record(baseline, subject, _policy(overrides), _facts(baseline.model, subject.model, **facts))
-    )
+    """Return the certificate of two pieces of evidence under tier balanced, profile ci. `others` go to `make_report`."""
+    return make_certificate(make_report(subject, _policy(overrides), **others), make_report(baseline))
 
 
 def _rounded(weights: Weights, step: float = 1 / 127) -> Weights:
@@ -211,15 +200,13 @@ def _broken(weights: Weights) -> Weights:
 
 
 def _refused(baseline: Evidence, damaged: Mapping[str, int]) -> dict[str, Any]:
-    broken = _structure(make_weights(), damaged)
-    structure = StructureSection(
-        baseline=baseline.structure, subject=broken, baseline_behaviour=baseline.model.behaviour,
-        subject_behaviour=baseline.model.behaviour,
-        baseline_tokenizer=("ab" * 32, 128), subject_tokenizer=("ab" * 32, 128),
-    )  # fmt: skip
-    facts = _facts(baseline.model, baseline.model.model_copy(update={"id": "acme/tiny-broken"}))
-    facts = RunFacts(**{**vars(facts), "overhead": Overhead(evaluated=False, ratio=None, windows=0)})
-    return certificate_json(refuse(structure, baseline.data, "ppl_causal", _policy(), facts, {"torch": "2.13.0"}))
+    nothing = WindowRows.of([], [], {"tokens": [], "loss": []})
+    found = {"preview": nothing, "final": nothing, "guards": {}, "sketches": {}, "contracts": {}}
+    model = baseline.model.model_copy(update={"id": "acme/tiny-broken"})
+    subject = baseline.model_copy(update={**found, "model": model, "structure": _structure(make_weights(), damaged)})
+    overhead = {"evaluated": False, "ratio": None, "windows": 0, "skipped": "nothing was evaluated"}
+    why = "the subject was refused before evaluation because of what its files hold"
+    return certify(baseline.model_copy(update=found), subject, refused=why, guard_overhead=overhead)
 
 
 def _hostile(baseline: Evidence) -> dict[str, Any]:
@@ -227,14 +214,14 @@ def _hostile(baseline: Evidence) -> dict[str, Any]:
     edited = {**_rounded(make_weights())}
     subject = make_evidence(weights=edited, model_id=HOSTILE, kl=0.003, flips=0.02, shift=0.002, spread=0.01)
     bad = {"code": HOSTILE, "module": HOSTILE, "message": HOSTILE}
-    plugin = PluginGuardSection(
-        passed=False, evaluated=True, action=HOSTILE, message=HOSTILE, metrics={HOSTILE: HOSTILE, "n": float("nan")},
-        warnings=[HOSTILE, {"x": [HOSTILE]}], errors=[bad],
-    )  # fmt: skip
+    plugin = {
+        "passed": False, "evaluated": True, "action": HOSTILE, "message": HOSTILE,
+        "metrics": {HOSTILE: HOSTILE, "n": float("nan")}, "warnings": [HOSTILE, {"x": [HOSTILE]}], "errors": [bad],
+    }  # fmt: skip
     certificate = certify(
         baseline.model_copy(update={"model": baseline.model.model_copy(update={"id": HOSTILE})}),
         subject,
-        plugin_guards={HOSTILE: plugin},
+        guards={HOSTILE: plugin},
         edit={"name": HOSTILE},
         env_flags={HOSTILE: HOSTILE},
     )

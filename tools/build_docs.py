@@ -268,7 +268,7 @@ def _signature_only() -> str:
 def _steps() -> str:
     from invarlock.certificate.verify import STEPS
 
-    names = ["schema", *(name for name, _ in STEPS)]
+    names = ["schema", *(step.name for step in STEPS)]
     return "\n".join(f"{number}. {name}" for number, name in enumerate(names, 1))
 
 

@@ -15,7 +15,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,10 +24,10 @@ from benchmarks.faults.edits import EDITS, UNIFORM, Case, cases
 from benchmarks.faults.oracle import Oracle, limits_of, load_model, other_windows, write_code
 
 from invarlock.adapters import HF_Auto_Adapter
-from invarlock.certificate.make import derive, recall
-from invarlock.certificate.schema import Certificate
+from invarlock.certificate.derive import derive
+from invarlock.certificate.schema import Recorded
 from invarlock.core.exceptions import InvarlockError
-from invarlock.evidence.windows import WindowSet
+from invarlock.evidence.windows import Windows
 from invarlock.flow.certify import CertifyOutcome, CertifyRequest, certify
 from invarlock.policy.resolve import resolve_policy
 
@@ -182,8 +181,8 @@ class Bench:
         return answer
 
 
-def _windows_of(report: Path) -> WindowSet:
-    return WindowSet.from_dict(json.loads(report.read_text(encoding="utf-8"))["evaluation_windows"])
+def _windows_of(report: Path) -> Windows:
+    return Windows.from_dict(json.loads(report.read_text(encoding="utf-8"))["evaluation_windows"])
 
 
 def _status(certificate: Mapping[str, Any]) -> str:
@@ -230,9 +229,9 @@ def stored(name: str, folder: Path, work: Path, *, rejudge: bool) -> Iterator[di
 
 def judged_again(certificate: dict[str, Any]) -> dict[str, Any]:
     """Derive a certificate again from what it recorded, under today's tiers: no model is measured."""
-    recorded = recall(Certificate.model_validate(certificate))
     values = resolve_policy(TIER, PROFILE, overrides=OVERRIDES).values
-    return derive(replace(recorded, policy=values)).model_dump(mode="json")
+    recorded = Recorded.model_validate({**certificate, "resolved_policy": values})
+    return derive(recorded).model_dump(mode="json")
 
 
 _WORST = ("FAIL", "INCONCLUSIVE", "PASS")

@@ -9,7 +9,7 @@ import pytest
 from certificates import certify, make_evidence, make_weights
 from certification import gates, reasons, reread
 from invarlock.certificate.gates import verdict_of
-from invarlock.certificate.schema import Certificate, Overhead, PluginGuardSection
+from invarlock.certificate.schema import Certificate
 from invarlock.certificate.verify import verify_certificate
 
 Document = dict[str, Any]
@@ -115,9 +115,9 @@ def test_too_small_a_sample_never_passes_outside_dev(shortfall: str, status: str
 )
 def test_guard_overhead(ratio: Any, required: bool, decision: str, status: str) -> None:
     skipped = ratio == "skipped"
-    overhead = Overhead(evaluated=not skipped, ratio=None if skipped else ratio, windows=0 if skipped else 8)
+    overhead = {"evaluated": not skipped, "ratio": None if skipped else ratio, "windows": 0 if skipped else 8}
     wanted = {"metrics": {"guard_overhead": {"required": required}}}
-    certificate = _certificate(wanted, facts={"overhead": overhead})
+    certificate = _certificate(wanted, facts={"guard_overhead": overhead})
     assert (gates(certificate)["guard_overhead"], certificate["verdict"]["status"]) == (decision, status)
 
 
@@ -134,10 +134,8 @@ def test_guard_overhead(ratio: Any, required: bool, decision: str, status: str) 
 def test_a_plugin_guard_is_a_gate(
     passed: bool, evaluated: bool, warnings: list[str], decision: str, status: str
 ) -> None:
-    section = PluginGuardSection(
-        passed=passed, evaluated=evaluated, action="warn", message="said so", metrics={}, warnings=warnings, errors=[]
-    )
-    certificate = _certificate(facts={"plugin_guards": {"mine": section}})
+    found = {"passed": passed, "evaluated": evaluated, "action": "warn", "message": "said so", "warnings": warnings}
+    certificate = _certificate(facts={"guards": {"mine": found}})
     assert (gates(certificate)["plugin:mine"], certificate["verdict"]["status"]) == (decision, status)
     assert certificate["plugin_guards"]["mine"]["message"] == "said so"
     assert verify_certificate(certificate).intact

@@ -10,9 +10,8 @@ import pytest
 
 from certificates import make_cert
 from certification import reread
-from invarlock.certificate.make import recall
 from invarlock.certificate.reports import certificate_json
-from invarlock.certificate.schema import Certificate
+from invarlock.certificate.schema import Recorded
 from invarlock.certificate.verify import (
     SIGNATURE_ONLY,
     STEPS,
@@ -60,7 +59,7 @@ def test_an_authentic_certificate_is_intact_whatever_its_verdict(
     verdict = verdict or authentic[kind]["verdict"]["status"]
     assert (outcome.intact, outcome.verdict, outcome.problems) == (True, verdict, [])
     assert outcome.passed is (verdict == "PASS")
-    assert outcome.steps == ["schema", *(name for name, _ in STEPS)]
+    assert outcome.steps == ["schema", *(step.name for step in STEPS)]
 
 
 def _holds(document: Document) -> bool:
@@ -91,7 +90,7 @@ def _forge(document: Document, change: Callable[[Document], None]) -> Verificati
     """Change what was recorded and derive all that follows from it again, run id included, as a forger would."""
     forged = copy.deepcopy(document)
     change(forged)
-    return verify_certificate(reread(certificate_json(recall(Certificate.model_validate(forged)))))
+    return verify_certificate(reread(certificate_json(Recorded.model_validate(forged))))
 
 
 def _set(*path: str | int, to: Any) -> Callable[[Document], None]:
@@ -246,7 +245,7 @@ def test_the_baselines_report_shows_what_was_made_of_its_rows(
         rows = document["evaluation_windows"]["final"]
         rows["baseline_loss"] = list(rows["subject_loss"])
 
-    forged = reread(certificate_json(recall(Certificate.model_validate(_changed(authentic["failed"], flatter)))))
+    forged = reread(certificate_json(Recorded.model_validate(_changed(authentic["failed"], flatter))))
     assert verify_certificate(forged).intact
     outcome = verify_certificate(forged, baseline=report)
     assert outcome.failed_step == "pairing and counts"

@@ -1,329 +1,223 @@
-"""The statistics of a pair, from its recorded rows: primary metric, tail, drift, divergence. Pure; verify runs it again."""
+"""From what was recorded to the certificate that follows from it, by the rules of its derivation. Pure: no files, no clock.
+
+    reports ──record──▶ Recorded ──derive──▶ Certificate ⊃ Recorded
+
+`verify` reads the recorded part back out of a certificate, derives again and compares.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from invarlock.certificate.schema import Divergence, PairedRows, PrimaryMetric, Tail
-from invarlock.eval import divergence as kl
-from invarlock.evidence.model import finite_or_none
-from invarlock.stats.intervals import Interval, weighted_mean_interval
-from invarlock.stats.paired import (
-    accuracy_paired,
-    decide_lower_pp,
-    decide_upper,
-    drift,
-    flip_rate_interval,
-    is_accuracy,
-    paired_log_ratio,
-    perplexity,
-    safe_exp,
+from invarlock.certificate.figures import FIRST_ESTIMATORS, Comparison, Estimators, Figures, figures, not_evaluated
+from invarlock.certificate.gates import GATES, GateKind, Measured, all_gates, validation_of, verdict_of
+from invarlock.certificate.guards import GUARDS, judge_guards, not_measured
+from invarlock.certificate.schema import (
+    BaselineRef,
+    Certificate,
+    Confidence,
+    Dataset,
+    Recorded,
+    Weights,
+    Windows,
 )
-from invarlock.stats.tail import tail_gate, tail_statistics
+from invarlock.core.exceptions import CertificateError
+from invarlock.eval.metrics import metric_of
+from invarlock.evidence.plain import canonical_digest
+from invarlock.evidence.rows import Rows
+from invarlock.guards.base import StatsGuard
+from invarlock.guards.sketch import Culprits, culprits
+from invarlock.policy.limits import Limits
+from invarlock.policy.resolve import Policy
+from invarlock.stats.intervals import Interval
+from invarlock.stats.paired import confidence_label
 
-__all__ = [
-    "Rows",
-    "divergence_section",
-    "drift_interval",
-    "not_evaluated_metric",
-    "primary_metric",
-    "tail_section",
-]
+__all__ = ["CURRENT", "DERIVATIONS", "Rules", "derive", "rules_of"]
 
-Policy = Mapping[str, Any]
-Array = NDArray[np.float64]
-_EDGES = "0, then 20 bins a decade from 1e-7 to 1e2 nats"
-
-
-def _floats(values: list[float | None] | list[int] | list[float]) -> Array:
-    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+_NAN = float("nan")
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The recorded rows of both splits as arrays, preview first."""
+class Rules:
+    """What the certificates of one derivation follow by. Whoever changes what follows adds a derivation: those issued
+    keep theirs. `tiers_digest`: what the provenance says of the tiers. `one_spelling`: numbers have one spelling."""
 
-    tokens: Array
-    documents: list[str]
-    baseline: Array
-    subject: Array
-    is_final: NDArray[np.bool_]
-    kl_sum: Array | None
-    kl_max: Array | None
-    kl_exact: Array | None
-    flips: Array | None
-    baseline_correct: Array | None
-    subject_correct: Array | None
-
-    @classmethod
-    def of(cls, preview: PairedRows, final: PairedRows) -> Rows:
-        def column(name: str) -> Array | None:
-            parts = [getattr(preview, name), getattr(final, name)]
-            return None if any(p is None for p in parts) else np.concatenate([_floats(p) for p in parts])
-
-        return cls(
-            tokens=cast(Array, column("tokens")),
-            documents=preview.document_ids + final.document_ids,
-            baseline=cast(Array, column("baseline_loss")),
-            subject=cast(Array, column("subject_loss")),
-            is_final=np.array([False] * len(preview.tokens) + [True] * len(final.tokens)),
-            kl_sum=column("kl_sum"),
-            kl_max=column("kl_max"),
-            kl_exact=column("kl_exact_sum"),
-            flips=column("flips"),
-            baseline_correct=column("baseline_correct"),
-            subject_correct=column("subject_correct"),
-        )
+    estimators: Estimators
+    gates: tuple[GateKind, ...]
+    judges: Mapping[str, StatsGuard]
+    run_id: Callable[[Recorded], str]
+    tiers_digest: Callable[[Policy], str | None]
+    one_spelling: bool
 
 
-def _settings(policy: Policy) -> dict[str, Any]:
-    bootstrap = policy["bootstrap"]
+def _first_run_id(r: Recorded) -> str:
+    """An id that follows from everything recorded, in the order of the first release."""
+    parts: list[Any] = [r.meta, r.guard_overhead, r.data, r.structure, r.provenance]
+    parts += [*r.evaluation_windows.values(), *r.plugin_guards.values()]
+    parts = [part.model_dump(mode="json") for part in parts]
+    parts += [r.edit, r.auto, r.baseline_ref.run_id, r.baseline_ref.reused, r.plugins, r.system_overhead, r.telemetry]
+    d = r.divergence
+    parts += [r.primary_metric.kind, r.guard_facts, d and d.histogram, bool(d and d.reference_matches)]
+    parts += [r.weights.changes, r.resolved_policy, r.policy_provenance, r.refused]
+    return canonical_digest(parts)[:16]
+
+
+def _run_id(r: Recorded) -> str:
+    """An id that follows from everything recorded, times included: no two runs share one."""
+    data = r.model_dump(mode="json", exclude={"primary_metric": {"reason"}})
+    return canonical_digest([data, r.refused])[:16]
+
+
+#: version of the tiers -> the first 16 hex digits of SHA-256 over the text of its file, as the first release issued it
+_TIERS_TEXT = {3: "6e383ec49b026dc1"}
+
+DERIVATIONS: Mapping[int, Rules] = {
+    1: Rules(
+        FIRST_ESTIMATORS,
+        GATES,
+        GUARDS,
+        run_id=_first_run_id,
+        tiers_digest=lambda policy: _TIERS_TEXT.get(policy.tiers_version),
+        one_spelling=False,
+    ),
+    2: Rules(
+        FIRST_ESTIMATORS,
+        GATES,
+        GUARDS,
+        run_id=_run_id,
+        tiers_digest=lambda policy: policy.tiers_digest,
+        one_spelling=True,
+    ),
+}
+#: the derivation of new certificates
+CURRENT = max(DERIVATIONS)
+
+
+def rules_of(derivation: int | None) -> Rules:
+    """Return the rules of a derivation (None: the first). Raises CertificateError for one of a later release."""
+    number = 1 if derivation is None else derivation
+    if number not in DERIVATIONS:
+        known = ", ".join(map(str, DERIVATIONS))
+        raise CertificateError(f"the certificate has derivation {number}; this release knows {known}: use a newer one")
+    return DERIVATIONS[number]
+
+
+def derive(r: Recorded) -> Certificate:
+    """Compute the certificate that follows from what was recorded."""
+    rules, limits = rules_of(r.derivation), Limits.model_validate(r.resolved_policy)
+    metric = metric_of(r.primary_metric.kind)
+    preview, final = (r.evaluation_windows[split] for split in ("preview", "final"))
+    rows = Rows.of(preview, final) if r.refused is None else None
+    found = (
+        figures(Comparison(metric, rows, limits, rules.estimators, _same_weights(r)), r.divergence)
+        if rows is not None
+        else Figures(not_evaluated(metric, limits, r.primary_metric.reason))
+    )
+    sections = judge_guards(r, rules.judges)
+    changed = culprits(r.weights.changes) if r.weights.changes else None
+    counts = window_counts(r)
+    measured = Measured(
+        limits=limits,
+        intent=r.meta.intent,
+        figures=found,
+        rows=rows,
+        guards=sections,
+        plugin_guards=r.plugin_guards,
+        overhead=r.guard_overhead,
+        counts=counts,
+        contracts=r.provenance.contracts,
+        culprits=changed,
+    )
+    gates = all_gates(measured, rules.gates)
+    provenance = r.policy_provenance
+    kept = {name: getattr(r, name) for name in Recorded.model_fields if name not in _DERIVED}
+    return Certificate(
+        **kept,
+        **{name: sections.get(name) for name in ("spectral", "rmt", "variance")},
+        invariants=sections.get("invariants", not_measured("invariants", {})),
+        run_id=rules.run_id(r),
+        dataset=_dataset(r, counts),
+        primary_metric=found.metric,
+        artifacts={"report": "report.json", "events": "events.jsonl"},
+        validation=validation_of(gates, measured, rules.gates),
+        gates=gates,
+        baseline_ref=_baseline_ref(r),
+        divergence=found.divergence,
+        primary_metric_tail=found.tail,
+        policy_digest=canonical_digest({"resolved_policy": r.resolved_policy, "overrides": provenance["overrides"]})[
+            :16
+        ],
+        weights=_weights(r, changed),
+        verdict=verdict_of(gates, measured, rules.gates),
+        confidence=_confidence(found),
+    )
+
+
+#: recorded in part: what follows stands in the same section
+_DERIVED = {"primary_metric", "baseline_ref", "spectral", "rmt", "variance", "divergence", "weights"}
+
+
+def _same_weights(r: Recorded) -> bool:
+    old, new = r.structure.baseline, r.structure.subject
+    return bool(old.tensors) and old.weights_digest() == new.weights_digest()
+
+
+def window_counts(r: Recorded) -> dict[str, float | int]:
+    """Return the pairing facts of SPEC §3, from the rows alone."""
+    splits = r.evaluation_windows
+    ids = {name: rows.window_ids for name, rows in splits.items()}
+    preview, final = set(ids["preview"]), set(ids["final"])
+    total, asked = sum(map(len, ids.values())), sum(r.data.requested)
+    paired = sum(
+        len(set(rows.window_ids))
+        for rows in splits.values()
+        if len(rows.subject_loss) == len(rows.baseline_loss) == len(rows.window_ids)
+    )
+    requested_preview, requested_final = r.data.requested
     return {
-        "level": policy["metrics"]["pm_ratio"]["ci_level"],
-        "replicates": bootstrap["replicates"],
-        "seed": bootstrap["seed"],
-        "bca": bootstrap.get("bca", True),
+        "requested_preview": requested_preview,
+        "requested_final": requested_final,
+        "actual_preview": len(ids["preview"]),
+        "actual_final": len(ids["final"]),
+        "paired_windows": paired,
+        "window_match_fraction": paired / total if total else 0.0,
+        "window_overlap_fraction": len(preview & final) / len(final) if final else 0.0,
+        "coverage": total / asked if asked else 0.0,
+        "tokens": sum(sum(rows.tokens) for rows in splits.values()),
+        "documents": len({document for rows in splits.values() for document in rows.document_ids}),
     }
 
 
-def _pair(interval: Interval) -> tuple[float | None, float | None]:
-    return finite_or_none(interval.lo), finite_or_none(interval.hi)
+def _dataset(r: Recorded, counts: Mapping[str, float | int]) -> Dataset:
+    named = {name: getattr(r.data, name) for name in ("provider", "options", "seq_len", "stride", "split")}
+    sizes = {name: int(counts[f"actual_{name}"]) for name in ("preview", "final")}
+    return Dataset(**named, windows=Windows(**sizes, seed=r.data.seed, stats=dict(counts)))
 
 
-def _common(interval: Interval) -> dict[str, Any]:
-    return {
-        "ci_level": interval.level,
-        "method": interval.method,
-        "replicates": interval.replicates,
-        "seed": interval.seed,
-        "clusters": interval.clusters,
-        "degenerate": interval.degenerate,
-        "std_error": finite_or_none(interval.std_error),
-    }
+def _baseline_ref(r: Recorded) -> BaselineRef:
+    digest = r.provenance.evidence_digests.get("baseline")
+    return BaselineRef(**dict(r.baseline_ref), model_id=r.meta.baseline_model.id, evidence_digest=digest)
 
 
-def primary_metric(kind: str, rows: Rows, policy: Policy, *, same_weights: bool = False) -> PrimaryMetric:
-    """Compare the two sides over all windows, preview and final, and decide.
-
-    A model against itself passes on any sample: with the same weights and the same value in every window there is
-    nothing to estimate, so that too few documents for an interval, or too few examples, do not count.
-    """
-    accuracy = is_accuracy(kind)
-    metric = _accuracy(kind, rows, policy) if accuracy else _perplexity(kind, rows, policy)
-    before, after = (rows.baseline_correct, rows.subject_correct) if accuracy else (rows.baseline, rows.subject)
-    same_values = before is not None and after is not None and np.array_equal(before, after)  # NaN equals nothing
-    if metric.decision != "inconclusive" or not (same_weights and same_values):
-        return metric
-    return metric.model_copy(
-        update={
-            "ci": (0.0, 0.0),
-            "display_ci": (0.0, 0.0) if accuracy else (1.0, 1.0),
-            "method": "identity",
-            "degenerate": True,
-            "std_error": 0.0,
-            "minimum_detectable_effect": None,
-            "windows_needed": None,
-            "decision": "pass",
-            "reason": f"the weights are the baseline's and every one of {len(rows.tokens)} windows gave the same value",
-        }
+def _weights(r: Recorded, changed: Culprits | None) -> Weights:
+    old, new = (side.weights_digest() for side in (r.structure.baseline, r.structure.subject))
+    return Weights(
+        baseline_digest=old,
+        subject_digest=new,
+        identical=old == new,
+        changes=r.weights.changes,
+        culprits=[str(row["name"]) for row in changed.named] if changed else [],
+        uniform=bool(changed and changed.uniform),
     )
 
 
-def _perplexity(kind: str, rows: Rows, policy: Policy) -> PrimaryMetric:
-    limits = policy["metrics"]["pm_ratio"]
-    interval = paired_log_ratio(rows.baseline, rows.subject, rows.tokens, rows.documents, **_settings(policy))
-    decision = decide_upper(interval, limits["limit"], limits["hysteresis"], n_windows=len(rows.tokens))
-    ratio = safe_exp(interval.estimate)
-    status, reason = decision.status, decision.reason
-    if not math.isfinite(interval.estimate):
-        reason = _not_finite(rows)
-    if limits.get("min") is not None and status == "pass" and not ratio >= limits["min"]:
-        status, reason = "fail", f"ratio {ratio:.4f} is below the lowest acceptable {limits['min']}"
-    final = rows.is_final
-    log_ci = _pair(interval)
-    return PrimaryMetric(
-        kind=kind,
-        unit="perplexity",
-        direction="lower",
-        preview=finite_or_none(perplexity(rows.subject[~final], rows.tokens[~final])),
-        final=finite_or_none(perplexity(rows.subject[final], rows.tokens[final])),
-        baseline_preview=finite_or_none(perplexity(rows.baseline[~final], rows.tokens[~final])),
-        baseline_final=finite_or_none(perplexity(rows.baseline[final], rows.tokens[final])),
-        ratio_vs_baseline=finite_or_none(ratio),
-        log_ratio=finite_or_none(interval.estimate),
-        ci=log_ci,
-        display_ci=tuple(None if x is None else finite_or_none(safe_exp(x)) for x in log_ci),
-        gating_basis="upper end of the interval of the ratio over all windows",
-        limit=limits["limit"],
-        hysteresis=limits["hysteresis"],
-        decision=status,
-        reason=reason,
-        hysteresis_applied=decision.hysteresis_applied,
-        minimum_detectable_effect=decision.mde,
-        windows_needed=decision.windows_needed,
-        **_common(interval),
-    )
-
-
-def _not_finite(rows: Rows) -> str:
-    """Say on which side and in how many windows the loss is no number."""
-    lost = {
-        side: int((~np.isfinite(values)).sum())
-        for side, values in (("subject", rows.subject), ("baseline", rows.baseline))
-    }
-    found = " and ".join(f"{n} of {len(rows.tokens)} windows of the {side}" for side, n in lost.items() if n)
-    return f"the ratio is not finite: the loss is NaN or infinite in {found or 'no window, their sum overflows'}"
-
-
-def _accuracy(kind: str, rows: Rows, policy: Policy) -> PrimaryMetric:
-    limits = policy["metrics"]["accuracy"]
-    before, after = rows.baseline_correct, rows.subject_correct
-    if before is None or after is None:
-        return not_evaluated_metric(kind, policy, "no correctness was recorded")
-    outcome = accuracy_paired(before, after, rows.documents, **_settings(policy))
-    interval = outcome.interval
-    decision = decide_lower_pp(interval, limits["floor_pp"], n_windows=len(before), min_examples=limits["min_examples"])
-    final = rows.is_final
-    means = {
-        "preview": after[~final].mean(),
-        "final": after[final].mean(),
-        "baseline_preview": before[~final].mean(),
-        "baseline_final": before[final].mean(),
-    }
-    whole_before = float(before.mean())
-    return PrimaryMetric(
-        kind=kind,
-        unit="accuracy",
-        direction="higher",
-        **{name: finite_or_none(value) for name, value in means.items()},
-        ratio_vs_baseline=finite_or_none(float(after.mean()) / whole_before) if whole_before else None,
-        log_ratio=None,
-        delta_pp=finite_or_none(outcome.delta_pp),
-        ci=_pair(interval),
-        display_ci=_pair(interval),
-        gating_basis="lower end of the interval of the difference in percentage points",
-        limit=limits["floor_pp"],
-        hysteresis=None,
-        decision=decision.status,
-        reason=decision.reason,
-        hysteresis_applied=decision.hysteresis_applied,
-        minimum_detectable_effect=decision.mde,
-        windows_needed=decision.windows_needed,
-        mcnemar_p=finite_or_none(outcome.mcnemar_p),
-        right_to_wrong=outcome.right_to_wrong,
-        wrong_to_right=outcome.wrong_to_right,
-        **_common(interval),
-    )
-
-
-def not_evaluated_metric(kind: str, policy: Policy, reason: str) -> PrimaryMetric:
-    """Return a primary metric whose numbers are absent, because nothing was evaluated."""
-    chosen = _settings(policy)
-    accuracy = is_accuracy(kind)
-    return PrimaryMetric(
-        kind=kind,
-        unit="accuracy" if accuracy else "perplexity",
-        direction="higher" if accuracy else "lower",
-        preview=None,
-        final=None,
-        baseline_preview=None,
-        baseline_final=None,
-        ratio_vs_baseline=None,
-        log_ratio=None,
-        ci=(None, None),
-        display_ci=(None, None),
-        ci_level=chosen["level"],
-        method="none",
-        replicates=chosen["replicates"],
-        seed=chosen["seed"],
-        clusters=0,
-        degenerate=False,
-        std_error=None,
-        gating_basis="not evaluated",
-        limit=policy["metrics"]["accuracy"]["floor_pp"] if accuracy else policy["metrics"]["pm_ratio"]["limit"],
-        hysteresis=None if accuracy else policy["metrics"]["pm_ratio"]["hysteresis"],
-        decision="not_evaluated",
-        reason=reason,
-        hysteresis_applied=False,
-    )
-
-
-def drift_interval(rows: Rows, policy: Policy) -> Interval:
-    """Return the log drift with its interval."""
-    level = policy["metrics"]["pm_ratio"]["ci_level"]
-    return drift(rows.baseline, rows.subject, rows.tokens, rows.documents, rows.is_final, level=level)
-
-
-def tail_section(rows: Rows, policy: Policy) -> Tail:
-    """Return the tail of the per-window log-loss differences and its gate."""
-    limits = policy["metrics"]["pm_tail"]
-    chosen = _settings(policy)
-    with np.errstate(invalid="ignore"):
-        delta = rows.subject - rows.baseline
-    stats = tail_statistics(
-        delta,
-        epsilon=limits["epsilon"],
-        documents=rows.documents,
-        quantile=limits["quantile"],
-        level=chosen["level"],
-        replicates=chosen["replicates"],
-        seed=chosen["seed"],
-    )
-    gate = tail_gate(stats, limits)
-    numbers = {name: finite_or_none(getattr(stats, name)) for name in ("q50", "q90", "q95", "q99", "max", "tail_mass")}
-    return Tail(
-        windows=stats.windows,
-        **numbers,
-        epsilon=stats.epsilon,
-        quantile=stats.quantile,
-        value=finite_or_none(stats.value),
-        ci=(finite_or_none(stats.lo), finite_or_none(stats.hi)),
-        status=gate.status,
-        reason=gate.reason,
-    )
-
-
-def _exact_divergence(rows: Rows) -> tuple[float | None, float | None, int]:
-    """Return (exact mean, coarsened mean on the same windows, windows): both in nats per token, None if not measured."""
-    if rows.kl_exact is None or rows.kl_sum is None or not np.isfinite(rows.kl_sum).all():
-        return None, None, 0
-    there = np.isfinite(rows.kl_exact)
-    tokens = rows.tokens[there].sum()
-    if not tokens:
-        return None, None, 0
-    exact, coarsened = (finite_or_none(float(sums[there].sum() / tokens)) for sums in (rows.kl_exact, rows.kl_sum))
-    return exact, coarsened, int(there.sum())
-
-
-def divergence_section(rows: Rows, histogram: list[int] | None, matches: bool, policy: Policy) -> Divergence | None:
-    """Return the divergence of the two sides, or None where it was not measured."""
-    if rows.kl_sum is None or rows.kl_max is None or rows.flips is None or histogram is None:
-        return None
-    chosen = _settings(policy)
-    with np.errstate(invalid="ignore"):
-        per_token = rows.kl_sum / rows.tokens
-    kl_interval = weighted_mean_interval(per_token, rows.tokens, rows.documents, **chosen)
-    flip = flip_rate_interval(rows.flips, rows.tokens, rows.documents, **chosen)
-    exact = _exact_divergence(rows)
-    return Divergence(
-        kl_mean=finite_or_none(kl_interval.estimate),
-        kl_ci=_pair(kl_interval),
-        kl_q50=kl.histogram_quantile(histogram, 0.50),
-        kl_q99=kl.histogram_quantile(histogram, 0.99),
-        kl_max=finite_or_none(float(rows.kl_max.max())),
-        kl_exact_mean=exact[0],
-        kl_coarsened_there=exact[1],
-        kl_exact_windows=exact[2],
-        flip_rate=finite_or_none(flip.estimate),
-        flip_ci=_pair(flip),
-        tokens=int(rows.tokens.sum()),
-        histogram=histogram,
-        histogram_edges=_EDGES,
-        reference_matches=matches,
-    )
+def _confidence(found: Figures) -> Confidence:
+    metric, drift = found.metric, found.drift
+    lo, hi = (_NAN if end is None else end for end in metric.ci)
+    interval = Interval(_NAN, lo, hi, metric.ci_level, "none", metric.replicates, metric.seed, 0, False, _NAN)
+    stable = drift is None or abs(drift.estimate) <= 0.05
+    room = {} if metric.direction == "lower" else {"scale": abs(metric.limit or 1.0)}
+    basis = "width of the interval and drift between preview and final"
+    return Confidence(label=confidence_label(interval, stable, **room), basis=basis)

@@ -8,272 +8,287 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import NamedTuple
 
+from invarlock.certificate.figures import Figures
 from invarlock.certificate.schema import (
-    Divergence,
     Gate,
     GateDecision,
     GuardSection,
     Overhead,
     PluginGuardSection,
-    PrimaryMetric,
     Reason,
-    Tail,
     Validation,
     Verdict,
 )
-from invarlock.evidence.model import finite_or_none
-from invarlock.stats.intervals import Interval
-from invarlock.stats.paired import is_accuracy, safe_exp
+from invarlock.eval.metrics import metric_of
+from invarlock.evidence.plain import finite_or_none
+from invarlock.evidence.rows import Rows
+from invarlock.guards.boundary import BUILT_IN_GUARDS
+from invarlock.guards.sketch import Culprits
+from invarlock.policy.limits import Limits
+from invarlock.stats.paired import safe_exp
 
-__all__ = ["Measured", "all_gates", "validation_of", "verdict_of"]
+__all__ = ["GATES", "GATE_NAMES", "GateKind", "Measured", "Outcome", "all_gates", "validation_of", "verdict_of"]
+
+Counts = Mapping[str, float | int]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """All that the gates look at. `refused` names why nothing was evaluated, or is None."""
+    """All that the gates look at. `rows` is None where nothing was evaluated."""
 
-    policy: Mapping[str, Any]
+    limits: Limits
     intent: str
-    primary_metric: PrimaryMetric
-    drift: Interval | None
-    tail: Tail | None
-    divergence: Divergence | None
+    figures: Figures
+    rows: Rows | None
     guards: Mapping[str, GuardSection]
     plugin_guards: Mapping[str, PluginGuardSection]
     overhead: Overhead
-    window_stats: Mapping[str, Any]
+    counts: Counts
     contracts: Mapping[str, Mapping[str, str]]
-    refused: str | None
-    culprits: str | None  # which weights changed most, in one line
-    culprit: str | None = None  # the one that stands out most
-    uniform: bool = False  # weights changed and none stands out
+    culprits: Culprits | None  # which weights changed most
+
+    def named(self, reason: str) -> str:
+        """Add the weights at fault to a behavioural failure."""
+        found = self.culprits
+        return f"{reason}; {found.text}" if found is not None and (found.named or found.uniform) else reason
+
+    @property
+    def culprit(self) -> str | None:
+        """The weight that stands out most."""
+        return str(self.culprits.named[0]["name"]) if self.culprits is not None and self.culprits.named else None
 
 
-def _gate(name: str, measured: Any, limit: Any, basis: str, decision: GateDecision, reason: str) -> Gate:
-    if isinstance(measured, float):
-        measured = finite_or_none(measured)
-    return Gate(name=name, measured=measured, limit=limit, basis=basis, decision=decision, reason=reason)
+class Outcome(NamedTuple):
+    """What one gate found: `basis` says what is held against the limit."""
+
+    measured: float | str | None
+    limit: float | str | None
+    basis: str
+    decision: GateDecision
+    reason: str
 
 
 def _within(value: float | None, limit: float | None) -> bool:
     return value is not None and limit is not None and value <= limit
 
 
-def _named(reason: str, m: Measured) -> str:
-    """Add the weights at fault to a behavioural failure."""
-    return f"{reason}; {m.culprits}" if m.culprits else reason
+def _primary(m: Measured) -> Outcome:
+    pm = m.figures.metric
+    end = 1 if pm.direction == "lower" else 0
+    reason = m.named(pm.reason) if pm.decision == "fail" else pm.reason
+    measured = None if pm.decision == "not_evaluated" else pm.display_ci[end]
+    return Outcome(measured, pm.limit, pm.gating_basis, pm.decision, reason)
 
 
-def _primary(m: Measured) -> Iterator[Gate]:
-    pm = m.primary_metric
-    accuracy = is_accuracy(pm.kind)
-    measured = (pm.display_ci[0] if accuracy else pm.display_ci[1]) if pm.decision != "not_evaluated" else None
-    reason = _named(pm.reason, m) if pm.decision == "fail" else pm.reason
-    yield _gate("primary_metric", measured, pm.limit, pm.gating_basis, pm.decision, reason)
-
-
-def _sample(m: Measured) -> Iterator[Gate]:
-    floor, stats = m.policy["sample"], m.window_stats
+def _sample(m: Measured) -> Outcome:
+    floor, counts = m.limits.sample, m.counts
     short = [
-        f"{stats[f'actual_{name}']} {name} windows, {floor[name]} needed"
-        for name in ("preview", "final")
-        if not stats[f"actual_{name}"] >= floor[name]
+        f"{counts[f'actual_{name}']} {name} windows, {needed} needed"
+        for name, needed in (("preview", floor.preview), ("final", floor.final))
+        if not counts[f"actual_{name}"] >= needed
     ]
-    if not stats["tokens"] >= floor["min_tokens"]:
-        short.append(f"{stats['tokens']} scored tokens, {floor['min_tokens']} needed")
-    decision: GateDecision = "pass"
-    if short:
-        decision = "warn" if floor["shortfall"] == "warn" else "inconclusive"
+    if not counts["tokens"] >= floor.min_tokens:
+        short.append(f"{counts['tokens']} scored tokens, {floor.min_tokens} needed")
+    decision: GateDecision = "pass" if not short else "warn" if floor.shortfall == "warn" else "inconclusive"
     reason = "; ".join(short) or "enough windows and tokens"
-    yield _gate("sample_size", float(stats["tokens"]), float(floor["min_tokens"]), "counts", decision, reason)
+    return Outcome(float(counts["tokens"]), float(floor.min_tokens), "counts", decision, reason)
 
 
-def _pairing(m: Measured) -> Iterator[Gate]:
-    match, overlap = m.window_stats["window_match_fraction"], m.window_stats["window_overlap_fraction"]
+def _pairing(m: Measured) -> Outcome:
+    match, overlap = m.counts["window_match_fraction"], m.counts["window_overlap_fraction"]
     good = match == 1.0 and overlap == 0.0
     reason = f"{match:.4f} of the windows are paired, {overlap:.4f} of preview and final overlap"
-    yield _gate("pairing", match, 1.0, "window ids", "pass" if good else "fail", reason)
+    return Outcome(match, 1.0, "window ids", "pass" if good else "fail", reason)
 
 
-def _drift(m: Measured) -> Iterator[Gate]:
-    band = m.policy["metrics"]["drift"]
-    if m.drift is None:
-        return
-    value = finite_or_none(safe_exp(m.drift.estimate))
-    good = value is not None and band["min"] <= value <= band["max"]
+def _drift(m: Measured) -> Outcome | None:
+    band, drift = m.limits.drift, m.figures.drift
+    if drift is None:
+        return None
+    value = finite_or_none(safe_exp(drift.estimate))
+    good = value is not None and band.min <= value <= band.max
     shown = "not finite" if value is None else f"{value:.4f}"
-    reason = f"final/preview relative to the baseline's is {shown}, band {band['min']}-{band['max']}"
-    yield _gate("preview_final_drift", value, band["max"], "point estimate", "pass" if good else "fail", reason)
+    reason = f"final/preview relative to the baseline's is {shown}, band {band.min}-{band.max}"
+    return Outcome(value, band.max, "point estimate", "pass" if good else "fail", reason)
 
 
-def _tail(m: Measured) -> Iterator[Gate]:
-    if m.tail is not None:
-        limit = m.policy["metrics"]["pm_tail"]["quantile_max"]
-        decision: Any = m.tail.status
-        yield _gate("primary_metric_tail", m.tail.value, limit, "point estimate", decision, m.tail.reason)
+def _tail(m: Measured) -> Outcome | None:
+    tail = m.figures.tail
+    if tail is None:
+        return None
+    return Outcome(tail.value, m.limits.tail.quantile_max, "point estimate", tail.status, tail.reason)
 
 
 _NEAR = 0.9  # of a limit: from here on an estimate whose interval reaches beyond the limit is too weak to pass
 
 
-def _divergence(m: Measured) -> Iterator[Gate]:
-    if is_accuracy(m.primary_metric.kind):  # answers are scored there, not next tokens
-        return
-    limits = m.policy["metrics"]["divergence"]
-    mode = "warn" if limits["mode"] == "fail" and m.intent == "finetune" else limits["mode"]
-    rows = (
-        ("divergence_kl", "kl_mean", "kl_ci", "kl_max", "nats per token"),
-        ("token_flips", "flip_rate", "flip_ci", "flip_max", "flips"),
-    )
-    for name, field, interval, limit_key, unit in rows:
-        limit = limits[limit_key]
-        if mode == "off":
-            yield _gate(name, None, limit, "point estimate", "off", "switched off by policy")
-            continue
-        d = m.divergence
-        if d is None or not d.reference_matches:
-            why = "not measured" if d is None else "measured against another baseline than this one"
-            absent: GateDecision = "not_evaluated" if mode == "fail" else "warn"
-            yield _gate(name, None, limit, "point estimate", absent, f"divergence was {why}")
-            continue
-        value = getattr(d, field)
-        shown = "not finite" if value is None else f"{value:.4g}"
-        reason = f"{shown} {unit}, limit {limit}"
-        decision: GateDecision = "pass"
-        if not _within(value, limit):
-            decision, reason = "fail", _named(reason, m)
-        elif value > _NEAR * limit and not _within(getattr(d, interval)[1], limit):
-            decision = "inconclusive"
-            reason += (
-                f", within a tenth of it, and the interval reaches {getattr(d, interval)[1]}: measure more windows"
-            )
-        if decision != "pass" and mode == "warn":
-            decision = "warn"
-        if m.intent == "finetune":
-            reason += " (only warns under intent finetune)"
-        yield _gate(name, value, limit, "point estimate", decision, reason)
+def _divergence(m: Measured, *, figure: str, interval: str, limit: str, unit: str) -> Outcome | None:
+    if metric_of(m.figures.metric.kind).is_accuracy:  # answers are scored there, not next tokens
+        return None
+    policy, d = m.limits.divergence, m.figures.divergence
+    most: float = getattr(policy, limit)
+    softened = m.intent == "finetune"
+    mode = "warn" if policy.mode == "fail" and softened else policy.mode
+    if mode == "off":
+        return Outcome(None, most, "point estimate", "off", "switched off by policy")
+    if d is None or not d.reference_matches:
+        why = "not measured" if d is None else "measured against another baseline than this one"
+        absent: GateDecision = "not_evaluated" if mode == "fail" else "warn"
+        return Outcome(None, most, "point estimate", absent, f"divergence was {why}")
+    value, reach = getattr(d, figure), getattr(d, interval)[1]
+    reason = f"{'not finite' if value is None else f'{value:.4g}'} {unit}, limit {most}"
+    decision: GateDecision = "pass"
+    if not _within(value, most):
+        decision, reason = "fail", m.named(reason)
+    elif value > _NEAR * most and not _within(reach, most):
+        decision = "inconclusive"
+        reason += f", within a tenth of it, and the interval reaches {reach}: measure more windows"
+    if decision != "pass" and mode == "warn":
+        decision = "warn"
+    return Outcome(value, most, "point estimate", decision, reason + " (only warns under intent finetune)" * softened)
 
 
-def _guards(m: Measured) -> Iterator[Gate]:
-    for name, section in m.guards.items():
-        if not section.evaluated:  # one that passes so has nothing to do in this architecture, such as variance
-            decision: GateDecision = "off" if section.passed else "not_evaluated"
-        elif not section.passed:
-            decision = "fail"
-        else:
-            decision = "warn" if section.warnings else "pass"
-        verdict = "passed" if section.passed else "failed"
-        yield _gate(name, verdict if section.evaluated else None, "passed", "guard", decision, section.message)
+def _guard(m: Measured, *, name: str) -> Outcome | None:
+    section = m.guards.get(name)
+    if section is None:
+        return None
+    if not section.evaluated:  # one that passes so has nothing to do in this architecture, such as variance
+        return Outcome(None, "passed", "guard", "off" if section.passed else "not_evaluated", section.message)
+    decision: GateDecision = "fail" if not section.passed else "warn" if section.warnings else "pass"
+    return Outcome("passed" if section.passed else "failed", "passed", "guard", decision, section.message)
 
 
-def _plugins(m: Measured) -> Iterator[Gate]:
-    for name, section in m.plugin_guards.items():
-        decision: GateDecision = "not_evaluated" if not section.evaluated else "pass" if section.passed else "fail"
-        if decision == "pass" and section.warnings:
-            decision = "warn"
-        verdict = "passed" if section.passed else "failed"
-        yield _gate(f"plugin:{name}", verdict, "passed", "plugin guard", decision, section.message)
+def _plugin(section: PluginGuardSection) -> Outcome:
+    decision: GateDecision = "not_evaluated" if not section.evaluated else "pass" if section.passed else "fail"
+    if decision == "pass" and section.warnings:
+        decision = "warn"
+    verdict = "passed" if section.passed else "failed"
+    return Outcome(verdict, "passed", "plugin guard", decision, section.message)
 
 
-def _overhead(m: Measured) -> Iterator[Gate]:
-    limits, overhead = m.policy["metrics"]["guard_overhead"], m.overhead
+def _overhead(m: Measured) -> Outcome:
+    limits, overhead = m.limits.overhead, m.overhead
     if not overhead.evaluated:
-        decision: GateDecision = "not_evaluated" if limits["required"] else "off"
+        absent: GateDecision = "not_evaluated" if limits.required else "off"
         reason = overhead.skipped or "not measured in this profile"
-        yield _gate("guard_overhead", None, limits["max_ratio"], "point estimate", decision, reason)
-        return
-    good = _within(overhead.ratio, limits["max_ratio"])
+        return Outcome(None, limits.max_ratio, "point estimate", absent, reason)
+    good = _within(overhead.ratio, limits.max_ratio)
     reason = f"metric with guards over metric without, on {overhead.windows} windows"
-    yield _gate(
-        "guard_overhead", overhead.ratio, limits["max_ratio"], "point estimate", "pass" if good else "fail", reason
-    )
+    return Outcome(overhead.ratio, limits.max_ratio, "point estimate", "pass" if good else "fail", reason)
 
 
-def _contracts(m: Measured) -> Iterator[Gate]:
+def _contracts(m: Measured) -> Outcome:
     old, new = m.contracts["baseline"], m.contracts["subject"]
     differing = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     reason = f"measured differently: {', '.join(differing)}" if differing else f"{len(old)} contracts agree"
-    decision: GateDecision = "fail" if differing else "pass"
-    yield _gate("measurement_contracts", float(len(differing)), 0.0, "digests", decision, reason)
+    return Outcome(float(len(differing)), 0.0, "digests", "fail" if differing else "pass", reason)
 
 
-_BEHAVIOUR: tuple[Callable[[Measured], Iterator[Gate]], ...] = (
-    _primary,
-    _sample,
-    _pairing,
-    _drift,
-    _tail,
-    _divergence,
+@dataclass(frozen=True)
+class GateKind:
+    """One gate. `check` returns None where it does not apply.
+
+    `said`: the boolean of `validation` that tells its outcome. `symptom`: it looks at what a model does, so that the
+    cause of a failure is the weights that changed. `unevaluated`: it is there for a subject that was refused, too.
+    """
+
+    name: str
+    check: Callable[[Measured], Outcome | None]
+    said: str | None = None
+    symptom: bool = False
+    unevaluated: bool = False
+
+
+_KL = partial(_divergence, figure="kl_mean", interval="kl_ci", limit="kl_max", unit="nats per token")
+_FLIPS = partial(_divergence, figure="flip_rate", interval="flip_ci", limit="flip_max", unit="flips")
+_SAID = {"invariants": "invariants_pass", "spectral": "spectral_stable", "rmt": "rmt_stable"}
+#: the guards that look at what a model does
+_ACTIVATIONS = ("rmt", "variance")
+PLUGINS = "plugin"
+#: every gate, in the order in which readers meet them; PLUGINS stands for one gate for each plugin guard
+GATES: tuple[GateKind, ...] = (
+    GateKind("primary_metric", _primary, "primary_metric_acceptable", symptom=True, unevaluated=True),
+    GateKind("sample_size", _sample),
+    GateKind("pairing", _pairing),
+    GateKind("preview_final_drift", _drift, "preview_final_drift_acceptable", symptom=True),
+    GateKind("primary_metric_tail", _tail, "primary_metric_tail_acceptable", symptom=True),
+    GateKind("divergence_kl", _KL, symptom=True),
+    GateKind("token_flips", _FLIPS, symptom=True),
+    *(
+        GateKind(name, partial(_guard, name=name), _SAID.get(name), name in _ACTIVATIONS, unevaluated=True)
+        for name in BUILT_IN_GUARDS
+    ),
+    GateKind(PLUGINS, lambda m: None, unevaluated=True),
+    GateKind("guard_overhead", _overhead, "guard_overhead_acceptable"),
+    GateKind("measurement_contracts", _contracts),
 )
-_ALWAYS: tuple[Callable[[Measured], Iterator[Gate]], ...] = (_guards, _plugins)
-_EVALUATED: tuple[Callable[[Measured], Iterator[Gate]], ...] = (_overhead, _contracts)
+#: what a gate may be called; that of a plugin guard is `plugin:<its name>`
+GATE_NAMES = tuple(kind.name for kind in GATES if kind.name != PLUGINS)
 
 
-def all_gates(m: Measured) -> list[Gate]:
-    """Return every gate in the order in which readers meet them. A refused checkpoint has its guards' gates only."""
-    if m.refused is not None:
-        refused = _gate("primary_metric", None, m.primary_metric.limit, "not evaluated", "not_evaluated", m.refused)
-        return [refused, *(gate for check in _ALWAYS for gate in check(m))]
-    return [gate for check in (*_BEHAVIOUR, *_ALWAYS, *_EVALUATED) for gate in check(m)]
+def all_gates(m: Measured, kinds: Sequence[GateKind] = GATES) -> list[Gate]:
+    """Return every gate that applies; of a subject that was refused those alone that need no evaluation."""
+    gates: list[Gate] = []
+    for kind in kinds:
+        if m.rows is None and not kind.unevaluated:
+            continue
+        found: Iterator[tuple[str, Outcome | None]] = iter([(kind.name, kind.check(m))])
+        if kind.name == PLUGINS:
+            found = ((f"{PLUGINS}:{name}", _plugin(section)) for name, section in m.plugin_guards.items())
+        for name, outcome in found:
+            if outcome is not None:
+                value = outcome.measured
+                shown = finite_or_none(value) if isinstance(value, float) else value
+                gates.append(Gate(name=name, **{**outcome._asdict(), "measured": shown}))
+    return gates
 
 
-def validation_of(gates: Sequence[Gate], m: Measured) -> Validation:
+def validation_of(gates: Sequence[Gate], m: Measured, kinds: Sequence[GateKind] = GATES) -> Validation:
     """Return the booleans of SPEC §6. True only where the gate was evaluated and passed."""
-    names = {
-        "primary_metric": "primary_metric_acceptable",
-        "primary_metric_tail": "primary_metric_tail_acceptable",
-        "preview_final_drift": "preview_final_drift_acceptable",
-        "guard_overhead": "guard_overhead_acceptable",
-        "invariants": "invariants_pass",
-        "spectral": "spectral_stable",
-        "rmt": "rmt_stable",
-    }
+    said = {kind.name: kind.said for kind in kinds if kind.said is not None}
     values: dict[str, bool] = {}
     for gate in gates:
-        if gate.name in names and gate.decision != "off":
-            tolerated = ("pass", "warn") if gate.basis == "guard" else ("pass",)
-            values[names[gate.name]] = gate.decision in tolerated and gate.measured is not None
-    values["hysteresis_applied"] = m.primary_metric.hysteresis_applied
+        if gate.name in said and gate.decision != "off":
+            tolerated = ("pass", "warn") if gate.name in BUILT_IN_GUARDS else ("pass",)
+            values[said[gate.name]] = gate.decision in tolerated and gate.measured is not None
+    values["hysteresis_applied"] = m.figures.metric.hysteresis_applied
+    families = [row.get("family") for section in m.guards.values() for row in (section.facts or {}).get("modules", ())]
+    if "router" in families:
+        values["moe_observed"] = True
     return Validation(**values)
 
 
-def verdict_of(gates: Sequence[Gate], m: Measured) -> Verdict:
+def verdict_of(gates: Sequence[Gate], m: Measured, kinds: Sequence[GateKind] = GATES) -> Verdict:
     """FAIL where a gate fails, else INCONCLUSIVE where one that was asked for is undecided, else PASS.
 
     An empty list of gates is INCONCLUSIVE. Reasons list what decided, guards' findings with their tensor; what the files
     themselves show (a changed configuration, a lost tensor) comes before what follows from it.
     """
     failed = sorted((g for g in gates if g.decision == "fail"), key=lambda gate: gate.name != "invariants")
-    open_ones = [g for g in gates if g.decision in ("inconclusive", "not_evaluated")]
-    if failed:
-        return Verdict(status="FAIL", reasons=[reason for gate in failed for reason in _reasons(gate, m)])
-    if open_ones or not gates:
-        return Verdict(status="INCONCLUSIVE", reasons=[reason for gate in open_ones for reason in _reasons(gate, m)])
-    return Verdict(status="PASS", reasons=[])
+    undecided = [g for g in gates if g.decision in ("inconclusive", "not_evaluated")]
+    if not failed and not undecided and gates:
+        return Verdict(status="PASS", reasons=[])
+    symptoms = {kind.name for kind in kinds if kind.symptom}
+    reasons = [reason for gate in failed or undecided for reason in _reasons(gate, m, gate.name in symptoms)]
+    return Verdict(status="FAIL" if failed else "INCONCLUSIVE", reasons=reasons)
 
 
 _MOST_REASONS = 5
-#: gates on what a model does: a symptom, whose cause is the weights that changed
-_SYMPTOMS = frozenset(
-    ("primary_metric", "preview_final_drift", "primary_metric_tail", "divergence_kl", "token_flips", "rmt", "variance")
-)
 
 
-def _reasons(gate: Gate, m: Measured) -> list[Reason]:
+def _reasons(gate: Gate, m: Measured, symptom: bool) -> list[Reason]:
     section = m.guards.get(gate.name)
-    symptom = gate.name in _SYMPTOMS and gate.decision == "fail"
+    blamed = symptom and gate.decision == "fail"
+    code = gate.name.upper()
     if section is None or not section.errors:
-        return [
-            Reason(code=gate.name.upper(), message=gate.reason, gate=gate.name, tensor=m.culprit if symptom else None)
-        ]
+        return [Reason(code=code, message=gate.reason, gate=gate.name, tensor=m.culprit if blamed else None)]
     reasons = []
     for finding in section.errors[:_MOST_REASONS]:
         message, place = str(finding.get("message", gate.reason)), finding.get("tensor") or finding.get("module")
-        if symptom and (m.culprit or m.uniform):
-            message, place = _named(message, m), m.culprit
-        reasons.append(
-            Reason(code=str(finding.get("code", gate.name.upper())), message=message, gate=gate.name, tensor=place)
-        )
+        if blamed and m.named(message) != message:
+            message, place = m.named(message), m.culprit
+        reasons.append(Reason(code=str(finding.get("code", code)), message=message, gate=gate.name, tensor=place))
     return reasons

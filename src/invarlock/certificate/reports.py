@@ -9,16 +9,93 @@ from typing import Any
 from pydantic import ValidationError
 
 from invarlock import __version__
-from invarlock.certificate.make import BUILT_IN_GUARDS, RunFacts, derive, plugin_section, record
-from invarlock.certificate.schema import Meta, Overhead
+from invarlock.certificate.derive import CURRENT, derive
+from invarlock.certificate.guards import pair_guards
+from invarlock.certificate.schema import (
+    SCHEMA_VERSION,
+    BaselineRecord,
+    DivergenceRecord,
+    Meta,
+    MetricChoice,
+    Overhead,
+    PluginGuardSection,
+    Provenance,
+    Recorded,
+    StructureSection,
+    WeightsRecord,
+)
 from invarlock.core.api import RunReport
-from invarlock.core.exceptions import CertificateError
+from invarlock.core.exceptions import CertificateError, PairingError
+from invarlock.eval.metrics import metric_of
 from invarlock.evidence.model import Evidence
-from invarlock.policy.resolve import ResolvedPolicy
+from invarlock.evidence.plain import canonical
+from invarlock.evidence.rows import pair_rows
+from invarlock.guards.boundary import BUILT_IN_GUARDS
+from invarlock.guards.sketch import compare_all
+from invarlock.policy.resolve import Policy, resolve_recorded
 
-__all__ = ["certificate_json", "check_baseline", "evidence_of", "make_certificate", "policy_of"]
+__all__ = ["certificate_json", "check_baseline", "evidence_of", "make_certificate", "policy_of", "record"]
 
 Report = RunReport | Mapping[str, Any]
+_EVALUATED_NOTHING = {"evaluated": False, "ratio": None, "windows": 0, "skipped": None}
+
+
+def make_certificate(report: Report, baseline: Report) -> dict[str, Any]:
+    """Compare the subject's report with the baseline's and return the certificate as plain JSON data.
+
+    A report with `meta.refused` (a text) is of a subject that its files alone showed to be damaged: its certificate fails,
+    and nothing of it was evaluated. Raises CertificateError where a report cannot carry a certificate (synthetic metric,
+    failed run, edited baseline) and PairingError where the two were not measured on the same windows.
+    """
+    return certificate_json(record(report, baseline))
+
+
+def certificate_json(recorded: Recorded) -> dict[str, Any]:
+    """Derive the certificate and return it as plain JSON data, numbers in their one spelling."""
+    data: dict[str, Any] = canonical(derive(recorded).model_dump(mode="json"))
+    return data
+
+
+def record(report: Report, baseline: Report) -> Recorded:
+    """Put two reports side by side: the part of their certificate that was measured or configured."""
+    new, old = _plain(report), _plain(baseline)
+    check_baseline(old)
+    subject, reference = evidence_of(new, "subject"), evidence_of(old, "baseline")
+    meta, policy = new.get("meta") or {}, policy_of(new)
+    refused = meta.get("refused")
+    if not refused:
+        _check_pairing(reference, subject)
+    spectra = reference.guards.get("spectral", {}).get("modules", ())
+    families = {row["name"]: row["family"] for row in spectra if "family" in row}
+    skipped = {**_EVALUATED_NOTHING, "skipped": "nothing was evaluated"} if refused else _EVALUATED_NOTHING
+    recorded = Recorded(
+        schema_version=SCHEMA_VERSION,
+        derivation=CURRENT,
+        meta=_meta(meta, policy, reference, subject),
+        primary_metric=MetricChoice(kind=reference.metric_kind, reason=refused or ""),
+        plugins=dict(meta.get("plugins") or {}),
+        auto={key: value for key, value in (meta.get("auto") or {}).items() if key in ("enabled", "tier")},
+        edit={key: value for key, value in (new.get("edit") or {}).items() if key != "modules"},  # that can be long
+        baseline_ref=BaselineRecord(run_id=(old.get("meta") or {}).get("run_id"), reused=subject.data.reused),
+        structure=_structure(reference, subject),
+        **({} if refused else pair_guards(reference, subject, policy.limits.order)),
+        plugin_guards=_plugin_guards(new.get("guards") or {}),
+        divergence=_divergence(reference, subject),
+        guard_overhead=Overhead.model_validate(meta.get("guard_overhead") or skipped),
+        system_overhead=dict(meta.get("system_overhead") or {}),
+        telemetry={"timings": dict(meta.get("timings") or {})},
+        resolved_policy=policy.values,
+        policy_provenance=policy.provenance(),
+        provenance=_provenance(meta, reference, subject),
+        data=subject.data,
+        weights=WeightsRecord(changes=[] if refused else compare_all(reference.sketches, subject.sketches, families)),
+        evaluation_windows={
+            split: pair_rows(getattr(subject if refused else reference, split), getattr(subject, split), split)
+            for split in ("preview", "final")
+        },
+    )
+    # what follows is derived from what a reader will find
+    return Recorded.model_validate(canonical(recorded.model_dump(mode="json")))
 
 
 def _plain(report: Report) -> dict[str, Any]:
@@ -51,23 +128,19 @@ def evidence_of(report: Report, what: str) -> Evidence:
         raise CertificateError(f"the evidence in the {what} report is malformed at {where}: {first['msg']}") from None
 
 
-def policy_of(report: Mapping[str, Any]) -> ResolvedPolicy:
-    """Return the policy that a run resolved, from its report."""
+def policy_of(report: Mapping[str, Any]) -> Policy:
+    """Return the policy that a run resolved, from its report. Raises CertificateError where it does not follow again."""
     stored = (report.get("meta") or {}).get("policy")
     if not stored:
         raise CertificateError(
             "the report has no resolved policy in meta.policy; expected a report made by this version"
         )
-    return ResolvedPolicy(
-        tier=stored["tier"],
-        profile=stored["profile"],
-        values=stored["values"],
-        overrides=stored["overrides"],
-        edit_adjustments=stored["edit_adjustments"],
-        tiers_version=stored["tiers_version"],
-        tiers_digest=stored["tiers_digest"],
-        relaxed=stored["tiny_relax"],
-    )
+    policy = resolve_recorded(stored)
+    if policy.values != stored.get("values"):
+        raise CertificateError(
+            "the limits in meta.policy do not follow from its tier, profile and overrides; run again"
+        )
+    return policy
 
 
 def check_baseline(baseline: Mapping[str, Any]) -> None:
@@ -80,60 +153,71 @@ def check_baseline(baseline: Mapping[str, Any]) -> None:
         )
 
 
-def make_certificate(report: Report, baseline: Report) -> dict[str, Any]:
-    """Compare the subject's report with the baseline's and return the certificate as plain JSON data.
-
-    Raises CertificateError where a report cannot carry a certificate (synthetic metric, failed run, edited baseline) and
-    PairingError where the two were not measured on the same windows.
-    """
-    subject_data, baseline_data = _plain(report), _plain(baseline)
-    check_baseline(baseline_data)
-    old, new = evidence_of(baseline_data, "baseline"), evidence_of(subject_data, "subject")
-    return certificate_json(record(old, new, policy_of(subject_data), run_facts(subject_data, baseline_data, old, new)))
-
-
-def certificate_json(recorded: Any) -> dict[str, Any]:
-    """Derive the certificate and return it as plain JSON data; booleans that were not evaluated are left out."""
-    data: dict[str, Any] = derive(recorded).model_dump(mode="json")
-    data["validation"] = {key: value for key, value in data["validation"].items() if value is not None}
-    return data
+def _check_pairing(baseline: Evidence, subject: Evidence) -> None:
+    if not baseline.data.digest or not subject.data.digest:
+        raise PairingError("a provider digest is missing; expected one on both sides: measure again", code="E004")
+    if baseline.data.digest != subject.data.digest:
+        raise PairingError("the two sides saw other text under the same window ids; measure again", code="E006")
+    if baseline.metric_kind != subject.metric_kind:
+        raise PairingError(
+            f"the subject was measured by {subject.metric_kind}, the baseline by {baseline.metric_kind}", code="E001"
+        )
 
 
-def run_facts(subject: Mapping[str, Any], baseline: Mapping[str, Any], old: Evidence, new: Evidence) -> RunFacts:
-    """Collect what the reports say beyond the evidence."""
-    meta = subject.get("meta") or {}
-    policy = meta["policy"]
-    guards = subject.get("guards") or {}
-    overhead = meta.get("guard_overhead") or {"evaluated": False, "ratio": None, "windows": 0, "skipped": None}
-    created = meta.get("created") or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return RunFacts(
-        meta=Meta(
-            created=created,
-            tool="invarlock",
-            tool_version=__version__,
-            profile=policy["profile"],
-            tier=policy["tier"],
-            intent=meta.get("intent", "preserve"),
-            device=new.runtime.device,
-            adapter=new.model.adapter,
-            baseline_model=old.model,
-            subject_model=new.model,
-        ),
-        edit=_edit_summary(subject.get("edit") or {}),
-        auto=dict(meta.get("auto") or {}),
-        baseline_run_id=(baseline.get("meta") or {}).get("run_id"),
-        baseline_reused=bool(new.data.reused),
-        env_flags=dict(meta.get("env_flags") or {}),
-        overhead=Overhead.model_validate(overhead),
-        plugin_guards={
-            name: plugin_section(outcome) for name, outcome in guards.items() if name not in BUILT_IN_GUARDS
-        },
-        plugins=dict(meta.get("plugins") or {"adapter": new.model.adapter, "guards": sorted(guards)}),
-        system_overhead=dict(meta.get("system_overhead") or {}),
-        telemetry={"timings": dict(meta.get("timings") or {})},
+def _meta(meta: Mapping[str, Any], policy: Policy, baseline: Evidence, subject: Evidence) -> Meta:
+    return Meta(
+        created=meta.get("created") or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        tool="invarlock",
+        tool_version=__version__,
+        profile=policy.profile,
+        tier=policy.tier,
+        intent=meta.get("intent", "preserve"),
+        device=subject.runtime.device,
+        adapter=subject.model.adapter,
+        baseline_model=baseline.model,
+        subject_model=subject.model,
     )
 
 
-def _edit_summary(edit: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the edit without its table of modules, which can be long."""
-    return {key: value for key, value in edit.items() if key != "modules"}
+def _structure(baseline: Evidence, subject: Evidence) -> StructureSection:
+    old, new = baseline.model, subject.model
+    return StructureSection(
+        baseline=baseline.structure,
+        subject=subject.structure,
+        baseline_behaviour=old.behaviour,
+        subject_behaviour=new.behaviour,
+        baseline_tokenizer=(old.tokenizer_digest, old.tokenizer_size),
+        subject_tokenizer=(new.tokenizer_digest, new.tokenizer_size),
+    )
+
+
+def _divergence(baseline: Evidence, subject: Evidence) -> DivergenceRecord | None:
+    if subject.kl_histogram is None or metric_of(baseline.metric_kind).is_accuracy:
+        return None
+    reference = baseline.reference_digest
+    matches = reference is not None and reference == subject.reference_digest
+    return DivergenceRecord(histogram=subject.kl_histogram, reference_matches=matches)
+
+
+def _provenance(meta: Mapping[str, Any], baseline: Evidence, subject: Evidence) -> Provenance:
+    sides = {"baseline": baseline, "subject": subject}
+    return Provenance(
+        provider_digest=subject.data.digest,
+        env_flags=dict(meta.get("env_flags") or {}),
+        versions=subject.runtime.versions,
+        runtime={name: side.runtime for name, side in sides.items()},
+        contracts={name: side.contracts for name, side in sides.items()},
+        evidence_digests={name: side.digest() for name, side in sides.items()},
+    )
+
+
+_BLANK: dict[str, Any] = {
+    "passed": False, "evaluated": True, "action": "none", "message": "", "metrics": {}, "warnings": [], "errors": [],
+}  # fmt: skip
+
+
+def _plugin_guards(results: Mapping[str, Mapping[str, Any]]) -> dict[str, PluginGuardSection]:
+    """Record the results of plugin guards as they came."""
+    plugins = {name: outcome for name, outcome in results.items() if name not in BUILT_IN_GUARDS}
+    given = {n: {k: v for k, v in outcome.items() if k in _BLANK and v is not None} for n, outcome in plugins.items()}
+    return {name: PluginGuardSection(**{**_BLANK, **outcome}) for name, outcome in given.items()}

@@ -1,41 +1,66 @@
 """The typed form of `evaluation.cert.json`, version v1: the single source of its JSON Schema.
 
-A section is either recorded (what was measured or configured: rows, tables, facts, names) or derived from recorded ones
-by `make.derive`. `verify` derives again and compares. Numbers that were measured and are not finite are null.
+`Recorded` is what was measured or configured: rows, tables, facts, names. `Certificate` extends it by what follows, so
+that reading a certificate as `Recorded` and deriving again must give the same certificate. A section of both kinds is
+split in the same way (`WeightsRecord`, `Weights`). Numbers that were measured and are not finite are null.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from invarlock.evidence.model import DataFacts, ModelFacts, Runtime, Structure
+from invarlock.evidence.plain import ABSENT, Plain
+from invarlock.evidence.rows import PairedRows
+from invarlock.guards.boundary import BUILT_IN_GUARDS
 
 __all__ = [
     "SCHEMA_VERSION",
+    "BaselineRecord",
+    "BaselineRef",
     "Certificate",
+    "Confidence",
+    "Dataset",
+    "Divergence",
+    "DivergenceRecord",
     "Gate",
     "GateDecision",
+    "GuardRecord",
     "GuardSection",
+    "Meta",
+    "MetricChoice",
+    "Overhead",
+    "Pair",
     "PairedRows",
+    "PluginGuardSection",
+    "PrimaryMetric",
+    "Provenance",
     "Reason",
+    "Recorded",
+    "Split",
+    "Status",
+    "StructureSection",
+    "Tail",
     "Validation",
     "Verdict",
+    "Weights",
+    "WeightsRecord",
+    "Windows",
     "json_schema",
 ]
 
-SCHEMA_VERSION = "v1"
+SCHEMA_VERSION: Literal["v1"] = "v1"
 GateDecision = Literal["pass", "fail", "warn", "inconclusive", "not_evaluated", "off"]
 Status = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 Pair = tuple[float | None, float | None]
+Split = Literal["preview", "final"]
+_RECORD = ConfigDict(extra="ignore")  # what follows from it stands in the same section
+_WHOLE = ConfigDict(extra="forbid")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Gate(_Section):
+class Gate(Plain):
     """One check. `basis` says what is held against the limit: an interval's end, a point estimate, a verdict."""
 
     name: str
@@ -46,7 +71,7 @@ class Gate(_Section):
     reason: str
 
 
-class Reason(_Section):
+class Reason(Plain):
     """Why the verdict is what it is."""
 
     code: str
@@ -55,50 +80,37 @@ class Reason(_Section):
     tensor: str | None = None
 
 
-class Verdict(_Section):
+class Verdict(Plain):
     status: Status
     reasons: list[Reason]
 
 
-class Validation(_Section):
+_Said = Annotated[bool | None, ABSENT]
+
+
+class Validation(Plain):
     """Booleans that readers in the field know; one that was not evaluated is absent."""
 
-    primary_metric_acceptable: bool | None = None
-    primary_metric_tail_acceptable: bool | None = None
-    preview_final_drift_acceptable: bool | None = None
-    guard_overhead_acceptable: bool | None = None
-    invariants_pass: bool | None = None
-    spectral_stable: bool | None = None
-    rmt_stable: bool | None = None
-    hysteresis_applied: bool | None = None
-    moe_observed: bool | None = None
-    moe_identity_ok: bool | None = None
+    primary_metric_acceptable: _Said = None
+    primary_metric_tail_acceptable: _Said = None
+    preview_final_drift_acceptable: _Said = None
+    guard_overhead_acceptable: _Said = None
+    invariants_pass: _Said = None
+    spectral_stable: _Said = None
+    rmt_stable: _Said = None
+    hysteresis_applied: _Said = None
+    moe_observed: _Said = None
+    moe_identity_ok: _Said = None
 
 
-class PairedRows(_Section):
-    """Per-window columns of one split, both sides side by side. Losses in nats per scored token."""
-
-    window_ids: list[str]
-    document_ids: list[str]
-    tokens: list[int]
-    baseline_loss: list[float | None]
-    subject_loss: list[float | None]
-    kl_sum: list[float | None] | None = None
-    kl_max: list[float | None] | None = None
-    kl_exact_sum: list[float | None] | None = None
-    flips: list[int] | None = None
-    baseline_correct: list[float] | None = None
-    subject_correct: list[float] | None = None
-
-
-class Windows(_Section):
+class Windows(Plain):
     preview: int
     final: int
     seed: int
     stats: dict[str, float | int | bool | None]
 
 
-class Dataset(_Section):
+class Dataset(Plain):
     provider: str
     options: dict[str, Any]
     seq_len: int
@@ -107,10 +119,20 @@ class Dataset(_Section):
     windows: Windows
 
 
-class PrimaryMetric(_Section):
-    """`ci` is the interval of the log ratio (or of the difference in points), `display_ci` its exponential."""
+class MetricChoice(Plain):
+    """Which metric; `reason` is recorded where nothing was evaluated, and says why not."""
+
+    model_config = _RECORD
 
     kind: str
+    reason: str = ""
+
+
+class PrimaryMetric(MetricChoice):
+    """`ci` is the interval of the log ratio (or of the difference in points), `display_ci` its exponential."""
+
+    model_config = _WHOLE
+
     unit: str
     direction: Literal["lower", "higher"]
     preview: float | None
@@ -142,21 +164,30 @@ class PrimaryMetric(_Section):
     wrong_to_right: int | None = None
 
 
-class GuardSection(_Section):
-    """One guard: the recorded `facts` of both sides (`structure` holds those of `invariants`), and the verdict on them."""
+class GuardRecord(Plain):
+    """The measurements of both sides, as one built-in guard paired them (`structure` holds those of `invariants`)."""
+
+    model_config = _RECORD
+
+    facts: dict[str, Any] | None
+
+
+class GuardSection(GuardRecord):
+    """One guard: the recorded `facts` of both sides and the verdict on them."""
+
+    model_config = _WHOLE
 
     evaluated: bool
     passed: bool
     action: str
     message: str
-    facts: dict[str, Any] | None
     policy: dict[str, Any]
     metrics: dict[str, Any]
     warnings: list[dict[str, Any]]
     errors: list[dict[str, Any]]
 
 
-class PluginGuardSection(_Section):
+class PluginGuardSection(Plain):
     """A plugin guard's own result, recorded as it came."""
 
     passed: bool
@@ -168,7 +199,7 @@ class PluginGuardSection(_Section):
     errors: list[Any]
 
 
-class StructureSection(_Section):
+class StructureSection(Plain):
     """What `invariants` compares, for both sides."""
 
     baseline: Structure
@@ -179,8 +210,19 @@ class StructureSection(_Section):
     subject_tokenizer: tuple[str | None, int | None]
 
 
-class Divergence(_Section):
+class DivergenceRecord(Plain):
+    """The counts of KL values per token, and whether they were measured against this baseline."""
+
+    model_config = _RECORD
+
+    histogram: list[int]
+    reference_matches: bool
+
+
+class Divergence(DivergenceRecord):
     """Of the subject's next-token distributions from the baseline's, nats per token, coarsened (a lower bound)."""
+
+    model_config = _WHOLE
 
     kl_mean: float | None
     kl_ci: Pair
@@ -193,13 +235,11 @@ class Divergence(_Section):
     flip_rate: float | None
     flip_ci: Pair
     tokens: int
-    histogram: list[int]
     histogram_edges: str
     lower_bound: bool = True
-    reference_matches: bool
 
 
-class Tail(_Section):
+class Tail(Plain):
     windows: int
     q50: float | None
     q90: float | None
@@ -211,22 +251,31 @@ class Tail(_Section):
     quantile: float
     value: float | None
     ci: Pair
-    status: str
+    status: GateDecision
     reason: str
 
 
-class Weights(_Section):
-    """Digests of both checkpoints' tensors, and which weights changed most (sketched)."""
+class WeightsRecord(Plain):
+    """How much each weight changed (sketched)."""
+
+    model_config = _RECORD
+
+    changes: list[dict[str, Any]]
+
+
+class Weights(WeightsRecord):
+    """Digests of both checkpoints' tensors, and which weights changed most."""
+
+    model_config = _WHOLE
 
     baseline_digest: str
     subject_digest: str
     identical: bool
-    changes: list[dict[str, Any]]
     culprits: list[str]
     uniform: bool
 
 
-class Overhead(_Section):
+class Overhead(Plain):
     """The metric with guards attached over the metric without, on the same windows and weights."""
 
     evaluated: bool
@@ -235,7 +284,7 @@ class Overhead(_Section):
     skipped: str | None = None
 
 
-class Meta(_Section):
+class Meta(Plain):
     created: str
     tool: str
     tool_version: str
@@ -248,14 +297,21 @@ class Meta(_Section):
     subject_model: ModelFacts
 
 
-class BaselineRef(_Section):
+class BaselineRecord(Plain):
+    model_config = _RECORD
+
     run_id: str | None
-    model_id: str
-    evidence_digest: str | None
     reused: bool
 
 
-class Provenance(_Section):
+class BaselineRef(BaselineRecord):
+    model_config = _WHOLE
+
+    model_id: str
+    evidence_digest: str | None
+
+
+class Provenance(Plain):
     provider_digest: str
     env_flags: dict[str, str]
     versions: dict[str, str]
@@ -264,46 +320,80 @@ class Provenance(_Section):
     evidence_digests: dict[str, str]
 
 
-class Confidence(_Section):
+class Confidence(Plain):
     label: Literal["High", "Medium", "Low"]
     basis: str
 
 
-class Certificate(_Section):
-    """One certificate."""
+class Recorded(Plain):
+    """The part of a certificate that was measured or configured; everything else follows from it by `derivation`."""
+
+    model_config = _RECORD
 
     schema_version: Literal["v1"]
-    run_id: str
+    derivation: Annotated[int | None, ABSENT] = None  # absent is 1
     meta: Meta
-    dataset: Dataset
-    primary_metric: PrimaryMetric
-    artifacts: dict[str, Any]
+    primary_metric: MetricChoice
     plugins: dict[str, Any]
-    validation: Validation
-    gates: list[Gate]
     auto: dict[str, Any]
     edit: dict[str, Any]
-    baseline_ref: BaselineRef
+    baseline_ref: BaselineRecord
     structure: StructureSection
-    invariants: GuardSection
-    spectral: GuardSection | None = None
-    rmt: GuardSection | None = None
-    variance: GuardSection | None = None
+    spectral: GuardRecord | None = None
+    rmt: GuardRecord | None = None
+    variance: GuardRecord | None = None
     plugin_guards: dict[str, PluginGuardSection] = Field(default_factory=dict)
-    divergence: Divergence | None = None
-    primary_metric_tail: Tail | None = None
+    divergence: DivergenceRecord | None = None
     guard_overhead: Overhead
     system_overhead: dict[str, Any] = Field(default_factory=dict)
     telemetry: dict[str, Any] = Field(default_factory=dict)
     resolved_policy: dict[str, Any]
     policy_provenance: dict[str, Any]
-    policy_digest: str
     provenance: Provenance
     data: DataFacts
+    weights: WeightsRecord
+    evaluation_windows: dict[Split, PairedRows]
+
+    @property
+    def refused(self) -> str | None:
+        """Why nothing was evaluated; None where there are rows."""
+        return None if any(rows.window_ids for rows in self.evaluation_windows.values()) else self.primary_metric.reason
+
+    @property
+    def guard_facts(self) -> dict[str, dict[str, Any] | None]:
+        """The paired measurements of the built-in guards that have a record."""
+        records = {name: getattr(self, name, None) for name in BUILT_IN_GUARDS[1:]}
+        return {name: record.facts for name, record in records.items() if record is not None}
+
+
+class Certificate(Recorded):
+    """One certificate."""
+
+    model_config = _WHOLE
+
+    run_id: str
+    dataset: Dataset
+    primary_metric: PrimaryMetric
+    artifacts: dict[str, Any]
+    validation: Validation
+    gates: list[Gate]
+    baseline_ref: BaselineRef
+    invariants: GuardSection
+    spectral: GuardSection | None = None
+    rmt: GuardSection | None = None
+    variance: GuardSection | None = None
+    divergence: Divergence | None = None
+    primary_metric_tail: Tail | None = None
+    policy_digest: str
     weights: Weights
-    evaluation_windows: dict[Literal["preview", "final"], PairedRows]
     verdict: Verdict
     confidence: Confidence
+
+    @property
+    def guards(self) -> dict[str, GuardSection]:
+        """The sections of the built-in guards that there are, by name."""
+        sections = {name: getattr(self, name) for name in BUILT_IN_GUARDS}
+        return {name: section for name, section in sections.items() if section is not None}
 
     def data_rows(self) -> int:
         """Return how many windows were recorded."""

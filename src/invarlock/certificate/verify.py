@@ -1,31 +1,48 @@
-"""Re-check a certificate without models, text or network.
+"""Re-check a certificate without models, text, network or environment.
 
-Everything that follows from what was recorded is derived again by the code that made it, and compared value by value.
+Everything that follows from what was recorded is derived again, by the rules of the certificate's own derivation, and
+compared value by value. Certificates of every earlier release hold; what may differ between releases and libraries
+stands in two tables, PROSE and TOLERANCES.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
+from packaging.version import InvalidVersion, Version
 from pydantic import ValidationError
 
-from invarlock.certificate.make import derive, recall
-from invarlock.certificate.schema import Certificate, PairedRows
+from invarlock import __version__
+from invarlock.certificate.derive import CURRENT, Rules, derive, rules_of
+from invarlock.certificate.reports import evidence_of
+from invarlock.certificate.schema import Certificate, Recorded
 from invarlock.core.exceptions import CertificateError, InvarlockError
-from invarlock.eval.divergence import HISTOGRAM_EDGES
-from invarlock.policy.resolve import resolve_policy
+from invarlock.evidence.histogram import histogram_problems
+from invarlock.evidence.plain import canonical, is_canonical
+from invarlock.evidence.rows import COLUMNS, row_problems
+from invarlock.policy.resolve import resolve_recorded
 
-__all__ = ["SIGNATURE_ONLY", "STEPS", "Verification", "validate_certificate", "verify_certificate"]
+__all__ = [
+    "PROSE",
+    "SIGNATURE_ONLY",
+    "STEPS",
+    "TOLERANCES",
+    "Step",
+    "Tolerance",
+    "Verification",
+    "validate_certificate",
+    "verify_certificate",
+]
 
 #: recorded facts that nothing else in a certificate determines; only a signature can bind them against a forger who
 #: changes them together with everything that follows
 SIGNATURE_ONLY = (
     "meta (names of models, tool, device, time)",
     "the choice of tier, profile, overrides, intent and metric kind (the limits that follow from it are resolved again)",
+    "tiers and a profile of one's own, where the certificate embeds them (verify says so)",
     "edit, auto, plugins, telemetry, system_overhead, baseline_ref, versions, environment and evidence digests",
     "per-window losses, token counts, correctness, KL sums and flips, as measured",
     "that the divergence was measured against this baseline (reference_matches)",
@@ -33,13 +50,63 @@ SIGNATURE_ONLY = (
     "results of plugin guards and guard_overhead, as measured",
     "digests of the measurement contracts, where both sides agree",
     "window ids, documents, counts asked for and the provider digest (the text itself is not in the certificate)",
+    "sentences in a certificate of another release (its numbers, names, decisions and codes are derived again)",
 )
-_TOLERANCE = 1e-9
+
+#: free text, place by place (* is any name or index): compared only where derivation and tool version are this
+#: release's, since a later one may word it better
+PROSE = (
+    "gates.*.basis",
+    "gates.*.reason",
+    "verdict.reasons.*.message",
+    "primary_metric.gating_basis",
+    "primary_metric.reason",
+    "primary_metric_tail.reason",
+    "divergence.histogram_edges",
+    "confidence.basis",
+    "*.message",  # of the built-in guards
+    "*.warnings.*.message",
+    "*.errors.*.message",
+    "rmt.metrics.families.*.expected",
+    "variance.metrics.reason",
+)
+
+
+class Tolerance(NamedTuple):
+    """How far two derivations of a figure may lie apart, and why."""
+
+    place: str
+    relative: float
+    absolute: float
+    why: str
+
+
+_DEFAULT = 1e-9
+_SCIPY = (
+    "uses a quantile of scipy: Student's t at fractional degrees of freedom differs by 1.4e-9 between 1.11 and 1.17"
+)
+#: the figures that need more than the default (1e-9 relative, for the order of sums in numpy)
+TOLERANCES = (
+    *(
+        Tolerance(place, 1e-6, 1e-7, _SCIPY)
+        for place in (
+            "primary_metric.ci.*",
+            "primary_metric.display_ci.*",
+            "primary_metric.minimum_detectable_effect",
+            "gates.0.measured",  # the end of that interval
+            "divergence.kl_ci.*",
+            "divergence.flip_ci.*",
+            "variance.metrics.interval.*",
+        )
+    ),
+    Tolerance("primary_metric.windows_needed", 1e-6, 0.0, f"whole number of windows; {_SCIPY}"),
+)
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome. `intact`: every step held. `passed`: intact, and the verdict is PASS."""
+    """The outcome. `intact`: every step held. `passed`: intact, and the verdict is PASS. `notes`: what a reader should
+    know beyond that, such as limits of one's own."""
 
     intact: bool
     verdict: str
@@ -47,17 +114,33 @@ class Verification:
     problems: list[str] = field(default_factory=list)
     steps: list[str] = field(default_factory=list)
     not_checked: tuple[str, ...] = SIGNATURE_ONLY
+    notes: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
         return self.intact and self.verdict == "PASS"
 
 
-def _parse(certificate: Mapping[str, Any]) -> Certificate:
+def _later(version: object) -> bool:
+    try:
+        return Version(str(version)) > Version(__version__)
+    except InvalidVersion:
+        return False
+
+
+def _known_part(certificate: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the certificate without the sections that only a later release knows, and their names."""
     if not isinstance(certificate, Mapping):
         raise CertificateError(f"a certificate is {type(certificate).__name__}; expected a JSON object")
+    meta = certificate.get("meta")
+    later = isinstance(meta, Mapping) and _later(meta.get("tool_version"))
+    unknown = [key for key in certificate if later and key not in Certificate.model_fields]
+    return {key: value for key, value in certificate.items() if key not in unknown}, unknown
+
+
+def _parse(certificate: Mapping[str, Any]) -> Certificate:
     try:
-        return Certificate.model_validate(dict(certificate))
+        return Certificate.model_validate(certificate)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the top level"
@@ -67,7 +150,7 @@ def _parse(certificate: Mapping[str, Any]) -> Certificate:
 
 def validate_certificate(certificate: Mapping[str, Any]) -> None:
     """Check the schema. Returns None; raises CertificateError with the first place that does not follow it."""
-    _parse(certificate)
+    _parse(_known_part(certificate)[0])
 
 
 @dataclass(frozen=True)
@@ -75,150 +158,116 @@ class _Case:
     given: dict[str, Any]
     parsed: Certificate
     derived: dict[str, Any]
+    rules: Rules
     tolerance: float
     baseline: Mapping[str, Any] | None
     weights: Mapping[str, str]
 
+    @property
+    def words_count(self) -> bool:
+        """Whether this release made it, so that its sentences are those that it would write again."""
+        return (self.parsed.derivation, self.parsed.meta.tool_version) == (CURRENT, __version__)
 
-def _differences(given: Any, derived: Any, path: str, tolerance: float) -> Iterator[str]:
-    """Yield `path: got, expected` for every value that differs beyond the tolerance (relative, for floats)."""
-    if isinstance(given, Mapping) and isinstance(derived, Mapping):
-        for key in sorted(given.keys() | derived.keys()):
-            if key not in given or key not in derived:
-                yield f"{path}.{key} is {'missing' if key in derived else 'not part of it'}"
-            else:
-                yield from _differences(given[key], derived[key], f"{path}.{key}", tolerance)
-    elif isinstance(given, list) and isinstance(derived, list):
-        if len(given) != len(derived):
-            yield f"{path} has {len(given)} entries; the evidence gives {len(derived)}"
-        for index, (left, right) in enumerate(zip(given, derived, strict=False)):
-            yield from _differences(left, right, f"{path}[{index}]", tolerance)
-    elif _are_numbers(given, derived):  # JSON has one kind of number: 1 and 1.0 are the same
-        if not math.isclose(given, derived, rel_tol=tolerance, abs_tol=tolerance * 1e-3):
-            yield f"{path} is {given!r}; the evidence gives {derived!r}"
-    elif type(given) is not type(derived) or given != derived:
-        yield f"{path} is {given!r}; the evidence gives {derived!r}"
+    def differences(self, given: object, derived: object, *path: str) -> Iterator[str]:
+        """Yield `path: got, expected` for every value that differs."""
+        if isinstance(given, Mapping) and isinstance(derived, Mapping):
+            for key in sorted(given.keys() | derived.keys()):
+                if key not in given or key not in derived:
+                    yield f"{'.'.join((*path, key))} is {'missing' if key in derived else 'not part of it'}"
+                else:
+                    yield from self.differences(given[key], derived[key], *path, key)
+        elif isinstance(given, list) and isinstance(derived, list):
+            if len(given) != len(derived):
+                yield f"{'.'.join(path)} has {len(given)} entries; the evidence gives {len(derived)}"
+            for index, (left, right) in enumerate(zip(given, derived, strict=False)):
+                yield from self.differences(left, right, *path, str(index))
+        elif not self._agree(given, derived, path):
+            yield f"{'.'.join(path)} is {given!r}; the evidence gives {derived!r}"
 
-
-def _are_numbers(given: Any, derived: Any) -> bool:
-    """Say whether the two compare as floats: both numbers and not both whole, for whole ones must be equal."""
-    kinds = {type(given), type(derived)}
-    return kinds <= {int, float} and kinds != {int}
-
-
-def _compared(*sections: str) -> Callable[[_Case], Iterator[str]]:
-    def check(case: _Case) -> Iterator[str]:
-        for section in sections:
-            if (section in case.given) != (section in case.derived):
-                yield f"{section} is {'missing' if section in case.derived else 'not part of it'}"
-            yield from _differences(case.given.get(section), case.derived.get(section), section, case.tolerance)
-
-    return check
+    def _agree(self, given: object, derived: object, path: Sequence[str]) -> bool:
+        if type(given) in (int, float) and type(derived) in (int, float):
+            return _close(given, derived, path, self.tolerance)  # type: ignore[arg-type]  # both are numbers
+        if isinstance(given, str) and isinstance(derived, str) and not self.words_count:
+            return given == derived or any(_matches(place, path) for place in PROSE)
+        return type(given) is type(derived) and given == derived
 
 
-def _pairing(case: _Case) -> Iterator[str]:
-    c = case.parsed
-    for name, rows in c.evaluation_windows.items():
-        count = len(rows.window_ids)
-        for column, values in rows:
-            if values is not None and len(values) != count:
-                yield f"evaluation_windows.{name}.{column} has {len(values)} rows; expected {count}"
-        if len(set(rows.window_ids)) != count:
-            yield f"evaluation_windows.{name}.window_ids repeat"
-        if any(n < 1 for n in rows.tokens):
-            yield f"evaluation_windows.{name}.tokens has a window without scored tokens"
-        yield from _possible(name, rows)
-    yield from _compared("dataset")(case)
-    if case.baseline is not None:
-        yield from _baseline_rows(case)
+def _matches(place: str, path: Sequence[str]) -> bool:
+    parts = place.split(".")
+    return len(parts) == len(path) and all(part in ("*", key) for part, key in zip(parts, path, strict=True))
 
 
-def _possible(name: str, rows: PairedRows) -> Iterator[str]:
-    """No window's KL sum lies under its largest token's or above as many of them; scores are shares."""
-    for total, top, tokens in zip(rows.kl_sum or (), rows.kl_max or (), rows.tokens, strict=False):
-        if total is not None and top is not None and not 0.0 <= top <= total * (1 + 1e-9) <= tokens * top * (1 + 2e-9):
-            yield f"evaluation_windows.{name}: {tokens} tokens of KL {top:.6g} at most cannot sum to {total:.6g}"
-    for side, scores in (("baseline", rows.baseline_correct), ("subject", rows.subject_correct)):
-        if any(not 0.0 <= score <= 1.0 for score in scores or ()):
-            yield f"evaluation_windows.{name}.{side}_correct has a score outside [0, 1]"
+def _close(given: float, derived: float, path: Sequence[str], tolerance: float) -> bool:
+    """JSON has one kind of number, so 1 and 1.0 are the same; whole numbers must be equal where nothing else is said."""
+    whole = type(given) is type(derived) is int
+    if given == derived or (not whole and math.isclose(given, derived, rel_tol=tolerance, abs_tol=tolerance * 1e-3)):
+        return True
+    allowed = next((t for t in TOLERANCES if _matches(t.place, path)), None)
+    return allowed is not None and math.isclose(given, derived, rel_tol=allowed.relative, abs_tol=allowed.absolute)
 
 
-def _baseline_rows(case: _Case) -> Iterator[str]:
-    """Hold the recorded baseline rows against the baseline's own report."""
-    from invarlock.certificate.reports import evidence_of
+def _spelling(case: _Case) -> Iterator[str]:
+    """Numbers have one spelling (RFC 8785), so that whoever hashes a certificate gets the same digest."""
 
-    evidence = evidence_of(case.baseline or {}, "baseline")
+    def walk(value: object, path: str) -> Iterator[str]:
+        if isinstance(value, (Mapping, list)):
+            for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+                yield from walk(item, f"{path}.{key}" if path else str(key))
+        elif not is_canonical(value):
+            yield f"{path} is spelled {value!r}; expected {canonical(value)!r}"
+
+    if case.rules.one_spelling:
+        yield from walk(case.given, "")
+
+
+def _rows(case: _Case) -> Iterator[str]:
     for name, rows in case.parsed.evaluation_windows.items():
-        own = getattr(evidence, name)
-        if rows.window_ids and (rows.window_ids != own.window_ids or rows.baseline_loss != own.loss):
-            yield f"evaluation_windows.{name} differs from the baseline report that was given"
+        yield from row_problems(f"evaluation_windows.{name}", rows)
+    if case.baseline is None:
+        return
+    evidence = evidence_of(case.baseline, "baseline")
+    names = [(name, column.name) for column in COLUMNS for name, side in column.paired if side == "baseline"]
+    for split, rows in case.parsed.evaluation_windows.items():
+        own = getattr(evidence, split)
+        if rows.window_ids and any(getattr(rows, name) != getattr(own, source) for name, source in names):
+            yield f"evaluation_windows.{split} differs from the baseline report that was given"
     recorded = case.parsed.baseline_ref.evidence_digest
     if recorded and recorded != evidence.digest():
         yield "baseline_ref.evidence_digest is not that of the baseline report that was given"
 
 
-def _rows_and_metrics(case: _Case) -> Iterator[str]:
-    c = case.parsed
-    if c.divergence is not None:
-        yield from _histogram(c)
-    yield from _compared("evaluation_windows", "data")(case)
-
-
-def _histogram(c: Certificate) -> Iterator[str]:
+def _histogram(case: _Case) -> Iterator[str]:
     """The KL histogram must count the tokens of the rows, and its bins must hold their sums and maxima."""
-    assert c.divergence is not None
-    windows = c.evaluation_windows.values()
-    sums = [value for rows in windows for value in rows.kl_sum or []]
-    tokens = sum(sum(rows.tokens) for rows in windows)
-    if any(value is None for value in sums):
-        return  # not finite: the gate fails on that, and the histogram counts finite tokens only
-    counts = np.array(c.divergence.histogram, dtype=float)
-    if len(counts) != len(HISTOGRAM_EDGES) or counts.sum() != tokens or (counts < 0).any():
-        yield f"divergence.histogram counts {counts.sum():.0f} tokens in {len(counts)} bins; the rows have {tokens}"
-        return
-    upper = np.array([*HISTOGRAM_EDGES[1:], math.inf])
-    total = math.fsum(float(value or 0.0) for value in sums)
-    least = float((counts * np.array(HISTOGRAM_EDGES)).sum())
-    most = float((counts[counts > 0] * upper[counts > 0]).sum())
-    if not least * (1 - 1e-9) <= total <= most * (1 + 1e-9) + 1e-12:
-        yield f"divergence.histogram holds between {least:.6g} and {most:.6g} nats; the rows sum to {total:.6g}"
-    top = max((value or 0.0) for rows in windows for value in rows.kl_max or [0.0])
-    last = int(np.flatnonzero(counts)[-1]) if counts.any() else 0
-    if not HISTOGRAM_EDGES[last] <= top * (1 + 1e-9) + 1e-12 or not top <= upper[last] * (1 + 1e-9):
-        yield f"divergence.histogram ends at bin {last}; the rows' largest KL is {top:.6g}"
+    windows = case.parsed.evaluation_windows.values()
+    if case.parsed.divergence is not None:
+        sums, largest = ([x for rows in windows for x in getattr(rows, name) or ()] for name in ("kl_sum", "kl_max"))
+        tokens = sum(sum(rows.tokens) for rows in windows)
+        yield from histogram_problems(case.parsed.divergence.histogram, tokens, sums, largest)
 
 
 def _policy(case: _Case) -> Iterator[str]:
-    """Resolve the policy again from tier, profile and overrides. Its digest is compared by the derived sections."""
-    where = case.parsed.policy_provenance
+    """Resolve the policy again from the recorded version, tier, profile and overrides."""
+    where, meta = case.parsed.policy_provenance, case.parsed.meta
     try:
-        again = resolve_policy(
-            where["tier"],
-            where["profile"],
-            overrides=where["overrides"],
-            edit_adjustments=where["edit_adjustments"],
-            relaxed=where["tiny_relax"],
-        )
-    except KeyError as error:
-        yield f"policy_provenance lacks {error}"
-        return
-    except (InvarlockError, TypeError, AttributeError) as error:  # the last two: values of another type
+        again = resolve_recorded(where)
+    except InvarlockError as error:
         yield f"policy_provenance does not resolve: {error}"
         return
-    if where.get("tiers_digest") != again.tiers_digest or where.get("tiers_version") != again.tiers_version:
-        yield (
-            f"policy_provenance names tiers {where.get('tiers_version')}/{where.get('tiers_digest')}; this release has "
-            f"{again.tiers_version}/{again.tiers_digest}"
-        )
-    for field_name, named in (("tier", case.parsed.meta.tier), ("profile", case.parsed.meta.profile)):
-        if where[field_name] != named:
-            yield f"meta.{field_name} is {named!r}; policy_provenance has {where[field_name]!r}"
-    yield from _differences(case.given["resolved_policy"], again.values, "resolved_policy", 0.0)
-    yield from _compared("policy_digest")(case)
+    digest = case.rules.tiers_digest(again)
+    if digest != where.get("tiers_digest"):
+        tiers = f"{where.get('tiers_version')}/{where.get('tiers_digest')}"
+        yield f"policy_provenance names tiers {tiers}; no release issued these"
+    expected = canonical({**again.provenance(), "tiers_digest": digest})
+    yield from case.differences(canonical(where), expected, "policy_provenance")
+    for name, named in (("tier", meta.tier), ("profile", meta.profile)):
+        if where[name] != named:
+            yield f"meta.{name} is {named!r}; policy_provenance has {where[name]!r}"
+    if canonical(case.given["resolved_policy"]) != canonical(again.values):
+        yield from case.differences(case.given["resolved_policy"], again.values, "resolved_policy")
+        yield "resolved_policy does not follow from tier, profile and overrides"
 
 
 def _weights(case: _Case) -> Iterator[str]:
-    yield from _compared("weights")(case)
     for side, digest in case.weights.items():
         recorded = getattr(case.parsed.weights, f"{side}_digest")
         if recorded != digest:
@@ -226,42 +275,56 @@ def _weights(case: _Case) -> Iterator[str]:
 
 
 def _names(case: _Case) -> Iterator[str]:
-    """Facts that stand in two places must agree; the run id covers all that was recorded."""
+    """Facts that stand in two places must agree."""
     c = case.parsed
-    models = {"baseline": c.meta.baseline_model, "subject": c.meta.subject_model}
-    tokenizers = {"baseline": c.structure.baseline_tokenizer, "subject": c.structure.subject_tokenizer}
-    doubles: list[tuple[str, Any, Any]] = [
-        ("meta.baseline_model.behaviour", c.meta.baseline_model.behaviour, c.structure.baseline_behaviour),
-        ("meta.subject_model.behaviour", c.meta.subject_model.behaviour, c.structure.subject_behaviour),
+    doubles: list[tuple[str, object, object]] = [
         ("baseline_ref.evidence_digest", c.baseline_ref.evidence_digest, c.provenance.evidence_digests.get("baseline")),
         ("data.digest", c.data.digest, c.provenance.provider_digest),
         ("meta.adapter", c.meta.adapter, c.meta.subject_model.adapter),
     ]
-    for side, model in models.items():
+    for side, model in (("baseline", c.meta.baseline_model), ("subject", c.meta.subject_model)):
         facts = (model.tokenizer_digest, model.tokenizer_size)
-        doubles.append((f"structure.{side}_tokenizer", tuple(tokenizers[side]), facts))
+        behaviour = getattr(c.structure, f"{side}_behaviour")
+        doubles.append((f"meta.{side}_model.behaviour", model.behaviour, behaviour))
+        doubles.append((f"structure.{side}_tokenizer", tuple(getattr(c.structure, f"{side}_tokenizer")), facts))
         if side in c.provenance.runtime:
             doubles.append((f"provenance.runtime.{side}.device", c.provenance.runtime[side].device, c.meta.device))
     for path, left, right in doubles:
         if left != right:
             yield f"{path} disagrees with what stands elsewhere in the certificate"
-    yield from _compared(*(key for key in case.derived if key not in _OTHERWISE))(case)
 
 
-#: the steps of a verification, in order: a name and the check (SPEC §6)
-STEPS: tuple[tuple[str, Callable[[_Case], Iterator[str]]], ...] = (
-    ("pairing and counts", _pairing),  # 2
-    ("window rows and metrics", _rows_and_metrics),  # 3
-    ("ratio, interval and decision", _compared("primary_metric", "confidence")),  # 4
-    ("tail, drift and divergence", _compared("primary_metric_tail", "divergence")),  # 5
-    ("guard verdicts", _compared("invariants", "spectral", "rmt", "variance", "plugin_guards", "guard_overhead")),  # 6
-    ("measurement contracts", _compared("provenance")),  # 7
-    ("policy", _policy),  # 8
-    ("weights", _weights),  # 9
-    ("gates and verdict", _compared("gates", "validation", "verdict")),  # 10
-    ("names and run id", _names),  # 11
+def _nothing(case: _Case) -> Iterator[str]:
+    yield from ()
+
+
+class Step(NamedTuple):
+    """One step of a verification: the sections that it compares, and what else it looks at before."""
+
+    name: str
+    sections: tuple[str, ...] = ()
+    check: Callable[[_Case], Iterator[str]] = _nothing
+
+
+_GUARDS = ("invariants", "spectral", "rmt", "variance", "plugin_guards", "guard_overhead")
+_STEPS = (
+    Step("spelling of numbers", (), _spelling),  # 2
+    Step("pairing and counts", ("dataset",), _rows),  # 3
+    Step("window rows and metrics", ("evaluation_windows", "data"), _histogram),  # 4
+    Step("ratio, interval and decision", ("primary_metric", "confidence")),  # 5
+    Step("tail, drift and divergence", ("primary_metric_tail", "divergence")),  # 6
+    Step("guard verdicts", _GUARDS),  # 7
+    Step("measurement contracts", ("provenance",)),  # 8
+    Step("policy", ("policy_digest",), _policy),  # 9
+    Step("weights", ("weights",), _weights),  # 10
+    Step("gates and verdict", ("gates", "validation", "verdict")),  # 11
 )
-_OTHERWISE = {"resolved_policy"}
+_COMPARED = {section for step in _STEPS for section in step.sections}
+#: the steps of a verification after the schema, in order (SPEC §6); the last one compares every section that is left
+STEPS = (
+    *_STEPS,
+    Step("names and run id", tuple(name for name in Certificate.model_fields if name not in _COMPARED), _names),  # 12
+)
 _MOST_PROBLEMS = 10
 
 
@@ -270,33 +333,48 @@ def verify_certificate(
     *,
     baseline: Mapping[str, Any] | None = None,
     weights: Mapping[str, str] | None = None,
-    tolerance: float = _TOLERANCE,
+    tolerance: float = _DEFAULT,
 ) -> Verification:
     """Re-derive the certificate.
 
-    1. the schema; 2. pairing and counts (against `baseline`, a loaded report.json, where given); 3. window rows against
-    metrics; 4. ratio, interval (same seed, same replicates) and decision; 5. tail, drift and divergence; 6. guard
-    verdicts from their recorded statistics and policy; 7. measurement contracts; 8. the policy and its digest; 9. the
-    weights' digests (against `weights`, {baseline|subject: digest}, where given); 10. gates and verdict; 11. names and
-    the run id.
+    1. the schema; 2. numbers in their one spelling (from derivation 2 on); 3. pairing and counts (against `baseline`, a
+    loaded report.json, where given); 4. window rows against metrics; 5. ratio, interval (same seed, same replicates) and
+    decision; 6. tail, drift and divergence; 7. guard verdicts from their recorded statistics and policy; 8. measurement
+    contracts; 9. the policy and its digest; 10. the weights' digests (against `weights`, {baseline|subject: digest},
+    where given); 11. gates and verdict; 12. names and the run id.
 
-    It stops at the first step that fails and names it. Not checked: `SIGNATURE_ONLY`. `tolerance` is relative, for
-    floats. Raises CertificateError where the certificate does not follow the schema.
+    It stops at the first step that fails and names it. Not checked: `SIGNATURE_ONLY`. `tolerance` is relative, for floats
+    that TOLERANCES does not name. Raises CertificateError where the certificate does not follow the schema, or is of a
+    derivation that only a later release knows.
     """
     if not 0.0 <= tolerance < 1e-3:
         raise CertificateError(f"tolerance is {tolerance}; expected at least 0 and below 0.001 (relative)")
-    parsed = _parse(certificate)  # 1
-    done = ["schema"]
+    given, unknown = _known_part(certificate)
+    parsed = _parse(given)  # 1
+    rules = rules_of(parsed.derivation)
+    done, notes = ["schema"], list(_notes(parsed, unknown))
     try:
-        derived = derive(recall(parsed)).model_dump(mode="json")
+        derived = canonical(derive(Recorded.model_validate(given)).model_dump(mode="json"))
     except (InvarlockError, ValueError, KeyError, TypeError, IndexError, ArithmeticError) as error:
         message = f"the recorded evidence does not give a certificate ({type(error).__name__}: {error})"
-        return Verification(False, parsed.verdict.status, "window rows and metrics", [message], done)
-    derived["validation"] = {key: value for key, value in derived["validation"].items() if value is not None}
-    case = _Case(dict(certificate), parsed, derived, tolerance, baseline, weights or {})
-    for name, check in STEPS:
-        problems = list(check(case))
+        return Verification(False, parsed.verdict.status, "window rows and metrics", [message], done, notes=notes)
+    case = _Case(given, parsed, derived, rules, tolerance, baseline, weights or {})
+    for step in STEPS:
+        ours, theirs = ({name: side[name] for name in step.sections if name in side} for side in (given, derived))
+        problems = [*step.check(case), *case.differences(ours, theirs)]
         if problems:
-            return Verification(False, parsed.verdict.status, name, problems[:_MOST_PROBLEMS], done)
-        done.append(name)
-    return Verification(True, parsed.verdict.status, steps=done)
+            found = problems[:_MOST_PROBLEMS]
+            return Verification(False, parsed.verdict.status, step.name, found, done, notes=notes)
+        done.append(step.name)
+    return Verification(True, parsed.verdict.status, steps=done, notes=notes)
+
+
+def _notes(c: Certificate, unknown: list[str]) -> Iterator[str]:
+    """Say what a reader should know of an intact certificate."""
+    for name in unknown:
+        yield f"the section {name!r} is of a later release ({c.meta.tool_version}) and was not checked"
+    if c.policy_provenance.get("custom"):
+        yield "the limits are custom: not the packaged ones but those that the certificate embeds (policy_provenance.custom)"
+    if (c.derivation, c.meta.tool_version) != (CURRENT, __version__):
+        made = f"{c.meta.tool_version} by derivation {c.derivation or 1}"
+        yield f"made by release {made}: numbers, names, decisions and codes were derived again, sentences were not"

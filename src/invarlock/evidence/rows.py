@@ -21,10 +21,10 @@ from pydantic import create_model
 from invarlock.core.exceptions import DataError, PairingError
 from invarlock.evidence.plain import ABSENT, Plain, finite_or_none
 
-__all__ = ["COLUMNS", "Column", "PairedRows", "Rows", "WindowRows", "pair_rows", "row_problems"]
+__all__ = ["COLUMNS", "Array", "Column", "PairedRows", "Rows", "WindowRows", "pair_rows", "row_problems"]
 
 Array = NDArray[np.float64]
-Values = Sequence[float | None]
+_Values = Sequence[float | None]
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def row_problems(where: str, rows: PairedRows) -> Iterator[str]:
                 yield from _impossible_sums(where, rows.tokens, getattr(rows, column.largest_of) or (), values)
 
 
-def _impossible_sums(where: str, tokens: Sequence[int], sums: Values, largest: Values) -> Iterator[str]:
+def _impossible_sums(where: str, tokens: Sequence[int], sums: _Values, largest: _Values) -> Iterator[str]:
     """No window's sum lies below its largest token's or above as many of them."""
     for total, top, n in zip(sums, largest, tokens, strict=False):
         if total is not None and top is not None and not 0.0 <= top <= total * (1 + 1e-9) <= n * top * (1 + 2e-9):
@@ -214,7 +214,7 @@ class Rows:
         return self.need("subject_loss")
 
 
-def _joined(*parts: Values | None) -> Array | None:
+def _joined(*parts: _Values | None) -> Array | None:
     present = [part for part in parts if part is not None]
     if len(present) < len(parts):
         return None

@@ -1,30 +1,48 @@
-"""Which limits apply: tier, then profile, then edit adjustments, then explicit overrides; the last word wins."""
+"""Which limits apply: tier, then profile, then edit adjustments, then explicit overrides; the last word wins.
+
+Tiers and profiles are packaged by version: those in force beside this package's data, earlier ones under
+`tiers/<version>/` as they were. What a certificate recorded resolves again from its own version, in any later release
+and environment.
+"""
 
 from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import rfc8785
 import yaml
+from pydantic import ValidationError
 
 from invarlock.core import settings
 from invarlock.core.exceptions import ConfigError
 from invarlock.core.registry import nearest
+from invarlock.evidence.plain import canonical_digest
+from invarlock.policy.limits import Limits
 
-__all__ = ["PROFILES", "TIERS", "ResolvedPolicy", "merge", "profile_values", "resolve_policy"]
+__all__ = [
+    "PROFILES",
+    "TIERS",
+    "Policy",
+    "ResolvedPolicy",
+    "guard_defaults",
+    "merge",
+    "profile_values",
+    "resolve_policy",
+    "resolve_recorded",
+]
+
+_Values = dict[str, Any]
 
 TIERS = ("conservative", "balanced", "aggressive")
 PROFILES = ("dev", "ci", "ci_cpu", "release")
 _PROFILE_ONLY = {"device"}
 #: the sample floors that INVARLOCK_TINY_RELAX sets, in the dev profile only
-_TINY: dict[str, Any] = {
+_TINY: _Values = {
     "sample": {"preview": 1, "final": 1, "min_tokens": 0, "shortfall": "warn"},
     "metrics": {"pm_tail": {"min_windows": 1}, "accuracy": {"min_examples": 1}},
 }
@@ -39,27 +57,36 @@ _ENVIRONMENT = {
 
 
 @dataclass(frozen=True)
-class ResolvedPolicy:
-    """The policy in force and where it came from. `values` is what certificates call `resolved_policy`."""
+class Policy:
+    """The policy in force and where it came from. `values` is what certificates call `resolved_policy`.
+
+    `custom` holds the tier and the profile that stood in the place of the packaged ones (INVARLOCK_CONFIG_ROOT), so that
+    the policy resolves again where these files are not. `tiers_digest` is over the values of the tier.
+    """
 
     tier: str
     profile: str
-    values: dict[str, Any]
-    overrides: dict[str, Any]
-    edit_adjustments: dict[str, Any]
+    values: _Values
+    overrides: _Values
+    edit_adjustments: _Values
     tiers_version: int
     tiers_digest: str
     relaxed: bool
+    custom: _Values = field(default_factory=dict)
+
+    @functools.cached_property
+    def limits(self) -> Limits:
+        """The values, typed. Raises ConfigError where one is missing or of another type."""
+        return _typed(self.values)
 
     @property
     def digest(self) -> str:
         """The first 16 hex digits of SHA-256 over the canonical JSON of {resolved_policy, overrides}."""
-        content = {"resolved_policy": self.values, "overrides": self.overrides}
-        return hashlib.sha256(rfc8785.dumps(content)).hexdigest()[:16]
+        return canonical_digest({"resolved_policy": self.values, "overrides": self.overrides})[:16]
 
-    def provenance(self) -> dict[str, Any]:
-        """Return all that `resolve_policy` needs to arrive here again."""
-        return {
+    def provenance(self) -> _Values:
+        """Return all that `resolve_recorded` needs to arrive here again."""
+        facts = {
             "tier": self.tier,
             "profile": self.profile,
             "overrides": self.overrides,
@@ -68,9 +95,13 @@ class ResolvedPolicy:
             "tiers_digest": self.tiers_digest,
             "tiny_relax": self.relaxed,
         }
+        return {**facts, "custom": self.custom} if self.custom else facts
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+ResolvedPolicy = Policy
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> _Values:
     """Return `base` with `over` laid on it: mappings merge key by key, everything else is replaced."""
     out = dict(base)
     for key, value in over.items():
@@ -81,22 +112,141 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _read(relative: str) -> str:
+def resolve_policy(
+    tier: str = "balanced",
+    profile: str = "ci",
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    edit_adjustments: Mapping[str, Any] | None = None,
+    relaxed: bool | None = None,
+) -> Policy:
+    """Resolve the policy for a new measurement. `overrides` follows the shape of a tier; unknown sections and values of
+    another type raise ConfigError.
+
+    Tiers and profiles of one's own (INVARLOCK_CONFIG_ROOT) count. `relaxed` defaults to INVARLOCK_TINY_RELAX; left at its
+    default, the other variables that touch the policy are read too and recorded as overrides, under explicit ones.
+    """
+    _known(tier, TIERS, "tier")
+    own, given = _own("tiers.yaml"), profile_values(profile)
+    version, tiers = _tiers(_packaged("tiers.yaml") if own is None else own)
+    custom = {"tiers": {tier: tiers[tier]}, "profile": given}
+    if _versioned(version, tier, profile) == (tiers[tier], given):
+        custom = {}
+    explicit = merge(_environment_overrides(profile) if relaxed is None else {}, overrides or {})
+    chosen = settings.flag("INVARLOCK_TINY_RELAX") if relaxed is None else relaxed
+    return _resolve(tier, profile, version, custom, explicit, edit_adjustments or {}, chosen)
+
+
+def resolve_recorded(provenance: Mapping[str, Any]) -> Policy:
+    """Resolve again what `Policy.provenance` recorded, from the recorded version of tiers and profiles alone: nothing is
+    read from the environment. Raises ConfigError where this release has no such version, or a fact is missing."""
+    try:
+        return _resolve(
+            provenance["tier"],
+            provenance["profile"],
+            provenance["tiers_version"],
+            provenance.get("custom", {}),
+            provenance["overrides"],
+            provenance["edit_adjustments"],
+            provenance["tiny_relax"],
+        )
+    except KeyError as error:
+        raise ConfigError(f"policy_provenance lacks {error}") from None
+    except (TypeError, AttributeError) as error:
+        raise ConfigError(f"policy_provenance holds a value of another type: {error}") from None
+
+
+def _resolve(
+    tier: str,
+    profile: str,
+    version: int,
+    custom: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    edit_adjustments: Mapping[str, Any],
+    relaxed: bool,
+) -> Policy:
+    _known(tier, TIERS, "tier")
+    _known(profile, PROFILES, "profile")
+    found = (custom["tiers"][tier], custom["profile"]) if custom else _versioned(version, tier, profile)
+    if found is None:
+        raise ConfigError(f"the policy names tiers of version {version!r}, which this release does not have")
+    base, given = found
+    relaxed = bool(relaxed) and profile == "dev"
+    for key in (*overrides, *edit_adjustments):
+        _known(key, tuple(sorted(base)), "policy section")
+    values = copy.deepcopy(base)
+    measured = {key: value for key, value in given.items() if key not in _PROFILE_ONLY}
+    for layer in (measured, _TINY if relaxed else {}, edit_adjustments, overrides):
+        values = merge(values, layer)
+    _typed(values)
+    return Policy(
+        tier=tier,
+        profile=profile,
+        values=values,
+        overrides=merge({}, overrides),
+        edit_adjustments=merge({}, edit_adjustments),
+        tiers_version=version,
+        tiers_digest=canonical_digest({"version": version, "tiers": {tier: base}})[:16],
+        relaxed=relaxed,
+        custom=copy.deepcopy({"tiers": {tier: base}, "profile": given}) if custom else {},
+    )
+
+
+def _typed(values: _Values) -> Limits:
+    try:
+        return Limits.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(
+            f"the policy has {where}: {first['input']!r}; expected another value: {first['msg']}"
+        ) from None
+
+
+def profile_values(profile: str) -> _Values:
+    """Return what a profile sets, its `device` included."""
+    name = f"profiles/{_known(profile, PROFILES, 'profile')}.yaml"
+    own = _own(name)
+    return copy.deepcopy(_packaged(name) if own is None else own)
+
+
+def guard_defaults(guard: str) -> _Values:
+    """Return the policy of a built-in guard where nothing else is asked for: that of the packaged balanced tier."""
+    return copy.deepcopy(dict(_packaged("tiers.yaml")["tiers"]["balanced"]["guards"][guard]))
+
+
+def _own(relative: str) -> _Values | None:
+    """Return a file of one's own that stands in the place of a packaged one, None where there is none."""
     root = settings.get("INVARLOCK_CONFIG_ROOT")
-    if root:
-        custom = Path(str(root)) / "runtime" / relative
-        if custom.is_file():
-            return custom.read_text(encoding="utf-8")
-    return _packaged(relative)
+    custom = Path(str(root)) / "runtime" / relative if root else None
+    return _parse(custom.read_text(encoding="utf-8"), relative) if custom is not None and custom.is_file() else None
 
 
 @functools.cache
-def _packaged(relative: str) -> str:
-    return resources.files("invarlock.data").joinpath(relative).read_text(encoding="utf-8")
+def _packaged(relative: str) -> _Values:
+    return _parse(resources.files("invarlock.data").joinpath(relative).read_text(encoding="utf-8"), relative)
 
 
-@functools.lru_cache(maxsize=16)
-def _parse(text: str, what: str) -> dict[str, Any]:
+def _versioned(version: object, tier: str, profile: str) -> tuple[_Values, _Values] | None:
+    """Return the packaged values of a tier and a profile of that version, None where this release has none."""
+    current, tiers = _tiers(_packaged("tiers.yaml"))
+    folder = "" if version == current else f"tiers/{version:d}/" if isinstance(version, int) else "no such folder/"
+    try:
+        _, tiers = _tiers(_packaged(f"{folder}tiers.yaml"))
+        return tiers[tier], _packaged(f"{folder}profiles/{profile}.yaml")
+    except FileNotFoundError:
+        return None
+
+
+def _tiers(document: _Values) -> tuple[int, _Values]:
+    """Return the version and the tiers of a document. Raises ConfigError where one of them is missing."""
+    version, tiers = document.get("version"), document.get("tiers")
+    if type(version) is not int or not isinstance(tiers, dict) or not set(TIERS) <= tiers.keys():
+        raise ConfigError(f"tiers.yaml has no whole number 'version' and no tiers {', '.join(TIERS)} below 'tiers'")
+    return version, tiers
+
+
+def _parse(text: str, what: str) -> _Values:
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -112,14 +262,9 @@ def _known(name: str, known: tuple[str, ...], what: str) -> str:
     return name
 
 
-def profile_values(profile: str) -> dict[str, Any]:
-    """Return what a profile sets, its `device` included."""
-    return copy.deepcopy(_parse(_read(f"profiles/{_known(profile, PROFILES, 'profile')}.yaml"), f"profile {profile}"))
-
-
-def _environment_overrides(profile: str) -> dict[str, Any]:
+def _environment_overrides(profile: str) -> _Values:
     """Return what environment variables ask of the policy, in the shape of explicit overrides."""
-    found: dict[str, Any] = {}
+    found: _Values = {}
     for name, path in _ENVIRONMENT.items():
         value = settings.get(name)
         said = value is not None and value is not True  # BCa is on where nothing is said
@@ -129,43 +274,3 @@ def _environment_overrides(profile: str) -> dict[str, Any]:
                 layer = {key: layer}
             found = merge(found, layer)
     return found
-
-
-def resolve_policy(
-    tier: str = "balanced",
-    profile: str = "ci",
-    *,
-    overrides: Mapping[str, Any] | None = None,
-    edit_adjustments: Mapping[str, Any] | None = None,
-    relaxed: bool | None = None,
-) -> ResolvedPolicy:
-    """Resolve the policy. `overrides` follows the shape of a tier; unknown sections raise ConfigError.
-
-    `relaxed` defaults to INVARLOCK_TINY_RELAX and counts in the dev profile only. Left at its default, the other
-    variables that touch the policy are read too and recorded as overrides, under explicit ones; given, the environment
-    is left alone, so that a recorded policy resolves alike anywhere.
-    """
-    text = _read("tiers.yaml")
-    document = _parse(text, "tiers.yaml")
-    values: dict[str, Any] = copy.deepcopy(document["tiers"][_known(tier, TIERS, "tier")])
-    sections = set(values)
-    chosen = {key: value for key, value in profile_values(profile).items() if key not in _PROFILE_ONLY}
-    explicit = merge(_environment_overrides(profile) if relaxed is None else {}, overrides or {})
-    adjusted = merge({}, edit_adjustments or {})
-    for key in (*explicit, *adjusted):
-        _known(key, tuple(sorted(sections)), "policy section")
-    if relaxed is None:
-        relaxed = settings.flag("INVARLOCK_TINY_RELAX")
-    relaxed = bool(relaxed) and profile == "dev"
-    for layer in (chosen, _TINY if relaxed else {}, adjusted, explicit):
-        values = merge(values, layer)
-    return ResolvedPolicy(
-        tier=tier,
-        profile=profile,
-        values=values,
-        overrides=explicit,
-        edit_adjustments=adjusted,
-        tiers_version=int(document["version"]),
-        tiers_digest=hashlib.sha256(text.encode()).hexdigest()[:16],
-        relaxed=relaxed,
-    )

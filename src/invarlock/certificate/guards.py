@@ -1,0 +1,69 @@
+"""Built-in guards in a certificate: the measurements of both sides paired, and judged from the certificate alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from invarlock import guards
+from invarlock.certificate.schema import GuardRecord, GuardSection, Recorded
+from invarlock.evidence.model import Evidence
+from invarlock.guards.base import Facts, Policy, Result, StatsGuard, result
+from invarlock.guards.boundary import BUILT_IN_GUARDS
+from invarlock.guards.invariants import InvariantsGuard
+
+__all__ = ["GUARDS", "judge_guards", "not_measured", "pair_guards"]
+
+#: name -> the guard as it pairs and judges
+GUARDS: Mapping[str, StatsGuard] = {g.name: g for g in (getattr(guards, name)() for name in guards.__all__)}
+
+
+def pair_guards(baseline: Evidence, subject: Evidence, order: Sequence[str]) -> dict[str, GuardRecord]:
+    """Pair what each built-in guard in `order` measured on the two sides; no facts where a side has none.
+
+    What `invariants` compares stands in the structures.
+    """
+    records = {}
+    for name in BUILT_IN_GUARDS[1:]:
+        if name in order:
+            old, new = baseline.guards.get(name), subject.guards.get(name)
+            facts = GUARDS[name].pair(old, new) if old is not None and new is not None else None
+            records[name] = GuardRecord(facts=facts)
+    return records
+
+
+def judge_guards(r: Recorded, judges: Mapping[str, StatsGuard]) -> dict[str, GuardSection]:
+    """Judge every guard that the policy asks for; a subject refused for its files is judged by its structure alone."""
+    policies = r.resolved_policy["guards"]
+    sections: dict[str, GuardSection] = {}
+    for name in BUILT_IN_GUARDS:
+        policy = dict(policies.get(name, {}))
+        facts = r.guard_facts.get(name)
+        if name == InvariantsGuard.name:
+            if name in policies["order"] or r.refused is not None:
+                policy["intent"] = r.meta.intent
+                outcome = judges[name].judge(_structures(r), policy)
+                sections[name] = _section(outcome, None, policy)
+        elif name in policies["order"] and r.refused is None:
+            sections[name] = (
+                not_measured(name, policy)
+                if facts is None
+                else _section(judges[name].judge(facts, policy), facts, policy)
+            )
+    return sections
+
+
+def not_measured(name: str, policy: Policy) -> GuardSection:
+    """Return the section of a guard that a side has no measurements for."""
+    outcome = result(False, f"{name} was not measured on both sides", action="none", evaluated=False)
+    return _section(outcome, None, policy)
+
+
+def _structures(r: Recorded) -> Facts:
+    s, guard = r.structure, InvariantsGuard()
+    old = guard.stats_from(s.baseline, s.baseline_behaviour, *s.baseline_tokenizer)
+    new = guard.stats_from(s.subject, s.subject_behaviour, *s.subject_tokenizer)
+    return guard.pair(old, new)
+
+
+def _section(outcome: Result, facts: Facts | None, policy: Policy) -> GuardSection:
+    return GuardSection(facts=facts, policy=dict(policy), **outcome)

@@ -1,0 +1,108 @@
+"""The limits of a resolved policy, typed. Their values stand in the tiers alone; here is what there is to set."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasPath, BaseModel, BeforeValidator, ConfigDict, Field
+
+__all__ = [
+    "AccuracyLimits",
+    "Band",
+    "Bootstrap",
+    "DivergenceLimits",
+    "Limits",
+    "Mode",
+    "OverheadLimits",
+    "RatioLimits",
+    "Sample",
+    "TailLimits",
+]
+
+#: YAML reads a bare `off` as false
+Mode = Annotated[Literal["off", "warn", "fail"], BeforeValidator(lambda mode: "off" if mode is False else mode)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class RatioLimits(_Section):
+    """Of the perplexity ratio: `limit` above, `min` below where it is set; `hysteresis` withholds FAIL, never PASS."""
+
+    limit: float
+    hysteresis: float
+    min: float | None = None
+    ci_level: float
+
+
+class Band(_Section):
+    min: float
+    max: float
+
+
+class TailLimits(_Section):
+    """Of the differences of log-loss per window (nats)."""
+
+    mode: Mode
+    min_windows: int
+    quantile: float
+    quantile_max: float | None
+    epsilon: float
+    mass_max: float | None = None
+
+
+class DivergenceLimits(_Section):
+    """`kl_max` in nats per token, `flip_max` a share of the tokens."""
+
+    mode: Mode
+    kl_max: float
+    flip_max: float
+
+
+class AccuracyLimits(_Section):
+    """`floor_pp` in percentage points."""
+
+    floor_pp: float
+    min_examples: int
+
+
+class OverheadLimits(_Section):
+    required: bool
+    max_ratio: float
+
+
+class Sample(_Section):
+    preview: int
+    final: int
+    min_tokens: int
+    shortfall: Literal["stop", "warn"]
+
+
+class Bootstrap(_Section):
+    replicates: int
+    seed: int
+    bca: bool = True
+
+
+class Limits(_Section):
+    """What each gate is held to. A section that an older version of the tiers lacks is None, and its gate is not there."""
+
+    ratio: RatioLimits = Field(validation_alias=AliasPath("metrics", "pm_ratio"))
+    drift: Band = Field(validation_alias=AliasPath("metrics", "drift"))
+    tail: TailLimits = Field(validation_alias=AliasPath("metrics", "pm_tail"))
+    divergence: DivergenceLimits = Field(validation_alias=AliasPath("metrics", "divergence"))
+    accuracy: AccuracyLimits = Field(validation_alias=AliasPath("metrics", "accuracy"))
+    overhead: OverheadLimits = Field(validation_alias=AliasPath("metrics", "guard_overhead"))
+    sample: Sample
+    bootstrap: Bootstrap
+    guards: dict[str, Any]
+
+    @property
+    def order(self) -> list[str]:
+        """The guards asked for, in the order in which they run."""
+        return list(self.guards["order"])
+
+    def guard(self, name: str) -> dict[str, Any]:
+        """Return the policy of one guard, empty where it has none."""
+        return dict(self.guards.get(name, {}))
