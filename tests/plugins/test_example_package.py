@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from distributions import EXAMPLE
+from invarlock.eval.data import get_provider
 
 CHECK = """
 import torch
@@ -46,12 +48,12 @@ def test_the_line_of_the_guide_is_printed(run, installed: Path) -> None:
 @pytest.mark.parametrize("arguments", [[], ["list"], ["list", "plugins"], ["--only", "plugin"], ["--only", "ready"]])
 def test_it_is_in_every_listing_that_it_belongs_to(run, installed: Path, arguments: list[str]) -> None:
     names = {line.split(" | ")[0] for line in run("plugins", *arguments, site=installed).stdout.splitlines()}
-    assert {"nan_check", "threshold", "custom_format"} <= names
+    assert {"nan_check", "threshold", "custom_format", "text_folder"} <= names
 
 
 def test_only_plugins_leaves_ours_out(run, installed: Path, items) -> None:
     listed = items(run("plugins", "list", "plugins", "--json", site=installed).stdout)
-    assert set(listed) == {"nan_check", "threshold", "custom_format"}
+    assert set(listed) == {"nan_check", "threshold", "custom_format", "text_folder"}
     assert listed["custom_format"] == {
         "name": "custom_format",
         "kind": "adapter",
@@ -77,6 +79,31 @@ def test_explain_shows_where_it_comes_from_and_what_it_takes(run, installed: Pat
     assert rows["constructor"] == "no parameters"
     shown = run("plugins", "guards", "--explain", "threshold", site=installed).stdout
     assert "max_magnitude=100.0, warn_magnitude=50.0, scope='all'" in shown
+
+
+def test_its_provider_is_listed_explained_and_suggested(run, installed: Path, items) -> None:
+    listed = items(run("plugins", "list", "datasets", "--json", site=installed).stdout)
+    assert (listed["text_folder"]["kind"], listed["text_folder"]["origin"]) == ("provider", "plugin")
+    assert listed["python_docs"]["origin"] == "core"
+    shown = run("plugins", "list", "datasets", "--explain", "text_folder", site=installed).stdout
+    assert "split=None, folder='.', pattern='*.txt'" in shown
+    done = run("plugins", "list", "datasets", "--explain", "text_foldr", site=installed)
+    assert "unknown dataset 'text_foldr' (did you mean 'text_folder'?)" in done.stderr
+
+
+def test_its_provider_serves_a_certificate(run, installed: Path, demo_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for document in get_provider("synthetic", count=40).documents():
+        (tmp_path / "texts" / f"{document.document_id.replace(':', '-')}.txt").write_text(document.text)
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(f"dataset: {{provider: {{kind: text_folder, folder: {tmp_path / 'texts'}}}, seq_len: 48}}\n")
+    assert run("doctor", "--config", str(preset), "--profile", "dev", site=installed).returncode == 0
+    sides = ["--baseline", str(demo_model), "--subject", str(demo_model)]
+    places = ["--out", str(tmp_path / "runs"), "--cert-out", str(tmp_path / "cert")]
+    done = run("certify", *sides, "--preset", str(preset), "--profile", "dev", *places, site=installed)
+    assert done.returncode == 0, done.stderr
+    certificate = json.loads((tmp_path / "cert" / "evaluation.cert.json").read_text())
+    assert (certificate["dataset"]["provider"], certificate["verdict"]["status"]) == ("text_folder", "PASS")
 
 
 def test_verbose_shows_module_and_entry_point(run, installed: Path) -> None:
@@ -110,4 +137,4 @@ def test_its_own_tests_pass(installed: Path) -> None:
         command, env={**os.environ, "PYTHONPATH": str(installed)}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
-    assert re.search(r"\b8 passed\b", done.stdout)
+    assert re.search(r"\b12 passed\b", done.stdout)

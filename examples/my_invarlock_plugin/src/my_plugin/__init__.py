@@ -1,1 +1,1 @@
-"""Guards and an adapter for InvarLock."""
+"""Guards, a data provider and an adapter for InvarLock."""
