@@ -82,6 +82,7 @@ def test_a_run_out_of_time_ends_with_1(cli: Any, configure: Configure, tmp_path:
     ("sections", "flags", "message"),
     [
         ({"guards": {"order": ["spectrl"]}}, [], "did you mean 'spectral'?"),
+        ({"eval": {"gates_off": ["token_flip"]}}, [], "unknown gate 'token_flip' (did you mean 'token_flips'?)"),
         ({"edit": {"name": "noop"}}, ["--until-pass"], "cannot weaken the edit 'noop'"),
         ({}, ["--edit", "quantrtn"], "did you mean 'quant_rtn'?"),
         ({}, ["--probes", "11"], "Invalid value for '--probes'"),

@@ -184,10 +184,6 @@ def test_a_profile_outranks_the_limits_that_it_sets(write: Write) -> None:
             "eval: {loss: casual}",
             "config.yaml:1: eval.loss is 'casual' (did you mean 'causal'?); expected auto, causal",
         ),
-        (
-            "eval: {gates_off: [token_flips, token_flip]}",
-            "config.yaml:1: eval.gates_off.1 is 'token_flip' (did you mean 'token_flips'?); expected 'primary_metric', ",
-        ),
         ("eval: {metric: {ci_level: 1}}", "config.yaml:1: eval.metric.ci_level is 1; expected less than 1"),
         ("assurance: {mode: strict}", "config.yaml:1: assurance is refused: "),
         ("guards:\n  spectral:\n    mode: x", "config.yaml:3: guards.spectral.mode is refused: "),
@@ -243,6 +239,15 @@ def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     assert "cannot be read" in _refused(tmp_path / "binary.yaml")
     assert "cannot be read" in _refused(tmp_path)
+
+
+def test_an_unknown_gate_is_named_with_the_nearest(write: Write) -> None:
+    path = write("model: {id: x}\neval:\n  gates_off:\n    - pairing\n    - token_flip\n")
+    assert load_config(path).eval.gates_off == ["pairing", "token_flip"]
+    assert _refused(path, gates=("pairing", "token_flips")) == (
+        "config.yaml:5: eval.gates_off: unknown gate 'token_flip' (did you mean 'token_flips'?); expected one of: pairing, "
+        "token_flips"
+    )
 
 
 def test_several_errors_are_counted(write: Write) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from invarlock.certificate.gates import GATE_NAMES
 from invarlock.cli.console import progress, show
 from invarlock.cli.options import DeviceOption, JsonOption, ProfileOption, TierOption, TimingOption
 from invarlock.flow.run import RunOutcome, RunRequest
@@ -59,7 +60,7 @@ def run(
         "eval.metric.kind": metric_kind,
         "output.dir": out and str(out),
     }
-    chosen = load_config(config, cli_overrides=flags, profile=profile)
+    chosen = load_config(config, cli_overrides=flags, profile=profile, gates=GATE_NAMES)
     request = RunRequest(
         settings=chosen,
         out=Path(chosen.output.dir),

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, create_model
 
@@ -21,7 +21,6 @@ from invarlock.policy.resolve import merge, profile_values, resolve_policy
 from invarlock.policy.yaml_source import Document, KeyPath, read_yaml
 
 __all__ = [
-    "GATE_NAMES",
     "AutoSection",
     "ContextSection",
     "DatasetSection",
@@ -63,12 +62,6 @@ Count = Annotated[int, Field(ge=1)]
 Ratio = Annotated[float, Field(gt=0)]
 MetricKind = Literal["auto", "ppl_causal", "ppl_mlm", "ppl_seq2seq", "accuracy", "vqa_accuracy"]
 LossKind = Literal["auto", "causal", "mlm", "seq2seq"]
-GateName = Literal[
-    "primary_metric", "sample_size", "pairing", "preview_final_drift", "primary_metric_tail", "divergence_kl",
-    "token_flips", "invariants", "spectral", "rmt", "variance", "guard_overhead", "measurement_contracts",
-]  # fmt: skip
-#: every gate that is not a plugin guard's, in the order in which certificates list them
-GATE_NAMES: tuple[str, ...] = get_args(GateName)
 
 
 class _Section(BaseModel):
@@ -169,7 +162,7 @@ class EvalSection(_Section):
     metric: _Metric = Field(default_factory=_Metric)
     bootstrap: _Bootstrap = Field(default_factory=_Bootstrap)
     loss: LossKind | _Loss = Field("auto", description="Another way to say metric.kind: causal means ppl_causal.")
-    gates_off: list[GateName] = Field(default_factory=list, description="Gates that `run` does not hold the edit to.")
+    gates_off: list[str] = Field(default_factory=list, description="Gates that `run` does not hold an edit to.")
 
     @property
     def metric_kind(self) -> str:
@@ -261,13 +254,15 @@ def load_config(
     profile: str | None = None,
     require_model: bool = True,
     refused: Mapping[str, str] | None = None,
+    gates: Sequence[str] = (),
 ) -> RunSettings:
     """Read a configuration; without a path the command line and the profile are all there is.
 
     `cli_overrides` maps dotted keys (`model.device`) to values; None means not given. `profile` is the one asked for, or
     None where the command fell back on its default, which then stands below the file. `require_model=False` is for
-    presets, which hold data and policy only; `refused` are keys that have no use there, and what to do instead. Raises
-    ConfigError naming the key, its line, and the nearest valid key.
+    presets, which hold data and policy only; `refused` are keys that have no use there, and what to do instead; `gates`
+    are the names that `eval.gates_off` may hold, any where none are given. Raises ConfigError naming the key, its line,
+    and the nearest valid key.
     """
     document = Document(Path("command line"), {}) if path is None else read_yaml(path)
     data = dict(document.data)
@@ -288,6 +283,10 @@ def load_config(
             document.lines[tuple(dotted.split("."))] = "command line"
     resolved = _settings(data, document)
     _check_names(resolved, document)
+    for index, name in enumerate(resolved.eval.gates_off if gates else ()):
+        if name not in gates:
+            message = f"eval.gates_off: unknown gate {name!r}{nearest(name, gates)}; {_one_of(gates)}"
+            raise document.error(("eval", "gates_off", index), message)
     if require_model and resolved.model.id is None:
         raise document.error((), "model.id is missing; expected a folder or a hub id")
     resolved._notes = tuple(notes)
