@@ -103,7 +103,7 @@ def live_structure(model: ModelLike, like: Structure | None = None) -> Structure
     the type that the files have: a model computed in float32 may be stored in float16, and is still that checkpoint.
     A buffer that no checkpoint stores, such as the frequencies of rotary positions, is listed where it is not finite.
     """
-    layout = _layout_of_model(model)
+    layout = _layout_of_model(model, like.tied if like is not None else ())
     spoilt = {
         name: buffer
         for name, buffer in model.named_buffers()
@@ -154,9 +154,9 @@ def _as_declared(
         yield name, tensor.detach().to(getattr(torch, dtype)) if dtype and tensor.is_floating_point() else tensor
 
 
-def _layout_of_model(model: ModelLike) -> Layout:
+def _layout_of_model(model: ModelLike, tied: Iterable[list[str]] = ()) -> Layout:
     state = _state(model)
-    alias = _aliases(model, state)
+    alias = _aliases(getattr(model, "all_tied_weights_keys", None) or dict(tied), state)
     steps = _loading_steps(model)
     return Layout(
         shapes={name: tuple(tensor.shape) for name, tensor in state.items() if name not in alias},
@@ -177,10 +177,9 @@ def _state(model: ModelLike) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict(keep_vars=True).items() if hasattr(value, "dtype")}
 
 
-def _aliases(model: ModelLike, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Map tied names to the name that they share with: as the library declares it, else to the first of them."""
-    ties = getattr(model, "all_tied_weights_keys", None) or {}
-    alias = {name: partner for name, partner in ties.items() if name in state}
+def _aliases(declared: Mapping[str, str], state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Map tied names to the name that they share with: as it is declared, else to the first of them."""
+    alias = {name: partner for name, partner in declared.items() if name in state}
     first: dict[int, str] = {}
     for name, tensor in state.items():
         other = first.setdefault(id(tensor), name)
