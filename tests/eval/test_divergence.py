@@ -12,18 +12,10 @@ import pytest
 import torch
 
 from invarlock.edits import RTNQuantEdit
-from invarlock.eval.divergence import (
-    HISTOGRAM_EDGES,
-    TIES,
-    TOP,
-    TokenReference,
-    coarsened_kl,
-    histogram,
-    histogram_quantile,
-    reference_rows,
-)
+from invarlock.eval.divergence import TIES, TOP, TokenReference, coarsened_kl, reference_rows
 from invarlock.eval.sources.base import Scores, score_all
 from invarlock.eval.sources.torch_model import TorchSource
+from invarlock.evidence.histogram import HISTOGRAM_EDGES, histogram, histogram_quantile
 from invarlock.evidence.reference import read_reference, reference_digest, write_reference
 from invarlock.evidence.windows import Window, windows_from_calibration
 

@@ -12,7 +12,7 @@ from invarlock.core.exceptions import DataError, PairingError
 from invarlock.evidence.windows import (
     IGNORED,
     Window,
-    WindowSet,
+    Windows,
     content_digest,
     mask_tokens,
     windows_from_calibration,
@@ -130,10 +130,10 @@ def test_a_set_survives_its_json_form() -> None:
         {"input_ids": [4, 5, 6]},
     ]
     windows = windows_from_calibration(data, None, None)
-    again = WindowSet.from_dict(windows.to_dict())
+    again = Windows.from_dict(windows.to_dict())
     assert again == windows and again.digest() == windows.digest()
     with pytest.raises(PairingError, match="INVARLOCK_STORE_EVAL_WINDOWS=1"):
-        WindowSet.from_dict({})
+        Windows.from_dict({})
 
 
 @pytest.mark.parametrize("field", ["id", "document", "input_ids", "mask", "labels"])
@@ -142,7 +142,7 @@ def test_the_digest_covers_everything(field: str) -> None:
 
     row = Window("a", "d", (1, 2), (1, 1), (1, 2))
     other = replace(row, **{field: {"id": "b", "document": "e"}.get(field, (0, 1))})
-    digests = {WindowSet((row,), (one,), 2, (1, 1)).digest() for one in (row, other)}
+    digests = {Windows((row,), (one,), 2, (1, 1)).digest() for one in (row, other)}
     assert len(digests) == 2
 
 

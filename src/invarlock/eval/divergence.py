@@ -8,10 +8,7 @@ distributions is a lower bound of the exact one (data processing inequality; Cov
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from invarlock.evidence.reference import TokenReference, joined
 
@@ -19,22 +16,17 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "HISTOGRAM_EDGES",
     "TIES",
     "TOP",
     "TokenReference",
     "coarsened_kl",
     "contract",
-    "histogram",
-    "histogram_quantile",
     "is_top",
     "joined",
     "reference_rows",
 ]
 
 TOP = 64
-#: bin edges of the KL histogram in nats: 0, then 20 bins a decade from 1e-7 to 1e2; the last bin is open
-HISTOGRAM_EDGES: tuple[float, ...] = (0.0, *(float(10.0 ** (-7 + k / 20)) for k in range(181)))
 TIES = 8  # half precision ties a few ids; a model that finds all tokens alike has no top one
 _FLOOR = 1e-7  # single precision cannot tell smaller tail masses from rounding
 
@@ -102,19 +94,3 @@ def is_top(log_probs: torch.Tensor, picked: torch.Tensor, allowed: torch.Tensor)
         sharing = (log_probs[unsure] >= top[unsure, None]).sum(-1)
         among[unsure] = sharing <= allowed[unsure]
     return among
-
-
-def histogram(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Count finite KL values (nats) in the fixed bins; int64 [len(HISTOGRAM_EDGES)]."""
-    finite = values[np.isfinite(values)]
-    bins = np.searchsorted(HISTOGRAM_EDGES, finite, side="right") - 1
-    return np.bincount(bins, minlength=len(HISTOGRAM_EDGES))
-
-
-def histogram_quantile(counts: Sequence[int], q: float) -> float | None:
-    """Return the lower edge of the bin that holds quantile `q` (nats; at most 12 % below the value), None if empty."""
-    total = sum(counts)
-    if total == 0:
-        return None
-    index = int(np.searchsorted(np.cumsum(counts), q * total, side="left"))
-    return HISTOGRAM_EDGES[min(index, len(HISTOGRAM_EDGES) - 1)]

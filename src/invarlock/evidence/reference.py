@@ -33,7 +33,12 @@ class TokenReference:
 
     def rows(self, start: int, stop: int) -> TokenReference:
         """Return the part of the tokens from `start` to `stop`."""
-        return TokenReference(*(getattr(self, name)[start:stop] for name in _FIELDS))
+        return TokenReference(self.ids[start:stop], self.log_probs[start:stop], self.label_log_prob[start:stop])
+
+    def to(self, device: object) -> TokenReference:
+        """Return the same on another device, without `whole`."""
+        ids, log_probs, label = (getattr(self, name).to(device) for name in _FIELDS)
+        return TokenReference(ids, log_probs, label)
 
 
 def joined(parts: Sequence[TokenReference]) -> TokenReference:
@@ -41,7 +46,8 @@ def joined(parts: Sequence[TokenReference]) -> TokenReference:
     import torch
 
     whole = {number: tensor for number, part in enumerate(parts) for tensor in part.whole.values()}
-    return TokenReference(*(torch.cat([getattr(part, name) for part in parts]) for name in _FIELDS), whole)
+    ids, log_probs, label = (torch.cat([getattr(part, name) for part in parts]) for name in _FIELDS)
+    return TokenReference(ids, log_probs, label, whole)
 
 
 def reference_digest(reference: TokenReference) -> str:
@@ -72,4 +78,5 @@ def read_reference(path: Path, facts: TokenFile) -> TokenReference:
     if hashlib.sha256(blob).hexdigest() != facts.sha256:
         raise ModelLoadError(f"{path} is not the file that the baseline's report recorded; measure the baseline again")
     arrays = load(blob)
-    return TokenReference(*(arrays[name] for name in _FIELDS))
+    ids, log_probs, label = (arrays[name] for name in _FIELDS)
+    return TokenReference(ids, log_probs, label)

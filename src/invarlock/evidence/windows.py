@@ -184,11 +184,16 @@ def _rows(columns: Mapping[str, Any]) -> tuple[Window, ...]:
 class ProviderWindows(Protocol):
     """What a provider gives for one split, as columns (`EvaluationWindow`)."""
 
-    input_ids: list[list[int]]
-    attention_masks: list[list[int]]
-    window_ids: list[str]
-    document_ids: list[str]
-    labels: list[list[int]] | None
+    @property
+    def input_ids(self) -> Sequence[Sequence[int]]: ...
+    @property
+    def attention_masks(self) -> Sequence[Sequence[int]]: ...
+    @property
+    def window_ids(self) -> Sequence[str]: ...
+    @property
+    def document_ids(self) -> Sequence[str]: ...
+    @property
+    def labels(self) -> Sequence[Sequence[int]] | None: ...
 
 
 def windows_from_provider(
@@ -202,7 +207,7 @@ def windows_from_provider(
     splits = []
     for part in (preview, final):
         columns = (part.window_ids, part.document_ids, part.input_ids, part.attention_masks)
-        labels: Sequence[list[int] | None] = part.labels or [None] * len(part.window_ids)
+        labels: Sequence[Sequence[int] | None] = part.labels or [None] * len(part.window_ids)
         splits.append(
             tuple(
                 Window(name, document, tuple(ids), None if all(mask) else tuple(mask), _tuple(row))
@@ -335,10 +340,10 @@ def _batch_rows(batches: Sequence[object]) -> list[Window]:
         if isinstance(batch, Window):
             windows.append(batch)
             continue
-        if not hasattr(batch, "keys") or "input_ids" not in batch:
-            got = sorted(batch.keys()) if hasattr(batch, "keys") else type(batch).__name__
-            raise DataError(f"calibration batch {index} is {got}; expected a mapping with 'input_ids'")
-        windows += _rows_of(batch, index)  # type: ignore[arg-type]  # it has keys, so it is a mapping
+        keys = sorted(batch.keys()) if hasattr(batch, "keys") else type(batch).__name__
+        if isinstance(keys, str) or "input_ids" not in keys:
+            raise DataError(f"calibration batch {index} is {keys}; expected a mapping with 'input_ids'")
+        windows += _rows_of(batch, index)  # type: ignore[arg-type]  # it has keys: a mapping, or a tokenizer's batch
     return windows
 
 

@@ -72,11 +72,11 @@ class CertifyRequest:
 
     @property
     def edit_facts(self) -> dict[str, Any]:
-        """What a report says of the edit before anything of it is known but its name."""
+        """What a report says of the edit before it was made; a checkpoint that was edited elsewhere is called by its name."""
         given = self.edit or {}
-        name = str(given.get("name", "checkpoint"))
-        label = self.edit_label or (name if self.edit else Path(self.subject).name)
-        return {"name": name, "plan": dict(given.get("plan") or {}), "label": label}
+        facts = {"name": str(given.get("name", "checkpoint")), "plan": dict(given.get("plan") or {})}
+        label = self.edit_label or (None if self.edit else Path(self.subject).name)
+        return facts if label is None else {**facts, "label": label}
 
 
 @dataclass(frozen=True)

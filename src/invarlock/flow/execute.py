@@ -22,7 +22,7 @@ from invarlock.core import settings
 from invarlock.core.api import AdapterLike, Context, EditLike, Guard, GuardWithPrepare, ModelLike, RunConfig, RunReport
 from invarlock.core.device import library_versions, make_deterministic, resolve_device, thread_count
 from invarlock.core.events import EventLog
-from invarlock.core.exceptions import ConfigError, GuardError
+from invarlock.core.exceptions import ConfigError, GuardError, PairingError
 from invarlock.core.files import plain, write_json
 from invarlock.eval.sources.base import score_all
 from invarlock.eval.sources.torch_model import TorchSource
@@ -191,6 +191,7 @@ class CoreRunner:
         assert run.side is not None
         if run.stored is not None:
             run.baseline = run.stored.measured
+            _require_windows(job, run.baseline)
         elif job.windows is not None:
             run.baseline = measure(job, run.model, run.side, "the unedited model")
             report = steps.baseline_report(job, run.baseline, f"{_id(run)}-baseline")
@@ -347,7 +348,9 @@ class CoreRunner:
         if run.rollback_reason is None and not ratio <= run.config.max_pm_ratio:
             run.rollback_reason = f"primary_metric_ratio: {ratio:.4f} is above max_pm_ratio {run.config.max_pm_ratio:g}"
         held = run.config.context.get("gates")
-        for gate in gates if isinstance(held, Mapping) else ():
+        if not isinstance(held, Mapping):
+            return
+        for gate in gates:
             judged = gate["decision"] == "fail" and gate["basis"] not in ("guard", "plugin guard")
             if judged and gate["name"] in held.get("off", ()):
                 self._warn(run, f"gate {gate['name']} failed and is switched off: {gate['reason']}")
@@ -492,6 +495,19 @@ def _resolve(auto: Mapping[str, Any], context: Context, guards: Sequence[Guard])
 
     policy = resolve(explicit)
     return policy if policy.values["guards"]["order"] == order else resolve({"order": order, **explicit})
+
+
+def _require_windows(job: Job, stored: Measurement) -> None:
+    """Refuse windows that a stored baseline was not measured on, before anything is scored."""
+    for split in ("preview", "final") if job.windows is not None else ():
+        ours = {window.id for window in getattr(job.windows, split)}
+        theirs = set(getattr(stored.evidence, split).window_ids)
+        if ours != theirs:
+            raise PairingError(
+                f"{split}: {len(ours & theirs)} of {len(theirs)} windows are paired; expected the baseline's: give the data "
+                "that it was measured on",
+                code="E006",
+            )
 
 
 def _same_weights(stored: Measurement, side: Side) -> bool:

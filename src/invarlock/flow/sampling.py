@@ -57,15 +57,15 @@ def cut_windows(job: Job, side: Side, dataset: Mapping[str, Any]) -> Windows:
     spec = options.pop("provider", None) or _default_provider(job)
     seq_len = _seq_len(options.pop("seq_len", None), side.max_length)
     seed = int(options.pop("seed", 42))
-    cut = {"seq_len": seq_len, "stride": int(options.pop("stride", None) or seq_len)}
-    cut |= {"seed": seed, "split": options.pop("split", None)}
+    stride, split = int(options.pop("stride", None) or seq_len), options.pop("split", None)
+    cut = {"seq_len": seq_len, "stride": stride, "seed": seed, "split": split}
     provider = get_provider(spec, **options)
     job.tick("reading text", 0, 1)
     sample = job.policy.values["sample"]
     counts = (int(sample["preview"]), int(sample["final"]))
     preview, final = _parts(job, provider, side, counts, cut)
     told = provider.describe()
-    origin = TextOrigin(told["name"], told["options"], cut["stride"], seed, cut["split"])
+    origin = TextOrigin(told["name"], told["options"], stride, seed, split)
     windows = windows_from_provider(preview, final, seq_len, counts, origin)
     if job.metric.task == "mlm":
         windows = mask_tokens(windows, side.tokenizer.mask_token_id, side.tokenizer.all_special_ids, seed=seed)
@@ -92,6 +92,7 @@ def _seq_len(asked: int | None, longest: int | None) -> int:
 def _parts(
     job: Job, provider: Provider, side: Side, counts: tuple[int, int], cut: Mapping[str, Any]
 ) -> tuple[EvaluationWindow, EvaluationWindow]:
+    assert side.tokenizer is not None
     shortfall = job.policy.values["sample"]["shortfall"]
     try:
         return provider.windows(side.tokenizer, preview_n=counts[0], final_n=counts[1], **cut)

@@ -13,7 +13,7 @@ from invarlock.certificate.reports import make_certificate
 from invarlock.checkpoints.files import live_structure
 from invarlock.checkpoints.side import Side, read_side
 from invarlock.core import registry, settings
-from invarlock.core.api import Context, EditLike, Guard, ModelLike, RunReport
+from invarlock.core.api import Batches, Context, EditLike, Guard, ModelLike, RunReport
 from invarlock.core.files import plain
 from invarlock.eval.sources.base import score_all
 from invarlock.eval.sources.torch_model import TorchSource
@@ -104,7 +104,7 @@ def apply_edit(
 
 
 def prepare_guards(
-    job: Job, guards: Sequence[Guard], model: ModelLike, calib: object, about: RunReport
+    job: Job, guards: Sequence[Guard], model: ModelLike, calib: Batches | None, about: RunReport
 ) -> dict[int, str]:
     """Show the guards the unedited model; return why those failed, by place, whose failure is tolerated."""
     failed: dict[int, str] = {}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from invarlock.core import settings
-from invarlock.core.api import AdapterLike, Context, Guard, GuardWithContext, GuardWithPrepare, ModelLike, RunReport
+from invarlock.core.api import AdapterLike, Batches, Context, Guard, GuardWithContext, GuardWithPrepare, ModelLike, RunReport
 from invarlock.core.exceptions import GuardError, InvarlockError
 from invarlock.core.files import plain
 
@@ -46,7 +46,7 @@ def oneline(error: BaseException) -> str:
 
 
 def prepare_guard(
-    guard: Guard, model: ModelLike, adapter: AdapterLike, calib: object, policy: Mapping[str, Any], report: RunReport
+    guard: Guard, model: ModelLike, adapter: AdapterLike, calib: Batches | None, policy: Mapping[str, Any], report: RunReport
 ) -> str | None:
     """Show a guard the unedited model. Return why it failed where INVARLOCK_GUARD_PREPARE_STRICT=0 tolerates that.
 

@@ -240,7 +240,8 @@ def _scalable(model: ModelLike, path: str) -> bool:
 
 def _tensors(model: ModelLike, path: str) -> list[Tensor]:
     module = model.get_submodule(path)
-    return [tensor.data for tensor in (module.weight, getattr(module, "bias", None)) if tensor is not None]
+    found: list[Any] = [module.weight, getattr(module, "bias", None)]
+    return [tensor.data for tensor in found if tensor is not None]
 
 
 def _problem(tap: Mapping[str, Any]) -> str | None:

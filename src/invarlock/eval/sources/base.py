@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from invarlock.core.exceptions import DataError
-from invarlock.eval.divergence import TokenReference, histogram, joined
+from invarlock.eval.divergence import TokenReference, joined
+from invarlock.evidence.histogram import histogram
 from invarlock.eval.metrics import Task
 from invarlock.evidence.windows import IGNORED, Window
 

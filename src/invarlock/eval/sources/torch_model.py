@@ -123,8 +123,7 @@ class _Wanted:
         if self.reference is None:
             return None
         parts = [self.reference.rows(int(self.offsets[i]), int(self.offsets[i + 1])) for i in indices]
-        joined = divergence.joined(parts)
-        return TokenReference(*(getattr(joined, name).to(device) for name in _REFERENCE))
+        return divergence.joined(parts).to(device)
 
 
 @dataclass
@@ -411,9 +410,9 @@ def _cut(indices: list[int], sizes: list[int], pieces: dict[str, list[Any]], who
     references = []
     if "reference" in pieces:
         fields = [torch.split(torch.cat([getattr(p, f) for p in pieces["reference"]]).cpu(), sizes) for f in _REFERENCE]
-        for index, *parts in zip(indices, *fields, strict=True):
+        for index, ids, log_probs, label in zip(indices, *fields, strict=True):
             kept = {0: torch.cat(whole.kept[index])} if index in whole.kept else {}
-            references.append(TokenReference(*parts, kept))
+            references.append(TokenReference(ids, log_probs, label, kept))
     filled = {name: values for name, values in columns.items() if values}
     return Scored(indices, filled, [values.numpy() for values in kl], references)
 

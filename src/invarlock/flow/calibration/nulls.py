@@ -4,44 +4,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
-
+from invarlock.core.api import AdapterLike, ModelLike
 from invarlock.edits.rtn import RTNQuantEdit
 from invarlock.guards.families import WeightMatrix, weight_matrices
 
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
 __all__ = ["NULL_EDITS", "restored"]
 
-Apply = Callable[[Any, Any, torch.Generator], None]
+Apply: TypeAlias = "Callable[[ModelLike, AdapterLike, Generator], None]"
 
 
-def _rounded_to(dtype: torch.dtype) -> Apply:
-    def apply(model: Any, adapter: Any, rng: torch.Generator) -> None:
-        for parameter in model.parameters():
-            parameter.copy_(parameter.to(dtype))
-
-    return apply
+def _bfloat16(model: ModelLike, adapter: AdapterLike, rng: Generator) -> None:
+    for parameter in model.parameters():
+        parameter.copy_(parameter.bfloat16())
 
 
 def _quantized(bitwidth: int, **options: Any) -> Apply:
-    def apply(model: Any, adapter: Any, rng: torch.Generator) -> None:
+    def apply(model: ModelLike, adapter: AdapterLike, rng: Generator) -> None:
         RTNQuantEdit(bitwidth=bitwidth, **options).apply(model, adapter)
 
     return apply
 
 
-def _linear(model: Any, adapter: Any) -> Iterator[WeightMatrix]:
+def _linear(model: ModelLike, adapter: AdapterLike) -> Iterator[WeightMatrix]:
     return (weight for weight in weight_matrices(model, adapter) if weight.role == "linear")
 
 
 def _noisy(relative: float) -> Apply:
     """Independent noise, its deviation `relative` times the matrix's."""
 
-    def apply(model: Any, adapter: Any, rng: torch.Generator) -> None:
+    def apply(model: ModelLike, adapter: AdapterLike, rng: Generator) -> None:
         for weight in _linear(model, adapter):
             tensor = weight.tensor()
-            tensor.add_(_normal(tensor.shape, rng, tensor) * (relative * tensor.std()))
+            tensor.add_(_normal(tuple(tensor.shape), rng, tensor) * (relative * tensor.std()))
 
     return apply
 
@@ -49,7 +48,7 @@ def _noisy(relative: float) -> Apply:
 def _adapted(relative: float, rank: int) -> Apply:
     """A merged adapter of low rank on every attention matrix, ||dW|| = `relative` ||W||."""
 
-    def apply(model: Any, adapter: Any, rng: torch.Generator) -> None:
+    def apply(model: ModelLike, adapter: AdapterLike, rng: Generator) -> None:
         for weight in _linear(model, adapter):
             if weight.family == "attn":
                 tensor = weight.tensor()
@@ -60,13 +59,15 @@ def _adapted(relative: float, rank: int) -> Apply:
     return apply
 
 
-def _normal(shape: Any, rng: torch.Generator, like: torch.Tensor) -> torch.Tensor:
-    return torch.randn(math.prod(shape), generator=rng).reshape(tuple(shape)).to(like)
+def _normal(shape: tuple[int, ...], rng: Generator, like: Tensor) -> Tensor:
+    import torch
+
+    return torch.randn(math.prod(shape), generator=rng).reshape(shape).to(like)
 
 
 #: name -> (edit, whether another seed makes another edit)
 NULL_EDITS: dict[str, tuple[Apply, bool]] = {
-    "bfloat16": (_rounded_to(torch.bfloat16), False),
+    "bfloat16": (_bfloat16, False),
     "int8 a channel": (_quantized(8), False),
     "int8 a group of 64": (_quantized(8, group_size=64), False),
     "int8 a group of 32": (_quantized(8, group_size=32), False),
@@ -78,8 +79,10 @@ NULL_EDITS: dict[str, tuple[Apply, bool]] = {
 }
 
 
-def restored(model: Any) -> Callable[[], None]:
+def restored(model: ModelLike) -> Callable[[], None]:
     """Copy every parameter and return a function that puts the copies back."""
+    import torch
+
     kept = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
 
     def restore() -> None:

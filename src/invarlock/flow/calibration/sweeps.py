@@ -7,11 +7,12 @@ place, edit by edit, and put it back. Every row names its edit and seed, so that
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-
+from invarlock.core.api import AdapterLike, Batches, ModelLike
+from invarlock.eval.sources.torch_model import TorchSource, task_of_model
+from invarlock.evidence.windows import calibration_windows
 from invarlock.flow.calibration.nulls import NULL_EDITS, restored
 from invarlock.guards import RMTGuard, SpectralGuard, VarianceGuard
 
@@ -21,8 +22,10 @@ Row = dict[str, Any]
 Progress = Callable[[str], None]
 
 
-def _runs(model: Any, adapter: Any, seeds: int, progress: Progress | None) -> Iterator[tuple[str, int]]:
+def _runs(model: ModelLike, adapter: AdapterLike, seeds: int, progress: Progress | None) -> Iterator[tuple[str, int]]:
     """Apply each harmless edit in turn, yield its name and seed, and undo it."""
+    import torch
+
     restore = restored(model)
     for name, (apply, seeded) in NULL_EDITS.items():
         for seed in range(seeds if seeded else 1):
@@ -37,14 +40,14 @@ def _runs(model: Any, adapter: Any, seeds: int, progress: Progress | None) -> It
 
 
 def null_sweep(
-    model: Any, adapter: Any, batches: Sequence[Any], *, seeds: int = 3, progress: Progress | None = None
+    model: ModelLike, adapter: AdapterLike, batches: Batches, *, seeds: int = 3, progress: Progress | None = None
 ) -> list[Row]:
     """Measure `model` under every harmless edit; `batches` as for `CoreRunner.execute`.
 
     Rows hold `edit`, `seed`, `spectral` {family: [ln(sigma1 / sigma0) a matrix]} and `rmt` {family: [ln(r1 / r0)]}.
     """
     spectral, rmt = SpectralGuard(), RMTGuard()
-    weights, edges = spectral.measure(model, adapter), rmt.measure(model, adapter, batches)
+    weights, edges = spectral.measure(model, adapter), rmt.look(model, adapter, batches)
     rows = []
     for name, seed in _runs(model, adapter, seeds, progress):
         row: Row = {"edit": name, "seed": seed, "spectral": {}, "rmt": {}}
@@ -52,7 +55,7 @@ def null_sweep(
             before, after = module["sigma"]
             if before and after:
                 row["spectral"].setdefault(module["family"], []).append(math.log(after / before))
-        judged = rmt.judge(rmt.pair(edges, rmt.measure(model, adapter, batches)), rmt.policy)
+        judged = rmt.judge(rmt.pair(edges, rmt.look(model, adapter, batches)), rmt.policy)
         for family, figures in judged["metrics"]["families"].items():
             row["rmt"][family] = [math.log1p(figures["change"])]
         rows.append(row)
@@ -60,9 +63,9 @@ def null_sweep(
 
 
 def ve_sweep(
-    model: Any,
-    adapter: Any,
-    batches: Sequence[Any],
+    model: ModelLike,
+    adapter: AdapterLike,
+    batches: Batches,
     *,
     seeds: int = 1,
     progress: Progress | None = None,
@@ -76,9 +79,11 @@ def ve_sweep(
     chosen = {"deadband": 0.0, "min_abs_adjust": 0.0, "topk_backstop": 1, "max_adjusted_modules": 4, **policy}
     guard = VarianceGuard(**chosen)
     guard.prepare(model, adapter, batches, {})
+    windows, source = calibration_windows(batches), TorchSource(model, task_of_model(model, adapter))
     rows = []
     for name, seed in _runs(model, adapter, seeds, progress):
-        metrics = guard.validate(model, adapter, {"batches": batches})["metrics"]
+        found = guard.validate(model, adapter, {"batches": batches})
+        metrics = guard.remedy(model, adapter, found, windows, source)[0]["metrics"]
         interval = metrics["interval"] or {}
         rows.append(
             {
