@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
+
+from packaging.version import Version
 
 from invarlock.adapters import state
 from invarlock.checkpoints.behaviour import load_config
@@ -167,11 +170,10 @@ class HF_Causal_Adapter(HF_Adapter):
                 model, info = self.auto_class.from_pretrained(
                     folder,
                     config=config,
-                    dtype=wanted,
                     trust_remote_code=trust,
                     local_files_only=True,
                     output_loading_info=True,
-                    **{**options, "ignore_mismatched_sizes": True},  # refused below, and by name
+                    **{_dtype_keyword(): wanted, **options, "ignore_mismatched_sizes": True},  # refused below, by name
                 )
         except Exception as error:  # every way in which loading fails is the same finding: the file cannot be used
             message = f"{model_id} cannot be loaded as {self.auto_class_name}: {first_line(error)}"
@@ -209,15 +211,21 @@ def _torch_dtype(name: str, device: str) -> str:
     return "float32" if name == "auto" and device == "cpu" else name
 
 
+def _dtype_keyword() -> str:
+    """Return what `from_pretrained` calls the type, which is another name since 4.56."""
+    return "dtype" if Version(metadata.version("transformers")) >= Version("4.56") else "torch_dtype"
+
+
 def _refuse_made_up(model_id: str, info: Mapping[str, Any]) -> None:
     """Refuse a model for which the library initialised tensors that the checkpoint did not have."""
+    missing = [("tensor_missing", str(name), "is missing") for name in sorted(info.get("missing_keys") or ())]
+    misfits = sorted(
+        str(entry[0]) if isinstance(entry, (tuple, list)) else entry for entry in info.get("mismatched_keys") or ()
+    )
+    wrong = [("tensor_shape", name, "has the wrong shape") for name in misfits]
     findings: list[dict[str, object]] = [
-        {"code": "tensor_missing", "tensor": str(name), "message": f"{name} is missing"}
-        for name in sorted(info.get("missing_keys") or ())
+        {"code": code, "tensor": name, "message": f"{name} {what}"} for code, name, what in (*missing, *wrong)
     ]
-    for entry in sorted(info.get("mismatched_keys") or (), key=str):
-        name = entry[0] if isinstance(entry, (tuple, list)) else entry
-        findings.append({"code": "tensor_shape", "tensor": str(name), "message": f"{name} has the wrong shape"})
     if findings:
         named = ", ".join(str(f["tensor"]) for f in findings[:3])
         raise CheckpointDamagedError(
