@@ -118,10 +118,9 @@ def _restore(model: ModelLike, tensors: Iterator[tuple[str, Tensor]], metadata: 
             module, leaf = _owner(model, first)
             shared = module._parameters[leaf]
             for other in others:
-                owner, other_leaf = _owner(model, other)
-                owner._parameters[other_leaf] = shared
-    extra = {name for name, _ in named_state(model)} - seen
-    for name in extra:
+                module, leaf = _owner(model, other)
+                module._parameters[leaf] = shared
+    for name in {name for name, _ in named_state(model)} - seen:
         module, leaf = _owner(model, name)
         module._parameters.pop(leaf, None)
         module._buffers.pop(leaf, None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -60,6 +61,7 @@ def _round_rows(rows: Tensor, levels: int, clamp_ratio: float) -> Tensor:
     return (rows / scale).round().clamp(-levels, levels) * scale
 
 
+@dataclass(eq=False)
 class RTNQuantEdit(ModelEdit):
     """Round the weights of linear layers (`torch.nn.Linear` and GPT-2's `Conv1D`) to a few bits.
 
@@ -69,25 +71,16 @@ class RTNQuantEdit(ModelEdit):
     """
 
     name = "quant_rtn"
+    bitwidth: int = 8
+    per_channel: bool = True
+    group_size: int | None = None
+    clamp_ratio: float = 0.0
+    scope: Literal["attn", "ffn", "all"] = "all"
+    max_modules: int | None = None
 
-    def __init__(
-        self,
-        bitwidth: int = 8,
-        per_channel: bool = True,
-        group_size: int | None = None,
-        clamp_ratio: float = 0.0,
-        scope: Literal["attn", "ffn", "all"] = "all",
-        max_modules: int | None = None,
-    ) -> None:
-        require_extra("RTNQuantEdit", "edits", "torch")
-        self.settings: dict[str, Any] = {
-            "bitwidth": bitwidth,
-            "per_channel": per_channel,
-            "group_size": group_size,
-            "clamp_ratio": clamp_ratio,
-            "scope": scope,
-            "max_modules": max_modules,
-        }
+    def __post_init__(self) -> None:
+        require_extra(type(self).__name__, "edits", "torch")
+        self.settings: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         self._checked({})
 
     def _checked(self, config: dict[str, Any]) -> dict[str, Any]:
