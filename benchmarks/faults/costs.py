@@ -5,7 +5,6 @@ These models are so small that guards weigh more than on real ones; `benchmarks/
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from benchmarks.faults.run import Bench
 
 from invarlock.checkpoints import files as checkpoint
-from invarlock.eval.sources.torch_model import ActivationSampler, Task, evenly_spaced, forward_windows
+from invarlock.eval.sources.torch_model import TorchSource
 from invarlock.guards import RMTGuard, SpectralGuard, VarianceGuard
 from invarlock.guards.sketch import sketch_model
 
@@ -24,15 +23,11 @@ def costs(bench: Bench) -> dict[str, Any]:
     """Return CPU seconds of a bare measurement and of what each guard adds; the least of three."""
     bench.live.load_state_dict(bench.state)
     windows = bench.used["docs"].all
-    task: Task = bench.task  # type: ignore[assignment]  # the adapter's, one of the three
-    sampled = frozenset(evenly_spaced(len(windows), 8))
 
     def run(guard: Any = None) -> None:
-        sampler = ActivationSampler(sampled)
-        with contextlib.ExitStack() as hooks:
-            if hasattr(guard, "observe"):
-                hooks.enter_context(guard.observe(bench.live, bench.adapter, sampler))
-            forward_windows(bench.live, windows, task=task, sampler=sampler)
+        watch = guard.watch(bench.live, bench.adapter, len(windows)) if guard is not None else None
+        for _ in TorchSource(bench.live, bench.task).score(windows, watch=[watch] if watch is not None else []):
+            pass
         if guard is not None:
             guard.measure(bench.live, bench.adapter)
 
