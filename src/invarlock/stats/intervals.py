@@ -48,8 +48,10 @@ __all__ = [
     "BCA_MIN_CLUSTERS",
     "BCA_MIN_EFFECTIVE",
     "Interval",
+    "checked_sample",
     "cluster_codes",
     "cluster_sums",
+    "effective_clusters",
     "linearised_interval",
     "resample_indices",
     "weighted_mean_interval",
@@ -59,7 +61,7 @@ BCA_MIN_CLUSTERS = 100
 BCA_MIN_EFFECTIVE = 50.0
 _CHUNK_ELEMENTS = 1 << 18  # draws held at once: 2 MB of raw stream stays in the cache
 
-Method = Literal["cluster_t", "bca", "percentile", "none"]
+Method = Literal["cluster_t", "bca", "percentile", "studentised", "score", "none"]
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class Interval:
 
     `estimate` is NaN exactly when an observation was not finite (or sums overflowed); with a finite `estimate`, NaN
     bounds and method "none" mean fewer than two clusters, or one that outweighs all others. `std_error` is always the
-    linearised one. `replicates` and `seed` are those asked for; only "bca" and "percentile" draw them. `degenerate`:
-    all observations are equal.
+    linearised one. `replicates` and `seed` are those asked for; only "bca", "percentile" and "studentised" draw them.
+    `degenerate`: all observations are equal. `effective_clusters` (Kish) is recorded by "studentised" and "score".
     """
 
     estimate: float
@@ -82,6 +84,7 @@ class Interval:
     clusters: int
     degenerate: bool
     std_error: float
+    effective_clusters: float | None = None
 
 
 def weighted_mean_interval(
@@ -100,7 +103,7 @@ def weighted_mean_interval(
     Raises PairingError for unequal lengths, DataError for empty input or a weight that is not positive and finite,
     ConfigError for a level outside (0, 1), fewer than one replicate or a negative seed.
     """
-    v, w, codes = _checked(values, weights, clusters, level, replicates, seed)
+    v, w, codes = checked_sample(values, weights, clusters, level, replicates, seed)
     groups = int(codes.max()) + 1
     nothing = Interval(math.nan, math.nan, math.nan, level, "none", replicates, seed, groups, False, math.nan)
     if not np.isfinite(v).all():
@@ -115,7 +118,7 @@ def weighted_mean_interval(
         theta = float(sums.sum() / sizes.sum())
         shares = sizes / sizes.sum()
         simple = linearised_interval(theta, (sums - theta * sizes) / sizes.sum(), shares, like=nothing)
-    if groups < BCA_MIN_CLUSTERS or _effective(shares) < BCA_MIN_EFFECTIVE or simple.method == "none":
+    if groups < BCA_MIN_CLUSTERS or effective_clusters(shares) < BCA_MIN_EFFECTIVE or simple.method == "none":
         return simple
     draws = _replicate(sums, sizes, replicates, seed)
     tails = np.array([(1.0 - level) / 2.0, (1.0 + level) / 2.0])
@@ -144,13 +147,14 @@ def linearised_interval(
         return like
     from scipy.special import stdtrit
 
-    half = float(stdtrit(_effective(shares) - 1.0, (1.0 + like.level) / 2.0)) * error
+    half = float(stdtrit(effective_clusters(shares) - 1.0, (1.0 + like.level) / 2.0)) * error
     if not math.isfinite(half):
         return replace(like, estimate=estimate, std_error=error)
     return replace(like, estimate=estimate, lo=estimate - half, hi=estimate + half, method="cluster_t", std_error=error)
 
 
-def _effective(shares: NDArray[np.float64]) -> float:
+def effective_clusters(shares: NDArray[np.float64]) -> float:
+    """Kish's number of clusters, 1 / sum(shares**2), of shares (G,) that sum to one: G for equal ones, 1 for one alone."""
     return 1.0 / float(np.square(shares).sum())
 
 
@@ -208,10 +212,10 @@ def _bca_tails(
     return np.asarray(ndtr(bias + shifted / denominator), dtype=np.float64)
 
 
-def _checked(
+def checked_sample(
     values: ArrayLike, weights: ArrayLike, clusters: Sequence[Hashable], level: float, replicates: int, seed: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.intp]]:
-    """The one place where input is checked."""
+    """Return values, weights and cluster numbers, shape (n,); errors as in `weighted_mean_interval`."""
     v, w = np.asarray(values, dtype=np.float64), np.asarray(weights, dtype=np.float64)
     if v.ndim != 1 or not v.shape == w.shape == (len(clusters),):
         raise PairingError(

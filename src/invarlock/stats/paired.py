@@ -65,6 +65,7 @@ class AccuracyComparison:
     """Paired accuracy: `delta_pp` = subject - baseline in percentage points, `interval` of it in the same unit.
 
     `mcnemar_p` is the exact two-sided p-value on the flips (1.0 without flips, NaN with scores that are not finite).
+    `design_effect` of the clusters is recorded where it widened the interval (`proportions`).
     """
 
     delta_pp: float
@@ -73,6 +74,7 @@ class AccuracyComparison:
     right_to_wrong: int
     wrong_to_right: int
     n: int
+    design_effect: float | None = None
 
 
 def is_accuracy(kind: str) -> bool:
