@@ -11,7 +11,9 @@ from typing import Any
 
 from benchmarks.faults.run import Bench
 
-from invarlock.checkpoints import files as checkpoint
+from invarlock.checkpoints.behaviour import load_config
+from invarlock.checkpoints.files import read_structure
+from invarlock.checkpoints.structure import layout_of
 from invarlock.eval.sources.torch_model import TorchSource
 from invarlock.guards import RMTGuard, SpectralGuard, VarianceGuard
 from invarlock.guards.sketch import sketch_model
@@ -31,11 +33,11 @@ def costs(bench: Bench) -> dict[str, Any]:
         if guard is not None:
             guard.measure(bench.live, bench.adapter)
 
-    layout = checkpoint.layout_of(checkpoint.load_config(bench.folder), bench.adapter.auto_class)
+    layout = layout_of(load_config(bench.folder), bench.adapter.auto_class)
     bare = _least(run)
     return {
         "bare": bare,
-        "invariants": _least(lambda: checkpoint.read_structure(bench.folder, layout)),
+        "invariants": _least(lambda: read_structure(bench.folder, layout)),
         "spectral": _least(lambda: SpectralGuard().measure(bench.live, bench.adapter)),
         "rmt": max(0.0, _least(lambda: run(RMTGuard())) - bare),
         "variance": max(0.0, _least(lambda: run(VarianceGuard())) - bare),

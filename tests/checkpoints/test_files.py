@@ -13,14 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from invarlock.adapters import HF_Causal_Adapter
-from invarlock.checkpoints.files import (
-    behaviour,
-    layout_of,
-    live_structure,
-    load_config,
-    read_structure,
-    resolve_folder,
-)
+from invarlock.checkpoints.behaviour import behaviour, load_config
+from invarlock.checkpoints.files import read_structure, resolve_folder
+from invarlock.checkpoints.structure import layout_of, live_structure
 from invarlock.core.exceptions import CheckpointDamagedError, InvarlockError, ModelLoadError
 from invarlock.evidence.model import Structure
 from invarlock.guards import InvariantsGuard

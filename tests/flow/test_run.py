@@ -218,7 +218,7 @@ def test_an_edit_beyond_the_limit_is_rolled_back_and_reported(run_small: Callabl
 
 
 def test_the_kept_model_is_the_one_that_was_measured(edited_run: RunOutcome, load_model: Callable[[Path], Any]) -> None:
-    from invarlock.checkpoints.files import live_structure
+    from invarlock.checkpoints.structure import live_structure
 
     folder = edited_run.folder / "model"
     assert edited_run.model_folder == folder

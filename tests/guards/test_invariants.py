@@ -169,7 +169,7 @@ def test_a_model_without_tensors_is_not_evaluated_and_does_not_pass() -> None:
     [((None, None), set()), (("a", 64), set()), (("b", 64), {"E002"}), (("a", 65), {"vocabulary_size"})],
 )
 def test_the_tokenizer_must_be_the_same_and_fit_the_embedding(tokenizer: tuple[Any, Any], codes: set[str]) -> None:
-    from invarlock.checkpoints.files import live_structure
+    from invarlock.checkpoints.structure import live_structure
 
     guard, structure = InvariantsGuard(), live_structure(_llama())
     old, new = guard.stats_from(structure, {}, "a", 64), guard.stats_from(structure, {}, *tokenizer)

@@ -5,25 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from invarlock.checkpoints.base import Checkpoint, Format
-from invarlock.checkpoints.behaviour import behaviour, load_config
 from invarlock.checkpoints.shards import SafetensorsFolder
-from invarlock.checkpoints.structure import Layout, layout_of, live_structure
+from invarlock.checkpoints.structure import Layout
 from invarlock.core.exceptions import ModelLoadError
 from invarlock.core.files import first_line
 from invarlock.core.network import network_allowed
 from invarlock.evidence.model import Structure
 
-__all__ = [
-    "FORMATS",
-    "Layout",
-    "behaviour",
-    "layout_of",
-    "live_structure",
-    "load_config",
-    "open_checkpoint",
-    "read_structure",
-    "resolve_folder",
-]
+__all__ = ["FORMATS", "open_checkpoint", "read_structure", "resolve_folder"]
 
 #: the formats that are read; the first that recognises a folder reads it
 FORMATS: tuple[Format, ...] = (Format("safetensors", SafetensorsFolder.recognises, SafetensorsFolder),)

@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from invarlock.certificate.reports import make_certificate
-from invarlock.checkpoints.files import live_structure
 from invarlock.checkpoints.side import Side, read_side
+from invarlock.checkpoints.structure import live_structure
 from invarlock.core import registry, settings
 from invarlock.core.api import Batches, Context, EditLike, Guard, ModelLike, RunReport
 from invarlock.core.files import plain

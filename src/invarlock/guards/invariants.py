@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
-from invarlock.checkpoints.files import behaviour, live_structure
+from invarlock.checkpoints.behaviour import behaviour
+from invarlock.checkpoints.structure import live_structure
 from invarlock.core.api import AdapterLike, ModelLike
 from invarlock.evidence.model import Evidence, Structure
 from invarlock.guards.base import Facts, Finding, Policy, Result, Stats, StatsGuard, result
