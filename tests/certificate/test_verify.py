@@ -78,12 +78,16 @@ def test_no_value_can_be_changed(kind: str, authentic: dict[str, Document]) -> N
     assert tried > 250
 
 
-def test_a_number_without_its_fraction_is_the_same_number(authentic: dict[str, Document]) -> None:
-    """Programs in other languages write 1.0 as 1."""
+def test_a_number_has_one_spelling(authentic: dict[str, Document]) -> None:
     document = authentic["passed"]
     gate = next(i for i, gate in enumerate(document["gates"]) if gate["name"] == "pairing")
-    assert document["gates"][gate]["measured"] == 1.0
-    assert verify_certificate(replaced(document, ("gates", gate, "measured"), 1)).intact
+    path = ("gates", gate, "measured")
+    assert type(document["gates"][gate]["measured"]) is int
+    outcome = verify_certificate(replaced(document, path, 1.0))
+    assert (outcome.failed_step, outcome.problems) == (
+        "spelling of numbers",
+        [f"gates.{gate}.measured is spelled 1.0; expected 1"],
+    )
 
 
 def _forge(document: Document, change: Callable[[Document], None]) -> Verification:
@@ -265,7 +269,13 @@ def test_weights_are_held_against_the_files_that_are_given(side: str, authentic:
 def test_verification_needs_nothing_of_the_environment_it_was_made_in(
     authentic: dict[str, Document], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (("CI_PREVIEW", "3"), ("TINY_RELAX", "1"), ("BOOTSTRAP_BCA", "0"), ("PM_ACCEPTANCE_MAX", "9")):
+    for name, value in (
+        ("CONFIG_ROOT", "/nowhere"),
+        ("CI_PREVIEW", "3"),
+        ("TINY_RELAX", "1"),
+        ("BOOTSTRAP_BCA", "0"),
+        ("PM_ACCEPTANCE_MAX", "9"),
+    ):
         monkeypatch.setenv(f"INVARLOCK_{name}", value)
     assert verify_certificate(authentic["passed"]).intact
 

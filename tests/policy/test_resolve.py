@@ -10,7 +10,20 @@ import pytest
 import rfc8785
 
 from invarlock.core.exceptions import ConfigError
-from invarlock.policy.resolve import PROFILES, TIERS, profile_values, resolve_policy
+from invarlock.evidence.plain import canonical_digest
+from invarlock.policy import resolve
+from invarlock.policy.resolve import (
+    PROFILES,
+    TIERS,
+    guard_defaults,
+    profile_values,
+    resolve_policy,
+    resolve_recorded,
+)
+
+#: version of the tiers -> digest of all tiers and profiles. A number that changes needs a new version, and the files of
+#: the one before under `data/tiers/<version>/`, so that certificates made under it still verify.
+ISSUED = {3: "2c03995ec072b8c9"}
 
 
 def _limit(**layers: Any) -> float:
@@ -84,10 +97,44 @@ def test_provenance_is_enough_to_arrive_here_again() -> None:
         edit_adjustments={"sample": {"final": 4}},
         relaxed=True,
     )
-    facts = policy.provenance()
-    keys = ("tier", "profile", "overrides", "edit_adjustments")
-    again = resolve_policy(**{key: facts[key] for key in keys}, relaxed=facts["tiny_relax"])
-    assert again == policy
+    assert resolve_recorded(policy.provenance()) == policy
+
+
+def test_what_was_recorded_resolves_again_whatever_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = {tier: resolve_policy(tier, "ci") for tier in TIERS}
+    (tmp_path / "runtime").mkdir()
+    (tmp_path / "runtime" / "tiers.yaml").write_text("version: 1\ntiers: {}\n")
+    monkeypatch.setenv("INVARLOCK_CONFIG_ROOT", str(tmp_path))
+    monkeypatch.setenv("INVARLOCK_CI_PREVIEW", "7")
+    monkeypatch.setenv("INVARLOCK_TINY_RELAX", "1")
+    for policy in recorded.values():
+        assert resolve_recorded(policy.provenance()) == policy
+    with pytest.raises(ConfigError, match="no tiers conservative, balanced, aggressive"):
+        resolve_policy()
+
+
+def test_a_number_of_the_tiers_or_profiles_changes_with_their_version_alone() -> None:
+    resolved = [resolve_policy(tier, profile).values for tier in TIERS for profile in PROFILES]
+    assert ISSUED[resolve_policy().tiers_version] == canonical_digest(resolved)[:16]
+
+
+@pytest.mark.parametrize("name", ["invariants", "spectral", "rmt", "variance"])
+def test_the_defaults_of_a_guard_are_those_of_the_balanced_tier(name: str) -> None:
+    assert guard_defaults(name) == resolve_policy("balanced").values["guards"][name]
+    guard_defaults(name).clear()
+    assert guard_defaults(name)
+
+
+def test_limits_are_typed_and_a_wrong_one_is_named() -> None:
+    limits = resolve_policy("conservative", "release").limits
+    assert (limits.ratio.limit, limits.sample.preview, limits.overhead.required) == (1.05, 400, True)
+    assert limits.order[0] == "invariants" and limits.guard("no_such_guard") == {}
+    with pytest.raises(ConfigError, match="metrics.divergence.kl_max: 'a lot'; expected another value"):
+        resolve_policy(overrides={"metrics": {"divergence": {"kl_max": "a lot"}}})
+    off = resolve_policy(overrides={"metrics": {"divergence": {"mode": False}}})  # how YAML reads `mode: off`
+    assert off.limits.divergence.mode == "off"
 
 
 def test_tiny_relax_counts_in_the_dev_profile_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,9 +170,7 @@ def test_unknown_names_suggest_the_nearest(arguments: dict[str, Any], named: str
 
 
 def test_a_folder_of_ones_own_replaces_the_packaged_tiers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from importlib import resources
-
-    packaged = resources.files("invarlock.data").joinpath("tiers.yaml").read_text()
+    packaged = resolve._PACKAGE.joinpath("tiers.yaml").read_text()
     (tmp_path / "runtime").mkdir()
     (tmp_path / "runtime" / "tiers.yaml").write_text(packaged.replace("limit: 1.10", "limit: 1.17"))
     before = resolve_policy()
@@ -133,6 +178,11 @@ def test_a_folder_of_ones_own_replaces_the_packaged_tiers(tmp_path: Path, monkey
     after = resolve_policy()
     assert after.values["metrics"]["pm_ratio"]["limit"] == 1.17
     assert after.tiers_digest != before.tiers_digest and after.digest != before.digest
+    assert (before.custom, set(after.custom)) == ({}, {"tiers", "profile"})
+    assert set(after.custom["tiers"]) == {"balanced"}
+    assert resolve_policy("conservative").custom == {}  # what was changed is not in it
+    monkeypatch.delenv("INVARLOCK_CONFIG_ROOT")
+    assert resolve_recorded(after.provenance()) == after
 
 
 def test_resolving_leaves_its_arguments_and_the_packaged_values_alone() -> None:

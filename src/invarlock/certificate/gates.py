@@ -145,7 +145,8 @@ def _divergence(m: Measured, *, figure: str, interval: str, limit: str, unit: st
         decision, reason = "fail", m.named(reason)
     elif value > _NEAR * most and not _within(reach, most):
         decision = "inconclusive"
-        reason += f", within a tenth of it, and the interval reaches {reach}: measure more windows"
+        shown = "no finite value" if reach is None else f"{reach:.4g}"
+        reason += f", within a tenth of it, and the interval reaches {shown}: measure more windows"
     if decision != "pass" and mode == "warn":
         decision = "warn"
     return Outcome(value, most, "point estimate", decision, reason + " (only warns under intent finetune)" * softened)

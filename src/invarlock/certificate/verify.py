@@ -8,8 +8,10 @@ stands in two tables, PROSE and TOLERANCES.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from packaging.version import InvalidVersion, Version
@@ -40,7 +42,7 @@ __all__ = [
 #: recorded facts that nothing else in a certificate determines; only a signature can bind them against a forger who
 #: changes them together with everything that follows
 SIGNATURE_ONLY = (
-    "meta (names of models, tool, device, time)",
+    "meta (names of models, tool, device, time) and the number of the derivation (verify says where it is an earlier one)",
     "the choice of tier, profile, overrides, intent and metric kind (the limits that follow from it are resolved again)",
     "tiers and a profile of one's own, where the certificate embeds them (verify says so)",
     "edit, auto, plugins, telemetry, system_overhead, baseline_ref, versions, environment and evidence digests",
@@ -187,14 +189,34 @@ class _Case:
     def _agree(self, given: object, derived: object, path: Sequence[str]) -> bool:
         if type(given) in (int, float) and type(derived) in (int, float):
             return _close(given, derived, path, self.tolerance)  # type: ignore[arg-type]  # both are numbers
-        if isinstance(given, str) and isinstance(derived, str) and not self.words_count:
-            return given == derived or any(_matches(place, path) for place in PROSE)
-        return type(given) is type(derived) and given == derived
+        if given == derived or not (isinstance(given, str) and isinstance(derived, str)):
+            return type(given) is type(derived) and given == derived
+        prose = any(_matches(place, path) for place in PROSE)
+        return prose and (not self.words_count or _same_words(given, derived))
 
 
 def _matches(place: str, path: Sequence[str]) -> bool:
     parts = place.split(".")
     return len(parts) == len(path) and all(part in ("*", key) for part, key in zip(parts, path, strict=True))
+
+
+_NUMBER = re.compile(r"(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)")
+
+
+def _same_words(given: str, derived: str) -> bool:
+    """Say whether two sentences differ in nothing but the last digit of rounded fractions (see TOLERANCES)."""
+    pieces = [_NUMBER.split(text) for text in (given, derived)]
+    if len(pieces[0]) != len(pieces[1]):
+        return False
+    for left, right in zip(*pieces, strict=True):
+        if left != right:
+            if not (_NUMBER.fullmatch(left) and _NUMBER.fullmatch(right)):
+                return False
+            a, b = Decimal(left), Decimal(right)
+            place = min(int(number.as_tuple().exponent) for number in (a, b))
+            if place >= 0 or abs(a - b) > Decimal(1).scaleb(place):
+                return False
+    return True
 
 
 def _close(given: float, derived: float, path: Sequence[str], tolerance: float) -> bool:

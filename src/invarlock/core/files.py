@@ -16,15 +16,21 @@ from invarlock.core.exceptions import ConfigError
 
 __all__ = ["first_line", "plain", "private_folder", "read_json", "write_json", "write_together", "write_whole"]
 
+_EXACT = 2**53  # from here on not every whole number is a float, and a float stays one
+
 
 def plain(value: object) -> Any:
     """Return a JSON-ready copy of what a plugin or caller handed in. NaN and infinities become None, arrays and tensors
-    lists, and objects without a text of their own the name of their type, so that two runs record the same."""
+    lists, and objects without a text of their own the name of their type, so that two runs record the same.
+
+    A number has one spelling (RFC 8785): a whole float is an integer, 1.0 is 1 and -0.0 is 0.
+    """
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, (int, float)):  # subclasses too: numpy's numbers, enumerations
         number = float(value) if isinstance(value, float) else int(value)
-        return number if math.isfinite(number) else None
+        whole = isinstance(number, float) and number.is_integer() and abs(number) < _EXACT
+        return int(number) if whole else number if math.isfinite(number) else None
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -5,25 +5,17 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Mapping
 from typing import Any, Final
 
 import rfc8785
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
+from invarlock.core.files import plain
+
 __all__ = ["ABSENT", "Plain", "canonical", "canonical_digest", "finite_or_none", "is_canonical"]
 
-_EXACT = 2**53  # whole floats from here on stay floats: not every whole number is one
-
-
-def canonical(value: Any) -> Any:
-    """Return JSON data in its one spelling: a whole float as an integer (1.0 is 1, -0.0 is 0; RFC 8785), NaN and
-    infinities as None."""
-    if type(value) is float:
-        return int(value) if value.is_integer() and abs(value) < _EXACT else value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: canonical(item) for key, item in value.items()}
-    return [canonical(item) for item in value] if isinstance(value, (list, tuple)) else value
+#: returns data in the one spelling that is written and hashed
+canonical = plain
 
 
 def is_canonical(number: object) -> bool:

@@ -86,8 +86,10 @@ class Bootstrap(_Section):
 
 
 class Limits(_Section):
-    """What each gate is held to. A section that an older version of the tiers lacks is None, and its gate is not there."""
+    """What each gate is held to. `metrics` has every section as it stands in the tiers; a gate added later reads its own
+    there, and does not apply where an older version of the tiers has none."""
 
+    metrics: dict[str, dict[str, Any]]
     ratio: RatioLimits = Field(validation_alias=AliasPath("metrics", "pm_ratio"))
     drift: Band = Field(validation_alias=AliasPath("metrics", "drift"))
     tail: TailLimits = Field(validation_alias=AliasPath("metrics", "pm_tail"))

@@ -41,6 +41,7 @@ _Values = dict[str, Any]
 TIERS = ("conservative", "balanced", "aggressive")
 PROFILES = ("dev", "ci", "ci_cpu", "release")
 _PROFILE_ONLY = {"device"}
+_PACKAGE = resources.files("invarlock.data")
 #: the sample floors that INVARLOCK_TINY_RELAX sets, in the dev profile only
 _TINY: _Values = {
     "sample": {"preview": 1, "final": 1, "min_tokens": 0, "shortfall": "warn"},
@@ -224,7 +225,7 @@ def _own(relative: str) -> _Values | None:
 
 @functools.cache
 def _packaged(relative: str) -> _Values:
-    return _parse(resources.files("invarlock.data").joinpath(relative).read_text(encoding="utf-8"), relative)
+    return _parse(_PACKAGE.joinpath(relative).read_text(encoding="utf-8"), relative)
 
 
 def _versioned(version: object, tier: str, profile: str) -> tuple[_Values, _Values] | None:
