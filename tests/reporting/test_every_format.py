@@ -43,7 +43,7 @@ def test_verdict_names_and_every_gate_are_shown(render: Callable[..., str], each
     for row in shown.gates:
         assert row.title[:28] in text  # long names of plugins are cut in the middle there
         assert row.measured in text
-        assert _plain(row.reason)[:60] in text or render is explain  # wrapped at 80 columns there
+        assert _plain(row.why)[:60] in text or render is explain  # wrapped at 80 columns there
 
 
 @pytest.mark.parametrize("render", RENDERERS)

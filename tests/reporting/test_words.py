@@ -8,8 +8,25 @@ from typing import Any
 
 import pytest
 
+from invarlock.certificate.gates import GATE_NAMES
 from invarlock.reporting import compare, explain, explanations, render_markdown, summary_lines
-from invarlock.reporting.wording import change, clean, count, interval, middle_cut, nats, percent, plain, points, ratio
+from invarlock.reporting.view import parse, values
+from invarlock.reporting.wording import (
+    FORMS,
+    GATES,
+    WORDS,
+    change,
+    clean,
+    count,
+    fill,
+    interval,
+    middle_cut,
+    nats,
+    percent,
+    plain,
+    points,
+    ratio,
+)
 
 Cert = Callable[[str], dict[str, Any]]
 
@@ -96,6 +113,27 @@ def test_comparison_has_a_row_each_and_names_what_differs(cert: Cert) -> None:
     assert [row.split("|")[3].strip() for row in rows[2:]] == ["PASS", "FAIL", "FAIL"]
     assert "differ in" not in text
     assert "differ in evaluation text" in compare([cert("pass"), cert("inconclusive")])
+
+
+def test_every_gate_has_words_of_its_own_and_every_form_is_known() -> None:
+    words = set(GATES) - {"other"}
+    assert words == {*GATE_NAMES, "primary_metric:accuracy"}
+    assert {gate.form for gate in GATES.values()} | {row["form"] for row in WORDS["readings"].values()} <= set(FORMS)
+    assert {figure["gate"] for figure in WORDS["figures"]} <= {*GATE_NAMES, ""}
+
+
+def test_a_gate_without_words_gets_a_general_answer(cert: Cert) -> None:
+    added = cert("pass")
+    added["gates"].append({**added["gates"][0], "name": "new_figure", "decision": "fail"})
+    item = _by_gate(added)["new_figure"]
+    assert (item.title, item.decision) == ("new_figure", "fail") and item.meaning and item.next_step
+
+
+def test_a_field_that_no_section_has_is_an_error_and_a_key_that_is_missing_a_dash(cert: Cert) -> None:
+    known = values(parse(cert("pass")))
+    assert fill("{stats.nothing:count} of {pm.display_ci:[ratio]}", known).startswith("— of [")
+    with pytest.raises(AttributeError, match="knd"):
+        fill("{pm.knd}", known)
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from invarlock.reporting.explain import Explanation, explain, explanations
+from invarlock.reporting.explain import explain, explanations
 from invarlock.reporting.html import render_html
 from invarlock.reporting.junit import render_junit
 from invarlock.reporting.markdown import compare, render_markdown
 from invarlock.reporting.terminal import summary_lines
 
 __all__ = [
-    "Explanation",
     "compare",
     "explain",
     "explanations",

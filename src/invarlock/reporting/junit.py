@@ -28,9 +28,7 @@ def render_junit(certificate: Mapping[str, Any]) -> str:
         ET.SubElement(properties, "property", name=name, value=value)
     for row in shown.gates:
         _case(suite, row, shown)
-    if shown.status != "PASS" and not any(
-        _OUTCOMES.get(row.badge.decision) in ("failure", "error") for row in shown.gates
-    ):
+    if shown.status != "PASS" and not any(_OUTCOMES.get(row.decision) in ("failure", "error") for row in shown.gates):
         case = ET.SubElement(suite, "testcase", classname=_class_name(shown), name="verdict", time="0")
         ET.SubElement(case, "error", message=shown.headline, type=shown.status)
     for element in (root, suite):
@@ -46,12 +44,12 @@ def _class_name(shown: View) -> str:
 
 
 def _case(suite: ET.Element, row: GateRow, shown: View) -> None:
-    case = ET.SubElement(suite, "testcase", classname=_class_name(shown), name=row.name, time="0")
-    detail = f"{row.title}: {row.badge.word}; measured {row.measured}, limit {row.limit}, by {row.basis}; {row.reason}"
-    tag = _OUTCOMES.get(row.badge.decision)
+    case = ET.SubElement(suite, "testcase", classname=_class_name(shown), name=row.gate, time="0")
+    detail = f"{row.title}: {row.badge.word}; measured {row.measured}, limit {row.limit}, by {row.basis}; {row.why}"
+    tag = _OUTCOMES.get(row.decision)
     if tag == "skipped":
-        ET.SubElement(case, tag, message=row.reason)
+        ET.SubElement(case, tag, message=row.why)
     elif tag:
-        ET.SubElement(case, tag, message=row.reason, type=row.badge.decision).text = detail
+        ET.SubElement(case, tag, message=row.why, type=row.decision).text = detail
     else:
         ET.SubElement(case, "system-out").text = detail

@@ -10,16 +10,15 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from invarlock.certificate.schema import Certificate
-from invarlock.reporting.view import Badge, parse, view
-from invarlock.reporting.wording import MISSING, clean, interval, nats, percent, points, ratio
+from invarlock.reporting.view import Badge, parse, table, values, view
+from invarlock.reporting.wording import WORDS
 
 __all__ = ["compare", "render_markdown"]
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
 
 
-def _escape(value: Any) -> Any:
+def _escape(value: object) -> str:
     """Escape what Markdown or HTML would read as markup; text of the template itself is no value and stays."""
     if isinstance(value, Markup):
         return value
@@ -53,37 +52,13 @@ def compare(certificates: Sequence[Mapping[str, Any]]) -> str:
     Raises CertificateError where one does not follow the schema.
     """
     parsed = [parse(certificate) for certificate in certificates]
-    shown = [_compared(c) for c in parsed]
-    differing = [
-        what
-        for what, values in (
-            ("baseline weights", {c.weights.baseline_digest for c in parsed}),
-            ("evaluation text", {c.provenance.provider_digest for c in parsed}),
-            ("policies", {c.policy_digest for c in parsed}),
-            ("metrics", {c.primary_metric.kind for c in parsed}),
-        )
-        if len(values) > 1
-    ]
-    text = _environment().get_template("compare.md").render(rows=shown, columns=_COLUMNS, differing=differing)
+    facts = {
+        "baseline weights": {c.weights.baseline_digest for c in parsed},
+        "evaluation text": {c.provenance.provider_digest for c in parsed},
+        "policies": {c.policy_digest for c in parsed},
+        "metrics": {c.primary_metric.kind for c in parsed},
+    }
+    tables = table("", WORDS["tables"]["compare"], [values(c) for c in parsed])
+    differing = [what for what, found in facts.items() if len(found) > 1]
+    text = _environment().get_template("compare.md").render(tables=tables, differing=differing)
     return text.strip() + "\n"
-
-
-_COLUMNS = ("Subject", "Baseline", "Verdict", "Primary metric", "Interval", "KL", "Flips", "Not passed", "Confidence")
-
-
-def _compared(c: Certificate) -> list[str]:
-    pm, d = c.primary_metric, c.divergence
-    accuracy = pm.unit == "accuracy"
-    form, value = (points, pm.delta_pp) if accuracy else (ratio, pm.ratio_vs_baseline)
-    open_gates = [gate.name for gate in c.gates if gate.decision not in ("pass", "warn", "off")]
-    return [
-        clean(c.meta.subject_model.id, 120),
-        clean(c.meta.baseline_model.id, 120),
-        c.verdict.status,
-        form(value),
-        interval(pm.display_ci, form),
-        nats(d.kl_mean) if d else MISSING,
-        percent(d.flip_rate) if d else MISSING,
-        clean(", ".join(open_gates)) or "none",
-        c.confidence.label,
-    ]

@@ -8,17 +8,16 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
 
 from invarlock.certificate.schema import Certificate
-from invarlock.eval.divergence import HISTOGRAM_EDGES
+from invarlock.evidence.histogram import HISTOGRAM_EDGES
 from invarlock.reporting.view import growth_rows
-from invarlock.reporting.wording import family_order, interval, middle_cut, nats, number, percent, points, ratio
+from invarlock.reporting.wording import FORMS, family_order, find, interval, middle_cut, nats, number, percent, reading
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,6 +31,7 @@ _VARIABLES = {
     _INK: "--ink", _MUTED: "--muted", _GRID: "--line", _ONE: "--series-1", _TWO: "--series-2", _BAD: "--bad",
 }  # fmt: skip
 _FAR = 1e30  # no axis reaches further; the figures in words are not cut
+_DASHED: dict[str, Any] = {"color": _MUTED, "linewidth": 1, "linestyle": (0, (4, 3))}
 _MARKERS = ("o", "s", "^", "D", "v")
 _STYLE: dict[str, Any] = {
     "svg.hashsalt": "invarlock",
@@ -57,26 +57,20 @@ _STYLE: dict[str, Any] = {
 def draw(c: Certificate) -> dict[str, Markup]:
     """Return the figures by name, those left out for which nothing was measured: interval, windows, divergence, growth."""
     import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
 
     found: dict[str, Markup] = {}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a user's own style must not change a certificate's page
         matplotlib.rcParams.update(_STYLE)
-        for name, make in _FIGURES.items():
-            svg = make(c, name)
-            if svg is not None:
-                found[name] = svg
+        for name, plot in _PLOTS.items():
+            figure = Figure(figsize=(_WIDTH / 72, plot.height / 72), dpi=72, layout="constrained")
+            FigureCanvasSVG(figure)
+            description = plot.draw(c, figure)
+            if description is not None:
+                found[name] = _svg(figure, name, plot.title, description)
     return found
-
-
-@contextmanager
-def _figure(height: int) -> Iterator[Figure]:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(_WIDTH / 72, height / 72), dpi=72, layout="constrained")
-    FigureCanvasSVG(figure)
-    yield figure
 
 
 def _svg(figure: Figure, name: str, title: str, description: str) -> Markup:
@@ -114,52 +108,43 @@ def _plain_ticks(axes: Axes) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _interval(c: Certificate, name: str) -> Markup | None:
+def _interval(c: Certificate, figure: Figure) -> str | None:
     """The interval against the limit: a line with a dot, the region beyond the limit shaded."""
-    pm = c.primary_metric
-    accuracy = pm.unit == "accuracy"
-    value = number(pm.delta_pp if accuracy else pm.ratio_vs_baseline)
-    bounds = [number(x) for x in pm.display_ci]
-    limit, neutral = number(pm.limit), 0.0 if accuracy else 1.0
+    pm, r = c.primary_metric, reading(c.primary_metric)
+    floor, form, neutral = r.bound == "floor", FORMS[r.form], r.neutral
+    value, limit = number(getattr(pm, r.value)), number(pm.limit)
     if value is None or limit is None:
         return None
+    bounds = [number(x) for x in pm.display_ci]
     lo, hi = (min(max(value if bound is None else bound, -_FAR), _FAR) for bound in bounds)
     value = min(value, _FAR)
-    logarithmic = not accuracy and hi > 3 * limit and lo > 0
     ends = [lo, hi, value, limit, neutral]
-    if logarithmic:
+    room = max(0.12 * (max(ends) - min(ends)), 1e-3)
+    first, last = min(ends) - room, max(ends) + 2 * room
+    axes = figure.add_subplot()
+    if not floor and hi > 3 * limit and lo > 0:
         first, last = min(ends) / 1.2, max(ends) * 1.5
-    else:
-        room = max(0.12 * (max(ends) - min(ends)), 1e-3)
-        first, last = min(ends) - room, max(ends) + 2 * room
-    form = points if accuracy else ratio
-    with _figure(128) as figure:
-        axes = figure.add_subplot()
-        if logarithmic:
-            axes.set_xscale("log")
-            _plain_ticks(axes)
-        axes.set_xlim(first, last)
-        axes.set_ylim(-1, 1.5)
-        axes.axvspan(*((first, limit) if accuracy else (limit, last)), color=_BAD, alpha=0.12, linewidth=0)
-        axes.axvline(limit, color=_BAD, linewidth=1.6)
-        axes.axvline(neutral, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        axes.plot([lo, hi], [0, 0], color=_ONE, linewidth=3, solid_capstyle="butt")
-        axes.plot([lo, hi], [0, 0], color=_ONE, linewidth=0, marker="|", markersize=16, markeredgewidth=2)
-        axes.plot([value], [0], color=_ONE, marker="o", markersize=9)
-        side = -1 if accuracy else 1
-        axes.annotate(
-            f"{'floor' if accuracy else 'limit'} {form(limit)}", (limit, 1.5), (-6 * side, -4), va="top",
-            textcoords="offset points", ha="left" if accuracy else "right", color=_BAD,
-        )  # fmt: skip
-        axes.annotate(f"{form(value)}", (value, 0), (0, -13), textcoords="offset points", ha="center", va="top")
-        axes.set_yticks([])
-        axes.set_xlabel("change of accuracy, percentage points" if accuracy else "perplexity ratio, 1 = unchanged")
-        _quiet(axes)
-        description = (
-            f"{form(value)}, {pm.ci_level:.0%} interval {interval(pm.display_ci, form)}, "
-            f"{'floor' if accuracy else 'limit'} {form(limit)}; {form(neutral)} would be unchanged."
-        )
-        return _svg(figure, name, "Primary metric with its interval against the limit", description)
+        axes.set_xscale("log")
+        _plain_ticks(axes)
+    axes.set_xlim(first, last)
+    axes.set_ylim(-1, 1.5)
+    axes.axvspan(*((first, limit) if floor else (limit, last)), color=_BAD, alpha=0.12, linewidth=0)
+    axes.axvline(limit, color=_BAD, linewidth=1.6)
+    axes.axvline(neutral, **_DASHED)
+    axes.plot([lo, hi], [0, 0], color=_ONE, linewidth=3, solid_capstyle="butt")
+    axes.plot([lo, hi], [0, 0], color=_ONE, linewidth=0, marker="|", markersize=16, markeredgewidth=2)
+    axes.plot([value], [0], color=_ONE, marker="o", markersize=9)
+    said, side = f"{r.bound} {form(limit)}", ("left", 6) if floor else ("right", -6)
+    for text, place, shift, align, colour in (
+        (said, (limit, 1.5), (side[1], -4), side[0], _BAD),
+        (form(value), (value, 0), (0, -13), "center", _INK),
+    ):
+        axes.annotate(text, place, shift, ha=align, color=colour, textcoords="offset points", va="top")
+    axes.set_yticks([])
+    axes.set_xlabel(r.axis)
+    _quiet(axes)
+    around = interval(pm.display_ci, form)
+    return f"{form(value)}, {pm.ci_level:.0%} interval {around}, {said}; {form(neutral)} would be unchanged."
 
 
 def _deltas(c: Certificate) -> tuple[list[float], list[float]]:
@@ -171,43 +156,40 @@ def _deltas(c: Certificate) -> tuple[list[float], list[float]]:
     return found.get("preview", []), found.get("final", [])
 
 
-def _windows(c: Certificate, name: str) -> Markup | None:
+def _windows(c: Certificate, figure: Figure) -> str | None:
     """Every window's change in order, beside their histogram."""
     preview, final = _deltas(c)
     deltas = np.array(preview + final)
-    if c.primary_metric.unit == "accuracy" or not deltas.size:
+    if reading(c.primary_metric).bound == "floor" or not deltas.size:
         return None
     tail = c.primary_metric_tail
-    with _figure(270) as figure:
-        strip, bars = figure.subplots(1, 2, sharey=True, width_ratios=[2.4, 1])
-        strip.scatter(range(len(preview)), preview, s=9, color=_ONE, linewidths=0, alpha=0.75, label="preview")
-        numbers = range(len(preview), deltas.size)
-        strip.scatter(numbers, final, s=11, color=_TWO, linewidths=0, alpha=0.75, marker="D", label="final")
-        spread = float(np.ptp(deltas))
-        edges = np.histogram_bin_edges(deltas, 30, None if spread > 1e-9 else (deltas[0] - 0.01, deltas[0] + 0.01))
-        bars.hist([preview, final], edges, orientation="horizontal", stacked=True, color=[_ONE, _TWO])
-        for axes in (strip, bars):
-            axes.axhline(0, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
-            if tail is not None and tail.value is not None:
-                axes.axhline(tail.value, color=_INK, linewidth=1)
-            _quiet(axes, left=axes is strip)
-        quantile = f"q{100 * tail.quantile:g}" if tail is not None else ""
+    strip, bars = figure.subplots(1, 2, sharey=True, width_ratios=[2.4, 1])
+    strip.scatter(range(len(preview)), preview, s=9, color=_ONE, linewidths=0, alpha=0.75, label="preview")
+    numbers = range(len(preview), deltas.size)
+    strip.scatter(numbers, final, s=11, color=_TWO, linewidths=0, alpha=0.75, marker="D", label="final")
+    spread = float(np.ptp(deltas))
+    edges = np.histogram_bin_edges(deltas, 30, None if spread > 1e-9 else (deltas[0] - 0.01, deltas[0] + 0.01))
+    bars.hist([preview, final], edges, orientation="horizontal", stacked=True, color=[_ONE, _TWO])
+    quantile = f"q{100 * tail.quantile:g}" if tail is not None else ""
+    for axes in (strip, bars):
+        axes.axhline(0, **_DASHED)
         if tail is not None and tail.value is not None:
-            bars.annotate(quantile, (1, tail.value), (0, 3), xycoords=("axes fraction", "data"),
-                          textcoords="offset points", ha="right", va="bottom")  # fmt: skip
-        strip.set_xlabel("window")
-        strip.set_ylabel("change of log-loss, nats")
-        bars.set_xlabel("windows")
-        strip.legend(loc="upper center", ncols=2, bbox_to_anchor=(0.5, 1.14), handletextpad=0.2, markerscale=1.8)
-        description = (
-            f"{deltas.size} windows, median {nats(float(np.median(deltas)))}, from {nats(float(deltas.min()))} to "
-            f"{nats(float(deltas.max()))} nats{f', {quantile} {nats(tail.value)}' if tail is not None else ''}."
-        )
-        return _svg(figure, name, "Change of log-loss in every window", description)
+            axes.axhline(tail.value, color=_INK, linewidth=1)
+        _quiet(axes, left=axes is strip)
+    if tail is not None and tail.value is not None:
+        bars.annotate(quantile, (1, tail.value), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
+                      ha="right", va="bottom")  # fmt: skip
+    strip.set_xlabel("window")
+    strip.set_ylabel("change of log-loss, nats")
+    bars.set_xlabel("windows")
+    strip.legend(loc="upper center", ncols=2, bbox_to_anchor=(0.5, 1.14), handletextpad=0.2, markerscale=1.8)
+    middle, least, most = (nats(float(x)) for x in (np.median(deltas), deltas.min(), deltas.max()))
+    gated = f", {quantile} {nats(tail.value)}" if tail is not None else ""
+    return f"{deltas.size} windows, median {middle}, from {least} to {most} nats{gated}."
 
 
-def _kl(c: Certificate, name: str) -> Markup | None:
-    """How many tokens moved how far, in five bins a decade."""
+def _kl(c: Certificate, figure: Figure) -> str | None:
+    """How many tokens moved how far, in five bins per decade."""
     d = c.divergence
     if d is None or len(d.histogram) != len(HISTOGRAM_EDGES) or not sum(d.histogram):
         return None
@@ -215,60 +197,55 @@ def _kl(c: Certificate, name: str) -> Markup | None:
     counts[-1] += d.histogram[181]
     edges = np.array(HISTOGRAM_EDGES[1::4])
     limit = next((number(g.limit) for g in c.gates if g.name == "divergence_kl"), None)
-    with _figure(230) as figure:
-        axes = figure.add_subplot()
-        axes.set_xscale("log")
-        used = np.flatnonzero(counts)
-        axes.set_xlim(edges[used[0] if used.size else 0] / 2, edges[used[-1] + 1 if used.size else -1] * 2)
-        axes.bar(edges[:-1], counts, np.diff(edges) * 0.94, align="edge", color=_ONE, linewidth=0)
-        first = "right" if (d.kl_mean or 0.0) <= (limit or 0.0) else "left"
-        second = "left" if first == "right" else "right"
-        for value, label, colour, side in ((d.kl_mean, "mean", _INK, first), (limit, "limit", _BAD, second)):
-            if value is not None and value > 0:
-                axes.axvline(value, color=colour, linewidth=1.4)
-                axes.annotate(f"{label} {nats(value)}", (value, 1), (4 if side == "left" else -4, 0), ha=side, va="bottom",
-                              xycoords=("data", "axes fraction"), textcoords="offset points", color=colour)  # fmt: skip
-        _plain_ticks(axes)
-        axes.set_xlabel("KL of a token, nats")
-        axes.set_ylabel("tokens")
-        _quiet(axes, left=True)
-        description = (
-            f"{d.tokens} tokens: mean {nats(d.kl_mean)}, median {nats(d.kl_q50)}, q99 {nats(d.kl_q99)}, largest "
-            f"{nats(d.kl_max)} nats; {zero} tokens under 1e-7; limit of the mean {nats(limit)}."
-        )
-        return _svg(figure, name, "How far the next-token distributions moved", description)
+    axes = figure.add_subplot()
+    axes.set_xscale("log")
+    used = np.flatnonzero(counts)
+    axes.set_xlim(edges[used[0] if used.size else 0] / 2, edges[used[-1] + 1 if used.size else -1] * 2)
+    axes.bar(edges[:-1], counts, np.diff(edges) * 0.94, align="edge", color=_ONE, linewidth=0)
+    first, second = ("right", "left") if (d.kl_mean or 0.0) <= (limit or 0.0) else ("left", "right")
+    for value, label, colour, side in ((d.kl_mean, "mean", _INK, first), (limit, "limit", _BAD, second)):
+        if value is not None and value > 0:
+            axes.axvline(value, color=colour, linewidth=1.4)
+            axes.annotate(f"{label} {nats(value)}", (value, 1), (4 if side == "left" else -4, 0), ha=side, va="bottom",
+                          xycoords=("data", "axes fraction"), textcoords="offset points", color=colour)  # fmt: skip
+    _plain_ticks(axes)
+    axes.set_xlabel("KL of a token, nats")
+    axes.set_ylabel("tokens")
+    _quiet(axes, left=True)
+    return (
+        f"{d.tokens} tokens: mean {nats(d.kl_mean)}, median {nats(d.kl_q50)}, q99 {nats(d.kl_q99)}, largest "
+        f"{nats(d.kl_max)} nats; {zero} tokens under 1e-7; limit of the mean {nats(limit)}."
+    )
 
 
-def _growth(c: Certificate, name: str) -> Markup | None:
+def _growth(c: Certificate, figure: Figure) -> str | None:
     """Growth of the largest singular value of every matrix, in the model's order."""
     rows = growth_rows(c.spectral)
     if not rows:
         return None
     factors = [min(max(1 + growth, 1e-3), 1e3) for _, _, growth in rows]
-    deadband = number((c.spectral.policy if c.spectral else {}).get("deadband"))
-    with _figure(250) as figure:
-        axes = figure.add_subplot()
-        extreme = max(abs(math.log(factor)) for factor in factors)
-        reach = max(1.3 * extreme, 1.4 * math.log1p(deadband or 0.1))
-        axes.set_ylim(math.exp(-reach), math.exp(reach))
-        axes.set_yscale("log")
-        if deadband:
-            axes.axhspan(1 / (1 + deadband), 1 + deadband, color=_MUTED, alpha=0.12, linewidth=0)
-        axes.axhline(1, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        for index, family in enumerate(family_order(row[1] for row in rows)):
-            places = [i for i, row in enumerate(rows) if row[1] == family]
-            axes.scatter(places, [factors[i] for i in places], s=26, marker=_MARKERS[index % len(_MARKERS)], linewidths=0,
-                         color=(_ONE, _TWO, _INK, _MUTED)[index % 4], label=_ascii(family, 16))  # fmt: skip
-        _name_the_worst(axes, rows, factors, deadband or 0.1)
-        _growth_ticks(axes, reach)
-        axes.set_xlim(-1, len(rows))
-        axes.set_xlabel("weight matrix, in the model's order")
-        axes.set_ylabel("singular value, ratio")
-        axes.legend(loc="lower center", ncols=5, bbox_to_anchor=(0.5, 1.0), handletextpad=0.1, columnspacing=1.2)
-        _quiet(axes, left=True)
-        worst = max(rows, key=lambda row: abs(row[2]))
-        description = f"{len(rows)} matrices; the largest change is {worst[0]}, {percent(worst[2])}."
-        return _svg(figure, name, "Growth of the largest singular value by weight matrix", description)
+    deadband = number(find(c.spectral, "policy.deadband"))
+    axes = figure.add_subplot()
+    extreme = max(abs(math.log(factor)) for factor in factors)
+    reach = max(1.3 * extreme, 1.4 * math.log1p(deadband or 0.1))
+    axes.set_ylim(math.exp(-reach), math.exp(reach))
+    axes.set_yscale("log")
+    if deadband:
+        axes.axhspan(1 / (1 + deadband), 1 + deadband, color=_MUTED, alpha=0.12, linewidth=0)
+    axes.axhline(1, **_DASHED)
+    for index, family in enumerate(family_order(row[1] for row in rows)):
+        places = [i for i, row in enumerate(rows) if row[1] == family]
+        axes.scatter(places, [factors[i] for i in places], s=26, marker=_MARKERS[index % len(_MARKERS)], linewidths=0,
+                     color=(_ONE, _TWO, _INK, _MUTED)[index % 4], label=_ascii(family, 16))  # fmt: skip
+    _name_the_worst(axes, rows, factors, deadband or 0.1)
+    _growth_ticks(axes, reach)
+    axes.set_xlim(-1, len(rows))
+    axes.set_xlabel("weight matrix, in the model's order")
+    axes.set_ylabel("singular value, ratio")
+    axes.legend(loc="lower center", ncols=5, bbox_to_anchor=(0.5, 1.0), handletextpad=0.1, columnspacing=1.2)
+    _quiet(axes, left=True)
+    worst = max(rows, key=lambda row: abs(row[2]))
+    return f"{len(rows)} matrices; the largest change is {worst[0]}, {percent(worst[2])}."
 
 
 def _growth_ticks(axes: Axes, reach: float) -> None:
@@ -299,9 +276,17 @@ def _ascii(text: str, width: int) -> str:
     return middle_cut(shown, width).replace("…", "...")
 
 
-_FIGURES: dict[str, Callable[[Certificate, str], Markup | None]] = {
-    "interval": _interval,
-    "windows": _windows,
-    "divergence": _kl,
-    "growth": _growth,
+class _Plot(NamedTuple):
+    """`draw` fills a figure and describes it in words; None where nothing was measured. The height is in pixels."""
+
+    height: int
+    title: str
+    draw: Callable[[Certificate, Figure], str | None]
+
+
+_PLOTS = {
+    "interval": _Plot(128, "Primary metric with its interval against the limit", _interval),
+    "windows": _Plot(270, "Change of log-loss in every window", _windows),
+    "divergence": _Plot(230, "How far the next-token distributions moved", _kl),
+    "growth": _Plot(250, "Growth of the largest singular value by weight matrix", _growth),
 }

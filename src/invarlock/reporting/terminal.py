@@ -15,15 +15,6 @@ __all__ = ["WIDTH", "summary_lines", "wrapped"]
 WIDTH = 80
 _LABEL = 14
 _REASONS = 6
-_SHORT = {
-    "Perplexity ratio": "ratio",
-    "Accuracy, change": "accuracy",
-    "Divergence (KL), nats a token": "KL",
-    "Top-token flips": "flips",
-    "Drift, preview to final": "drift",
-    "Windows, preview + final": "windows",
-    "Confidence": "confidence",
-}
 
 
 def wrapped(label: str, text: str) -> list[str]:
@@ -53,9 +44,9 @@ def _entries(c: Certificate, shown: View) -> Iterator[tuple[str, str]]:
     for warning in shown.warnings:
         yield "warning", f"{warning.label}: {warning.value}"
     for figure in shown.figures:
-        yield _SHORT.get(figure.label, figure.label), f"{figure.value}  ({figure.note})"
+        yield figure.short, f"{figure.value}  ({figure.note})"
     guards = [row for row in shown.gates if row.basis in ("guard", "plugin guard")]
-    yield "guards", ", ".join(f"{row.name.removeprefix('plugin:')} {row.badge.word}" for row in guards) or "none ran"
+    yield "guards", ", ".join(f"{row.gate.removeprefix('plugin:')} {row.badge.word}" for row in guards) or "none ran"
     yield "culprits", _culprits(c)
 
 

@@ -1,27 +1,37 @@
 """How a certificate's values read: one form for every number, one title and one piece of advice for every gate.
 
 Text in a certificate comes from elsewhere (names of models, messages of plugins), so `clean` makes it one visible line.
+`templates/words.toml` holds the words; `fill` puts values into them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import resources
+from string import Formatter
 from typing import Any, NamedTuple
 
 from invarlock.certificate.schema import Gate, PrimaryMetric
 
 __all__ = [
     "DECISIONS",
+    "FORMS",
+    "GATES",
     "MISSING",
+    "WORDS",
     "Form",
-    "GateKind",
+    "GateWords",
+    "Reading",
     "change",
     "clean",
     "count",
     "effect",
     "family_order",
-    "gate_kind",
+    "fill",
+    "find",
+    "gate_words",
     "interval",
     "middle_cut",
     "nats",
@@ -30,11 +40,12 @@ __all__ = [
     "plain",
     "points",
     "ratio",
+    "reading",
 ]
 
 MISSING = "—"
 _LONGEST = 600
-Form = Callable[[Any], str]
+Form = Callable[[object], str]
 
 #: what each decision of a gate is called
 DECISIONS: Mapping[str, str] = {
@@ -77,7 +88,7 @@ def number(value: object) -> float | None:
 
 
 def _form(pattern: Callable[[float], str]) -> Form:
-    def shown(value: Any) -> str:
+    def shown(value: object) -> str:
         found = number(value)
         return MISSING if found is None else pattern(found)
 
@@ -103,7 +114,7 @@ points = _form(lambda value: f"{value:+.2f} pp")
 count = _form(lambda value: f"{value:,.0f}")
 
 
-def plain(value: Any) -> str:
+def plain(value: object) -> str:
     """Return whatever a plugin or setting holds in one line: numbers to six digits, lists and mappings flattened."""
     if value is None:
         return MISSING
@@ -119,132 +130,110 @@ def plain(value: Any) -> str:
     return clean(value)
 
 
-def interval(pair: Iterable[float | None], form: Form) -> str:
+def interval(pair: Iterable[object], form: Form) -> str:
     """Return `[lo, hi]`, or MISSING where a bound was not measured."""
     lo, hi = pair
     return MISSING if number(lo) is None or number(hi) is None else f"[{form(lo)}, {form(hi)}]"
 
 
+#: what may stand after the colon of a field in a template; `[nats]` is an interval of `nats`
+FORMS: Mapping[str, Form] = {
+    "": plain,
+    "name": lambda value: plain(value) if value is None else clean(value, 120),
+    "some": lambda value: plain(value or "none"),
+    "ratio": ratio,
+    "percent": percent,
+    "change": change,
+    "nats": nats,
+    "points": points,
+    "count": count,
+}
+
+
+def find(value: object, path: str) -> object:
+    """Return what stands at a dotted path of mappings and typed sections; None where a mapping lacks it."""
+    for part in path.split("."):
+        if value is None:
+            return None
+        value = value.get(part) if isinstance(value, Mapping) else getattr(value, part)
+    return value
+
+
+class _Filler(Formatter):
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[object, str]:
+        return find(kwargs, field_name), field_name
+
+    def format_field(self, value: object, format_spec: str) -> str:
+        if format_spec.startswith("["):
+            pair = value if isinstance(value, list | tuple) and len(value) == 2 else (None, None)
+            return interval(pair, FORMS[format_spec[1:-1]])
+        return FORMS[format_spec](value)
+
+
+def fill(template: str, values: Mapping[str, object]) -> str:
+    """Fill a template: `{pm.limit:ratio}` is the field `limit` of `pm` in the form `ratio`, MISSING where there is none."""
+    return _Filler().vformat(template, (), values)
+
+
+WORDS: Mapping[str, Any] = tomllib.loads(
+    resources.files("invarlock.reporting").joinpath("templates/words.toml").read_text(encoding="utf-8")
+)
+
+
+class GateWords(NamedTuple):
+    """What is known about a gate besides its outcome. `bound` stands before the limit; `undecided` also advises where
+    the gate was not evaluated."""
+
+    title: str
+    meaning: str
+    failed: str
+    undecided: str
+    form: str = ""
+    bound: str = ""
+
+
+#: by the gate's name, with the metric's unit behind it where that makes a difference
+GATES: Mapping[str, GateWords] = {
+    name: GateWords(**{key: text.format(**WORDS["advice"]) for key, text in words.items()})
+    for name, words in WORDS["gates"].items()
+}
+
+
+def gate_words(gate: Gate, metric: PrimaryMetric) -> GateWords:
+    """Return what is known about a gate; plugin guards and unknown gates get a general answer."""
+    plugin = gate.name.removeprefix("plugin:")
+    title = f"Plugin guard {clean(plugin)}" if plugin != gate.name else clean(gate.name)
+    known = GATES.get(f"{gate.name}:{metric.unit}") or GATES.get(gate.name)
+    return known or GATES["other"]._replace(title=title)
+
+
+class Reading(NamedTuple):
+    """How a metric of one unit reads: the field that is judged and its form, the form of either side, what is no change."""
+
+    label: str
+    short: str
+    value: str
+    form: str
+    side: str
+    side_form: str
+    bound: str
+    neutral: float
+    axis: str
+    effect: str
+
+
+def reading(metric: PrimaryMetric) -> Reading:
+    """Return how this metric reads."""
+    return Reading(**WORDS["readings"].get(metric.unit, WORDS["readings"]["perplexity"]))
+
+
 def effect(metric: PrimaryMetric) -> str:
     """Return the minimum detectable effect in the metric's own unit, MISSING where there is none."""
     value = number(metric.minimum_detectable_effect)
-    if value is None:
-        return MISSING
-    return f"{abs(value):.2f} pp" if metric.unit == "accuracy" else f"a factor of {ratio(value)}"
+    return MISSING if value is None else reading(metric).effect.format(abs(value))
 
 
 def family_order(families: Iterable[str]) -> list[str]:
     """Return families, each once: the known ones first in their usual order, then the others by name."""
     usual = ("embed", "attn", "ffn", "router", "other")
     return sorted(set(families), key=lambda f: (usual.index(f) if f in usual else len(usual), f))
-
-
-class GateKind(NamedTuple):
-    """What is known about a gate besides its outcome. `bound` stands before the limit; `undecided` also advises where
-    the gate was not evaluated."""
-
-    title: str
-    form: Form
-    bound: str
-    meaning: str
-    failed: str
-    undecided: str
-
-
-_WEAKEN = (
-    "Weaken the edit (more bits, smaller groups, less pruning) or leave out the modules that stand out, "
-    "then certify again"
-)
-_MORE = "Measure more windows: --profile release (400 + 400), or larger dataset.preview_n and dataset.final_n"
-_RATIO = GateKind(
-    "Primary metric",
-    ratio,
-    "≤",
-    "How much worse the subject predicts the text: its perplexity over the baseline's. The whole interval has to lie "
-    "within the limit.",
-    f"The loss is larger than noise explains. {_WEAKEN}.",
-    _MORE,
-)
-_POINTS = _RATIO._replace(
-    form=points,
-    bound="≥",
-    meaning="How much accuracy was lost on the same examples. The whole interval has to lie above the floor.",
-)
-_GATES: Mapping[str, GateKind] = {
-    "sample_size": GateKind(
-        "Sample size", count, "≥", "Whether there was enough text to judge by.",
-        f"{_MORE}.", f"{_MORE}; if the text runs out, give a larger data set.",
-    ),
-    "pairing": GateKind(
-        "Pairing", percent, "=", "Whether both sides were measured on the same windows, preview and final apart.",
-        "Measure the subject on the baseline's windows: certify both in one command, or pass --baseline-report.",
-        "Certify both sides again in one command.",
-    ),
-    "preview_final_drift": GateKind(
-        "Drift, preview to final", ratio, "≤", "Whether the two halves of the text agree about the change.",
-        f"The change depends on the text. Look at the windows that moved most, and {_MORE[0].lower()}{_MORE[1:]}.",
-        f"{_MORE}.",
-    ),
-    "primary_metric_tail": GateKind(
-        "Tail of the windows", nats, "≤", "Whether some windows got much worse while the average did not.",
-        f"Read the worst windows: they show what the edit broke. {_WEAKEN}.", f"{_MORE}.",
-    ),
-    "divergence_kl": GateKind(
-        "Divergence (KL)", nats, "≤", "How far the next-token distributions moved, which an average loss can hide.",
-        f"The subject answers differently. {_WEAKEN}; if it is meant to differ, certify it with --intent finetune.",
-        "Measure the baseline again so that its per-token reference is stored, and pass that run by --baseline-report.",
-    ),
-    "token_flips": GateKind(
-        "Top-token flips", percent, "≤", "How often the most likely next token is another one.",
-        f"The subject writes other text. {_WEAKEN}; if it is meant to differ, certify it with --intent finetune.",
-        "Measure the baseline again so that its per-token reference is stored, and pass that run by --baseline-report.",
-    ),
-    "invariants": GateKind(
-        "Invariants", plain, "", "Whether the files hold the same tensors, finite, tied and configured as before.",
-        "The files are damaged or another model's. Export the subject again; the tensors at fault are named.",
-        "Give checkpoints as safetensors files so that their tensors can be read.",
-    ),
-    "spectral": GateKind(
-        "Spectral guard", plain, "", "Whether any weight matrix stretched, shrank or lost its rank.",
-        "Redo the edit of the matrices named, or leave them out of it.",
-        "Keep the weights readable (not packed) on both sides, so that their spectra can be measured.",
-    ),
-    "rmt": GateKind(
-        "Activation guard (RMT)", plain, "", "Whether the activations keep the structure that they had.",
-        "Look at the modules named: their inputs or weights changed what they pass on. Redo the edit of those layers.",
-        "Activations are needed: certify both sides with evaluation windows.",
-    ),
-    "variance": GateKind(
-        "Variance guard", plain, "", "Whether equalising output variances would help; off is a normal outcome.",
-        "Read its findings; in `run` it can equalise the outputs of the modules named.",
-        "Certify both sides with evaluation windows, so that it can compare their outputs.",
-    ),
-    "guard_overhead": GateKind(
-        "Guard overhead", ratio, "≤", "Whether watching the model changed what was measured.",
-        "A guard disturbs the model that it watches: leave plugin guards out one by one to find which.",
-        "Use a profile that measures it (release).",
-    ),
-    "measurement_contracts": GateKind(
-        "Measurement contracts", count, "≤", "Whether both sides were measured in the same way.",
-        "Measure both sides again with one version of the software.",
-        "Measure both sides again with one version of the software.",
-    ),
-}  # fmt: skip
-
-
-def gate_kind(gate: Gate, metric: PrimaryMetric) -> GateKind:
-    """Return what is known about a gate; plugin guards and unknown gates get a general answer."""
-    if gate.name == "primary_metric":
-        return _POINTS if metric.unit == "accuracy" else _RATIO
-    if gate.name in _GATES:
-        return _GATES[gate.name]
-    name = gate.name.removeprefix("plugin:")
-    title = f"Plugin guard {clean(name)}" if name != gate.name else clean(name)
-    return GateKind(
-        title,
-        plain,
-        "",
-        "A check that was added to the built-in ones.",
-        "Read its findings and its own documentation.",
-        "Read its message: it says why it could not be evaluated.",
-    )
