@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from invarlock.adapters import HF_Causal_Adapter
+from invarlock.checkpoints.base import Format
 from invarlock.checkpoints.behaviour import behaviour, load_config
-from invarlock.checkpoints.files import read_structure, resolve_folder
-from invarlock.checkpoints.structure import layout_of, live_structure
+from invarlock.checkpoints.files import FORMATS, open_checkpoint, read_structure, resolve_folder
+from invarlock.checkpoints.structure import Layout, layout_of, live_structure, structure_of
 from invarlock.core.exceptions import CheckpointDamagedError, InvarlockError, ModelLoadError
 from invarlock.evidence.model import Structure
 from invarlock.guards import InvariantsGuard
@@ -328,3 +330,44 @@ def test_a_tensor_stored_twice_with_other_values_is_a_finding_under_the_foreign_
     tensors[name.removeprefix("model.")] *= 2
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert _findings(llama_model, folder) == [("tensor_unexpected", name.removeprefix("model."))]
+
+
+# -- formats ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_tensors_come_one_by_one_whether_in_one_file_or_in_shards(
+    llama_model: Path, copy_model: Copy, sharded: bool
+) -> None:
+    folder = copy_model(llama_model, max_shard_size="1MB") if sharded else llama_model
+    tensors = open_checkpoint(folder).tensors()
+    assert next(tensors)[0].endswith(".weight")
+    stored = load_file(llama_model / "model.safetensors")
+    seen = dict(open_checkpoint(folder).tensors())
+    assert seen.keys() == stored.keys() and all(torch.equal(seen[name], stored[name]) for name in stored)
+
+
+def test_a_format_is_one_class_and_a_row(
+    llama_model: Path, rewrite_tensors: Copy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Arrays(NamedTuple):
+        """Weights in numpy's own format."""
+
+        folder: Path
+        layout: Layout | None
+
+        def structure(self) -> Structure:
+            return structure_of(self.tensors(), self.layout, "file")
+
+        def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+            with np.load(self.folder / "weights.npz") as arrays:
+                for name in arrays:
+                    yield name, torch.from_numpy(arrays[name])
+
+    folder = rewrite_tensors(llama_model, lambda tensors: None)
+    file = folder / "model.safetensors"
+    np.savez(folder / "weights.npz", **{name: tensor.numpy() for name, tensor in load_file(file).items()})
+    file.unlink()
+    row = Format("arrays", lambda folder: (folder / "weights.npz").is_file(), Arrays)
+    monkeypatch.setattr("invarlock.checkpoints.files.FORMATS", (*FORMATS, row))
+    assert _structure(folder) == _structure(llama_model)
