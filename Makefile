@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST := .venv-oldest
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo oldest test check bench docs clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,9 +28,18 @@ check: $(READY)  ## lint and types
 bench: $(READY)  ## measure cost, as ratios in one run
 	$(BIN)/python benchmarks/cost.py
 
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable . pytest pytest-timeout
+	touch $@
+
+oldest: $(OLDEST)/.ready  ## verify and make certificates with the oldest numpy, scipy and pydantic, without torch
+	$(OLDEST)/bin/python -m pytest -q --noconftest tests/evidence/test_rows.py tests/evidence/test_plain.py \
+	  tests/policy/test_resolve.py tests/certificate/test_frozen.py tests/certificate/test_what_follows.py
+
 docs: $(READY)  ## build the documentation; a broken link or a stale generated page fails
 	$(BIN)/python tools/build_docs.py --check
 	$(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf site $(VENV) build dist demo-out
+	rm -rf site $(VENV) $(OLDEST) build dist demo-out
