@@ -11,11 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from invarlock.certificate.figures import Comparison, figures
+from invarlock.certificate.schema import PrimaryMetric
 from invarlock.core import settings
 from invarlock.core.exceptions import ConfigError, ModelLoadError, PairingError
 from invarlock.core.settings import SETTINGS
+from invarlock.eval.metrics import METRICS
+from invarlock.evidence.rows import PairedRows, Rows
 from invarlock.flow.run import RunOutcome
-from invarlock.policy.resolve import merge, resolve_policy
+from invarlock.policy.resolve import Policy, merge, resolve_policy
 
 TESTS = Path(__file__).parents[1]
 #: what is shown by the tests beside the code that reads the variable
@@ -71,11 +75,8 @@ def test_counts_below_one_are_refused(monkeypatch: Environment, variable: str, v
         settings.get(variable)
 
 
-def _pairs(documents: int, shift: float) -> Any:
-    """Rows of one window a document whose loss rises by `shift` and a little noise."""
-    from invarlock.certificate.derive import Rows
-    from invarlock.certificate.schema import PairedRows
-
+def _compared(documents: int, shift: float, policy: Policy) -> PrimaryMetric:
+    """Compare rows of one window a document whose loss rises by `shift` and a little noise."""
     noise = np.random.default_rng(3).normal(0, 0.01, documents)
     names = [f"d{i}" for i in range(documents)]
     whole = {"window_ids": names, "document_ids": names, "tokens": [50] * documents}
@@ -84,19 +85,18 @@ def _pairs(documents: int, shift: float) -> Any:
     first, second = (
         {key: list(values[part]) for key, values in whole.items()} for part in (slice(half), slice(half, None))
     )
-    return Rows.of(PairedRows(**first), PairedRows(**second))
+    rows = Rows.of(PairedRows(**first), PairedRows(**second))
+    return figures(Comparison(METRICS["ppl_causal"], rows, policy.limits), None).metric
 
 
 @pytest.mark.parametrize(("value", "method"), [(None, "bca"), ("1", "bca"), ("0", "percentile")])
 def test_bca_can_be_turned_off_and_that_is_recorded(monkeypatch: Environment, value: str | None, method: str) -> None:
-    from invarlock.certificate.derive import primary_metric
-
     if value is not None:
         monkeypatch.setenv("INVARLOCK_BOOTSTRAP_BCA", value)
     policy = resolve_policy("balanced", "ci")
     assert policy.values["bootstrap"]["bca"] is (value != "0")
     assert policy.overrides == ({"bootstrap": {"bca": False}} if value == "0" else {})
-    assert primary_metric("ppl_causal", _pairs(120, 0.01), policy.values).method == method
+    assert _compared(120, 0.01, policy).method == method
 
 
 @pytest.mark.parametrize(
@@ -106,14 +106,11 @@ def test_bca_can_be_turned_off_and_that_is_recorded(monkeypatch: Environment, va
 def test_acceptance_limits_decide_and_are_recorded(
     monkeypatch: Environment, variable: str, value: str, shift: float, key: str
 ) -> None:
-    from invarlock.certificate.derive import primary_metric
-
-    rows = _pairs(60, shift)
-    assert primary_metric("ppl_causal", rows, resolve_policy("balanced", "ci").values).decision == "pass"
+    assert _compared(60, shift, resolve_policy("balanced", "ci")).decision == "pass"
     monkeypatch.setenv(variable, value)
     policy = resolve_policy("balanced", "ci")
     assert policy.overrides == {"metrics": {"pm_ratio": {key: float(value)}}}
-    assert primary_metric("ppl_causal", rows, policy.values).decision == "fail"
+    assert _compared(60, shift, policy).decision == "fail"
 
 
 def test_sample_floors_are_lowered_in_dev_alone(monkeypatch: Environment) -> None:
@@ -181,11 +178,12 @@ def test_threads_follow_the_environment(monkeypatch: Environment) -> None:
 def test_overhead_is_measured_where_required_unless_skipped(
     monkeypatch: Environment, edited_run: RunOutcome, load_model: Callable[[Path], Any]
 ) -> None:
-    from invarlock.evidence.model import Evidence
-    from invarlock.evidence.windows import WindowSet
     from invarlock.flow.overhead import guard_overhead
 
-    windows = WindowSet.from_dict(edited_run.report["evaluation_windows"])
+    from invarlock.evidence.model import Evidence
+    from invarlock.evidence.windows import Windows
+
+    windows = Windows.from_dict(edited_run.report["evaluation_windows"])
     evidence = Evidence.model_validate(edited_run.report["evidence"])
     model = load_model(edited_run.folder / "model")
     required = {"required": True, "max_ratio": 1.01}

@@ -117,7 +117,7 @@ def derive(r: Recorded) -> Certificate:
     )
     sections = judge_guards(r, rules.judges)
     changed = culprits(r.weights.changes) if r.weights.changes else None
-    counts = window_counts(r)
+    counts = _window_counts(r)
     measured = Measured(
         limits=limits,
         intent=r.meta.intent,
@@ -164,7 +164,7 @@ def _same_weights(r: Recorded) -> bool:
     return bool(old.tensors) and old.weights_digest() == new.weights_digest()
 
 
-def window_counts(r: Recorded) -> dict[str, float | int]:
+def _window_counts(r: Recorded) -> dict[str, float | int]:
     """Return the pairing facts of SPEC §3, from the rows alone."""
     splits = r.evaluation_windows
     ids = {name: rows.window_ids for name, rows in splits.items()}

@@ -6,14 +6,14 @@ How an interval is found depends on the derivation: `Estimators` holds the funct
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from invarlock.certificate.schema import Divergence, DivergenceRecord, Pair, PrimaryMetric, Tail
-from invarlock.eval.metrics import Metric, metric_of
+from invarlock.eval.metrics import Metric
 from invarlock.evidence.histogram import histogram_quantile
 from invarlock.evidence.plain import finite_or_none
 from invarlock.evidence.rows import Array, Rows
@@ -33,7 +33,7 @@ from invarlock.stats.paired import (
 )
 from invarlock.stats.tail import TailGate, TailStats, tail_gate, tail_statistics
 
-__all__ = ["FIRST_ESTIMATORS", "Comparison", "Estimators", "Figures", "figures", "primary_metric"]
+__all__ = ["FIRST_ESTIMATORS", "Comparison", "Estimators", "Figures", "figures", "not_evaluated"]
 
 _EDGES = "0, then 20 bins per decade from 1e-7 to 1e2 nats"
 
@@ -103,12 +103,6 @@ def figures(c: Comparison, divergence: DivergenceRecord | None) -> Figures:
     rows, level = c.rows, c.limits.ratio.ci_level
     moved = c.estimators.drift(rows.baseline, rows.subject, rows.tokens, rows.documents, rows.is_final, level=level)
     return Figures(metric, moved, _tail(c), _divergence(c, divergence))
-
-
-def primary_metric(kind: str, rows: Rows, policy: Limits | Mapping[str, Any]) -> PrimaryMetric:
-    """Compare the two sides by one metric and decide, with the estimators of the first derivation."""
-    c = Comparison(metric_of(kind), rows, Limits.model_validate(policy))
-    return _COMPARE[c.metric.unit](c)
 
 
 def not_evaluated(metric: Metric, limits: Limits, reason: str) -> PrimaryMetric:

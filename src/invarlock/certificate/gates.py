@@ -30,9 +30,17 @@ from invarlock.guards.sketch import Culprits
 from invarlock.policy.limits import Limits
 from invarlock.stats.paired import safe_exp
 
-__all__ = ["GATES", "GATE_NAMES", "GateKind", "Measured", "Outcome", "all_gates", "validation_of", "verdict_of"]
-
-Counts = Mapping[str, float | int]
+__all__ = [
+    "GATES",
+    "GATE_NAMES",
+    "PLUGINS",
+    "GateKind",
+    "Measured",
+    "Outcome",
+    "all_gates",
+    "validation_of",
+    "verdict_of",
+]
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class Measured:
     guards: Mapping[str, GuardSection]
     plugin_guards: Mapping[str, PluginGuardSection]
     overhead: Overhead
-    counts: Counts
+    counts: Mapping[str, float | int]
     contracts: Mapping[str, Mapping[str, str]]
     culprits: Culprits | None  # which weights changed most
 
@@ -152,22 +160,21 @@ def _divergence(m: Measured, *, figure: str, interval: str, limit: str, unit: st
     return Outcome(value, most, "point estimate", decision, reason + " (only warns under intent finetune)" * softened)
 
 
+def _result(section: GuardSection | PluginGuardSection, basis: str) -> Outcome:
+    verdict = "passed" if section.passed else "failed"
+    decision: GateDecision = "fail" if not section.passed else "warn" if section.warnings else "pass"
+    return Outcome(verdict, "passed", basis, decision if section.evaluated else "not_evaluated", section.message)
+
+
 def _guard(m: Measured, *, name: str) -> Outcome | None:
     section = m.guards.get(name)
     if section is None:
         return None
-    if not section.evaluated:  # one that passes so has nothing to do in this architecture, such as variance
-        return Outcome(None, "passed", "guard", "off" if section.passed else "not_evaluated", section.message)
-    decision: GateDecision = "fail" if not section.passed else "warn" if section.warnings else "pass"
-    return Outcome("passed" if section.passed else "failed", "passed", "guard", decision, section.message)
-
-
-def _plugin(section: PluginGuardSection) -> Outcome:
-    decision: GateDecision = "not_evaluated" if not section.evaluated else "pass" if section.passed else "fail"
-    if decision == "pass" and section.warnings:
-        decision = "warn"
-    verdict = "passed" if section.passed else "failed"
-    return Outcome(verdict, "passed", "plugin guard", decision, section.message)
+    found = _result(section, "guard")
+    if section.evaluated:
+        return found
+    # one that passes so has nothing to do in this architecture, such as variance
+    return found._replace(measured=None, decision="off" if section.passed else found.decision)
 
 
 def _overhead(m: Measured) -> Outcome:
@@ -238,7 +245,9 @@ def all_gates(m: Measured, kinds: Sequence[GateKind] = GATES) -> list[Gate]:
             continue
         found: Iterator[tuple[str, Outcome | None]] = iter([(kind.name, kind.check(m))])
         if kind.name == PLUGINS:
-            found = ((f"{PLUGINS}:{name}", _plugin(section)) for name, section in m.plugin_guards.items())
+            found = (
+                (f"{PLUGINS}:{name}", _result(section, "plugin guard")) for name, section in m.plugin_guards.items()
+            )
         for name, outcome in found:
             if outcome is not None:
                 value = outcome.measured

@@ -34,7 +34,7 @@ from invarlock.guards.boundary import BUILT_IN_GUARDS
 from invarlock.guards.sketch import compare_all
 from invarlock.policy.resolve import Policy, resolve_recorded
 
-__all__ = ["certificate_json", "check_baseline", "evidence_of", "make_certificate", "policy_of", "record"]
+__all__ = ["Report", "certificate_json", "check_baseline", "evidence_of", "make_certificate", "policy_of", "record"]
 
 Report = RunReport | Mapping[str, Any]
 _EVALUATED_NOTHING = {"evaluated": False, "ratio": None, "windows": 0, "skipped": None}

@@ -104,7 +104,3 @@ class Limits(_Section):
     def order(self) -> list[str]:
         """The guards asked for, in the order in which they run."""
         return list(self.guards["order"])
-
-    def guard(self, name: str) -> dict[str, Any]:
-        """Return the policy of one guard, empty where it has none."""
-        return dict(self.guards.get(name, {}))
