@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["byte_tokenizer", "check_adapter", "check_guard", "check_provider", "put_nan", "tiny_batches", "tiny_model"]
 
-VOCABULARY = 256
+_VOCABULARY = 256
 #: what an adapter may tell of a model; a key that is absent reads as None
 _DESCRIBED = {
     "n_layer": int,
@@ -70,7 +70,7 @@ def tiny_model(seed: int = 0) -> Module:
             from transformers import GPT2Config, GPT2LMHeadModel
         except ImportError:
             return _plain_model().eval()
-        sizes = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64, "vocab_size": VOCABULARY}
+        sizes = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64, "vocab_size": _VOCABULARY}
         model: Module = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
         return model
 
@@ -86,10 +86,10 @@ def _plain_model() -> Module:
     class Tiny(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embed = torch.nn.Embedding(VOCABULARY, 32)
+            self.embed = torch.nn.Embedding(_VOCABULARY, 32)
             self.layers = torch.nn.ModuleList(torch.nn.ModuleDict({"mlp": mlp()}) for _ in range(2))
             self.norm = torch.nn.LayerNorm(32)
-            self.lm_head = torch.nn.Linear(32, VOCABULARY, bias=False)
+            self.lm_head = torch.nn.Linear(32, _VOCABULARY, bias=False)
             self.lm_head.weight = self.embed.weight
 
         def forward(self, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:
@@ -104,7 +104,7 @@ def _plain_model() -> Module:
 def tiny_batches(count: int = 8, length: int = 32, seed: int = 0) -> list[dict[str, Any]]:
     """Return calibration batches for `tiny_model`: `count` windows of random token ids."""
     draw = random.Random(seed)
-    windows = ([draw.randrange(1, VOCABULARY) for _ in range(length)] for _ in range(count))
+    windows = ([draw.randrange(1, _VOCABULARY) for _ in range(length)] for _ in range(count))
     return [{"input_ids": ids, "attention_mask": [1] * length} for ids in windows]
 
 

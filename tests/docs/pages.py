@@ -1,7 +1,8 @@
 """Read the code blocks of Markdown pages.
 
 A block runs unless a comment before it says why not: `<!-- not run: reason -->`. A page that begins with
-`<!-- continues: other.md -->` starts in the folder that the other page left.
+`<!-- continues: other.md -->` starts in the folder that the other page left. After `<!-- file: path -->` stands a file of the
+source, or a diff of one: a page with such blocks runs on a copy of the source (`test_developers.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ __all__ = ["DOCS", "ROOT", "Block", "blocks", "continues", "pages"]
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 _FENCE = re.compile(
-    r"(?:^<!-- (?P<remark>(?:not run|output of|help)[^\n]*?) -->\n+)?^```(?P<language>\w+)\n(?P<code>.*?)^```$",
+    r"(?:^<!-- (?P<remark>(?:not run|output of|help|file)[^\n]*?) -->\n+)?^```(?P<language>\w+)\n(?P<code>.*?)^```$",
     re.DOTALL | re.MULTILINE,
 )
 _CONTINUES = re.compile(r"<!-- continues: (\S+) -->")
@@ -35,6 +36,11 @@ class Block:
     def reason(self) -> str | None:
         """Why the block is not run, or None."""
         return self.remark.partition(":")[2].strip() if self.remark and self.remark.startswith("not run:") else None
+
+    @property
+    def file(self) -> str | None:
+        """The file of the source that the block is, or changes."""
+        return self.remark.partition(":")[2].strip() if self.remark and self.remark.startswith("file:") else None
 
     @property
     def where(self) -> str:
@@ -57,5 +63,5 @@ def continues(page: Path) -> Path | None:
 
 
 def pages() -> list[Path]:
-    """Return every page of the documentation and the README."""
-    return [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+    """Return every page of the documentation, and those beside it."""
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
