@@ -156,7 +156,7 @@ def test_a_profile_outranks_the_limits_that_it_sets(write: Write) -> None:
         ("dataset: {seqlen: 3}", "config.yaml:1: unknown key 'dataset.seqlen' (did you mean 'seq_len'?)"),
         (
             "dataset: {provider: local_jsonl, fil: x}",
-            "config.yaml:1: unknown key 'dataset.fil' (did you mean 'file'?); 'local_jsonl' takes:",
+            "config.yaml:1: unknown key 'dataset.fil' (did you mean 'file'?); expected one of: provider, split",
         ),
         (
             "dataset: {provider: {kind: local_jsonl, fil: x}}",
@@ -213,6 +213,7 @@ def test_a_profile_outranks_the_limits_that_it_sets(write: Write) -> None:
         ("model: {adapter: hf_casual}", "config.yaml:1: model.adapter: unknown adapter 'hf_casual' (did you mean"),
         ("edit: {name: quant}", "config.yaml:1: edit.name: unknown edit 'quant' (did you mean 'quant_rtn'?)"),
         ("edit: {plan: {}, parameters: {}}", "config.yaml:1: edit.plan and edit.parameters are one key"),
+        ("dataset: 3", "config.yaml:1: dataset is 3; expected a mapping"),
         ("defaults: 3", "config.yaml:1: defaults is not a mapping"),
         ("defaults:\n  modle: {}", "config.yaml:2: unknown key 'modle'"),
         ("output: {dir: x}", "config.yaml: model.id is missing; expected a folder or a hub id"),
@@ -239,6 +240,10 @@ def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     assert "cannot be read" in _refused(tmp_path / "binary.yaml")
     assert "cannot be read" in _refused(tmp_path)
+
+
+def test_a_section_that_is_none_is_named_under_a_profile_too(write: Write) -> None:
+    assert _refused(write("dataset: 3"), profile="ci") == "config.yaml:1: dataset is 3; expected a mapping"
 
 
 def test_an_unknown_gate_is_named_with_the_nearest(write: Write) -> None:

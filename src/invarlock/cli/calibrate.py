@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import typer
 import yaml
+from typer import Option
 
 from invarlock.cli.console import emit_json, note, progress, say
 from invarlock.cli.options import DeviceOption, JsonOption, ProfileOption, plain_typer
@@ -54,11 +54,9 @@ def _calibrate() -> None:
 def _add(name: str, chosen: _Sweep) -> None:
     @app.command(name, help=chosen.help)
     def sweep(
-        config: Annotated[Path, typer.Option("--config", "-c", help="A configuration with `model` and `dataset`.")],
-        seeds: Annotated[
-            int, typer.Option(min=1, help="Repetitions of each edit that draws random numbers.")
-        ] = chosen.seeds,
-        out: Annotated[Path, typer.Option(help="Folder of the sweep's JSON file.")] = Path("calibration"),
+        config: Annotated[Path, Option("--config", "-c", help="A configuration with `model` and `dataset`.")],
+        seeds: Annotated[int, Option(min=1, help="Repetitions of each edit that draws random numbers.")] = chosen.seeds,
+        out: Annotated[Path, Option(help="Folder of the sweep's JSON file.")] = Path("calibration"),
         device: DeviceOption = None,
         profile: ProfileOption = None,
         json: JsonOption = False,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+from typer import Option
 
 from invarlock.checkpoints.side import Loading
 from invarlock.cli.console import note, progress, show
@@ -38,28 +38,24 @@ _REFUSED = {
 
 
 def certify(
-    subject: Annotated[str, typer.Option("--subject", "--edited", help="The edited checkpoint: folder or hub id.")],
-    baseline: Annotated[
-        str | None, typer.Option("--baseline", "--source", help="The checkpoint it came from: folder or hub id.")
-    ] = None,
+    subject: Annotated[str, Option("--subject", "--edited", help="The edited checkpoint: folder or hub id.")],
+    baseline: Annotated[str | None, Option("--baseline", "--source", help="The checkpoint it came from.")] = None,
     baseline_report: Annotated[
-        Path | None, typer.Option(help="Reuse a measured baseline: a run folder or its report.json.")
+        Path | None, Option(help="Reuse a measured baseline: a run folder or report.json.")
     ] = None,
-    adapter: Annotated[str | None, typer.Option(help="How to load the models; auto recognises them.")] = None,
+    adapter: Annotated[str | None, Option(help="How to load the models; auto recognises them.")] = None,
     device: DeviceOption = None,
     profile: ProfileOption = None,
     tier: TierOption = None,
     intent: Annotated[
         Literal["preserve", "finetune"],
-        typer.Option(help="finetune: the subject is meant to differ, so divergence only warns."),
+        Option(help="finetune: the subject is meant to differ, so divergence only warns."),
     ] = "preserve",
-    preset: Annotated[Path | None, typer.Option(help="YAML with data, metric and guards.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the two runs; default: runs.")] = None,
-    cert_out: Annotated[Path, typer.Option(help="Folder of the certificate.")] = Path("reports/cert"),
-    edit_config: Annotated[
-        Path | None, typer.Option(help="YAML with an edit to apply to the subject after loading it.")
-    ] = None,
-    edit_label: Annotated[str | None, typer.Option(help="Name of the edit in the certificate.")] = None,
+    preset: Annotated[Path | None, Option(help="YAML with data, metric and guards.")] = None,
+    out: Annotated[Path | None, Option(help="Folder of the two runs; default: runs.")] = None,
+    cert_out: Annotated[Path, Option(help="Folder of the certificate.")] = Path("reports/cert"),
+    edit_config: Annotated[Path | None, Option(help="YAML with an edit to apply to the subject once loaded.")] = None,
+    edit_label: Annotated[str | None, Option(help="Name of the edit in the certificate.")] = None,
     timing: TimingOption = False,
     json: JsonOption = False,
 ) -> int:

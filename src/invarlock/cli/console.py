@@ -46,7 +46,7 @@ def note(text: str) -> None:
 
 
 def emit_json(**fields: object) -> None:
-    """Write exactly one JSON object on one line to stdout; `cli.envelopes` says what each holds."""
+    """Write exactly one JSON object on one line to stdout; `data/envelopes.schema.json` says what each holds."""
     say(json.dumps(fields, allow_nan=False))
 
 

@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from invarlock.cli.console import progress, say
 from invarlock.cli.errors import VERDICT_CODES
@@ -21,7 +21,7 @@ __all__ = ["DEMO_EDITS", "demo"]
 DEMO_EDITS = (("8-bit", 8, "PASS"), ("2-bit", 2, "FAIL"))
 
 
-def demo(out: Annotated[Path, typer.Option(help="Folder for the two certificates.")] = Path("demo-out")) -> int:
+def demo(out: Annotated[Path, Option(help="Folder for the two certificates.")] = Path("demo-out")) -> int:
     """Round the weights of a small trained model to 8 and to 2 bits, and certify both against the original.
 
     Everything runs offline, in under a minute on two cores. The exit code is 0 when the verdicts are those that the two

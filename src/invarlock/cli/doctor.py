@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from invarlock.cli.console import emit_json, say
 from invarlock.cli.options import JsonOption, ProfileOption, TierOption
@@ -16,16 +16,12 @@ __all__ = ["doctor"]
 
 
 def doctor(
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="Check this configuration too.")] = None,
+    config: Annotated[Path | None, Option("--config", "-c", help="Check this configuration too.")] = None,
     profile: ProfileOption = None,
     tier: TierOption = None,
-    baseline_report: Annotated[
-        Path | None, typer.Option("--baseline-report", help="A run's folder or report.json, to be compared against.")
-    ] = None,
-    subject_report: Annotated[
-        Path | None, typer.Option("--subject-report", help="The report that would be compared with it.")
-    ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Warnings fail too.")] = False,
+    baseline_report: Annotated[Path | None, Option(help="A run folder or report.json to compare against.")] = None,
+    subject_report: Annotated[Path | None, Option(help="The report that would be compared with it.")] = None,
+    strict: Annotated[bool, Option("--strict", help="Warnings fail too.")] = False,
     json: JsonOption = False,
 ) -> int:
     """Check the environment, a configuration and stored reports.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import typer
+from typer import Option
 from typer.core import TyperGroup
 
 __all__ = [
@@ -54,9 +55,9 @@ def remembered_profile(meta: Mapping[str, Any]) -> str | None:
 
 
 ProfileOption = Annotated[
-    Profile | None, typer.Option("--profile", callback=_remember, help="How much is measured, and what is a hard stop.")
+    Profile | None, Option(callback=_remember, help="How much is measured, and what is a hard stop.")
 ]
-TierOption = Annotated[Tier | None, typer.Option("--tier", help="How strict the limits are.")]
-DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
-TimingOption = Annotated[bool, typer.Option("--timing", help="Print how long each step took.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on one line.")]
+TierOption = Annotated[Tier | None, Option(help="How strict the limits are.")]
+DeviceOption = Annotated[str | None, Option(help="auto, cpu, cuda, cuda:N or mps.")]
+TimingOption = Annotated[bool, Option("--timing", help="Print how long each step took.")]
+JsonOption = Annotated[bool, Option("--json", help="Print one JSON object on one line.")]

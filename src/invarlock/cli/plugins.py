@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import typer
+from typer import Argument, Option
 
 from invarlock.cli.console import emit_json, is_terminal, note, say
 from invarlock.cli.options import JsonOption, plain_typer
@@ -22,21 +23,13 @@ __all__ = ["app"]
 
 Category = Literal["adapters", "guards", "edits", "datasets", "plugins", "all"]
 
-VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show module, entry point and distribution.")]
-ExplainOption = Annotated[str | None, typer.Option("--explain", metavar="NAME", help="Show everything about one name.")]
-OnlyOption = Annotated[
-    str | None,
-    typer.Option(
-        "--only",
-        metavar="STATE|ORIGIN",
-        help="Keep one: ready, missing, broken, shadowed, unsupported, core or plugin.",
-    ),
-]
-UnsupportedOption = Annotated[
-    bool, typer.Option("--show-unsupported", help="List also what this platform does not support.")
-]
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="An extra, a registered name, or a distribution.")]
-ApplyOption = Annotated[bool, typer.Option("--apply", help="Run the command; without it, it is only printed.")]
+VerboseOption = Annotated[bool, Option("--verbose", "-v", help="Show module, entry point and distribution.")]
+ExplainOption = Annotated[str | None, Option(metavar="NAME", help="Show everything about one name.")]
+_STATES = "ready, missing, broken, shadowed, unsupported, core or plugin"
+OnlyOption = Annotated[str | None, Option("--only", metavar="STATE|ORIGIN", help=f"Keep one: {_STATES}.")]
+UnsupportedOption = Annotated[bool, Option("--show-unsupported", help="List also what this platform does not support.")]
+NameArgument = Annotated[str, Argument(metavar="NAME", help="An extra, a registered name, or a distribution.")]
+ApplyOption = Annotated[bool, Option("--apply", help="Run the command; without it, it is only printed.")]
 
 _HEADER = "name | origin | kind | backend | version | status"
 
@@ -49,7 +42,7 @@ app = plain_typer()
 
 @app.command("list")
 def list_(
-    category: Annotated[Category, typer.Argument(help="What to list.")] = "all",
+    category: Annotated[Category, Argument(help="What to list.")] = "all",
     json: JsonOption = False,
     verbose: VerboseOption = False,
     explain: ExplainOption = None,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer import Argument, Option
 
 from invarlock.certificate.reports import make_certificate
 from invarlock.certificate.verify import validate_certificate
@@ -26,7 +27,7 @@ COMPARISON = "comparison.md"
 
 app = plain_typer()
 Format = Literal["json", "md", "html", "cert", "junit", "all"]
-_Certificate = Annotated[Path, typer.Argument(metavar="CERT", help="A certificate file, or its folder.")]
+_Certificate = Annotated[Path, Argument(metavar="CERT", help="A certificate file, or its folder.")]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -45,17 +46,13 @@ def _put(text: str, target: Path | None) -> None:
 @app.callback(invoke_without_command=True)
 def report(
     context: typer.Context,
-    run: Annotated[Path | None, typer.Option(help="A run (folder or report.json) to make a certificate of.")] = None,
-    baseline: Annotated[
-        Path | None, typer.Option(help="The run of its baseline; default: the one that the run measured itself.")
-    ] = None,
+    run: Annotated[Path | None, Option(help="A run (folder or report.json) to make a certificate of.")] = None,
+    baseline: Annotated[Path | None, Option(help="The run of its baseline; default: its own.")] = None,
     compare: Annotated[
-        list[Path] | None, typer.Option(metavar="CERT", help="Put certificates side by side; give it once for each.")
+        list[Path] | None, Option(metavar="CERT", help="Put certificates side by side, once each.")
     ] = None,
-    format_: Annotated[
-        Format, typer.Option("--format", help="What to make; cert and all write files, the others to stdout.")
-    ] = "md",
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder to write into.")] = None,
+    format_: Annotated[Format, Option("--format", help="What to make; cert and all write files.")] = "md",
+    output: Annotated[Path | None, Option("--output", "-o", metavar="DIR", help="Folder to write into.")] = None,
 ) -> int:
     """Show certificates and runs.
 
@@ -105,7 +102,7 @@ def explain(certificate: _Certificate) -> None:
 @app.command()
 def html(
     certificate: _Certificate,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to write; default: beside it.")] = None,
+    output: Annotated[Path | None, Option("--output", "-o", help="Where to write; default: beside it.")] = None,
 ) -> None:
     """Write the certificate as one HTML page that stands alone."""
     folder = certificate if certificate.is_dir() else certificate.parent

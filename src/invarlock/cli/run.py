@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from invarlock.certificate.gates import GATE_NAMES
 from invarlock.cli.console import progress, show
@@ -20,29 +20,21 @@ __all__ = ["run"]
 
 
 def run(
-    config: Annotated[Path, typer.Option("--config", "-c", help="The configuration (YAML).")],
+    config: Annotated[Path, Option("--config", "-c", help="The configuration (YAML).")],
     device: DeviceOption = None,
     profile: ProfileOption = None,
     tier: TierOption = None,
-    out: Annotated[Path | None, typer.Option(help="Folder under which the run gets its own; default: runs.")] = None,
-    edit: Annotated[str | None, typer.Option(help="Name of the edit, in place of the configuration's.")] = None,
-    metric_kind: Annotated[MetricKind | None, typer.Option(help="Primary metric; auto follows the model.")] = None,
-    probes: Annotated[
-        int | None, typer.Option(min=0, max=10, help="Windows measured right after the edit, for an early stop.")
-    ] = None,
-    baseline: Annotated[
-        Path | None, typer.Option(help="Compare with this stored run (folder or report.json), on its windows.")
-    ] = None,
-    until_pass: Annotated[bool, typer.Option("--until-pass", help="Weaken the edit until it passes.")] = False,
-    max_attempts: Annotated[int, typer.Option(min=1, help="Attempts of --until-pass.")] = 3,
-    timeout: Annotated[float | None, typer.Option(help="Seconds after which the run stops.")] = None,
-    no_cleanup: Annotated[
-        bool, typer.Option("--no-cleanup", help="Keep the unfinished folder of a run that is stopped.")
-    ] = False,
+    out: Annotated[Path | None, Option(help="Folder under which the run gets its own; default: runs.")] = None,
+    edit: Annotated[str | None, Option(help="Name of the edit, in place of the configuration's.")] = None,
+    metric_kind: Annotated[MetricKind | None, Option(help="Primary metric; auto follows the model.")] = None,
+    probes: Annotated[int | None, Option(min=0, max=10, help="Windows measured right after the edit.")] = None,
+    baseline: Annotated[Path | None, Option(help="Compare with this stored run, on its windows.")] = None,
+    until_pass: Annotated[bool, Option("--until-pass", help="Weaken the edit until it passes.")] = False,
+    max_attempts: Annotated[int, Option(min=1, help="Attempts of --until-pass.")] = 3,
+    timeout: Annotated[float | None, Option(help="Seconds after which the run stops.")] = None,
+    no_cleanup: Annotated[bool, Option("--no-cleanup", help="Keep the unfinished folder of a stopped run.")] = False,
     timing: TimingOption = False,
-    telemetry: Annotated[
-        bool, typer.Option("--telemetry", help="Print time, memory and tokens a second in one line.")
-    ] = False,
+    telemetry: Annotated[bool, Option("--telemetry", help="Print time, memory and tokens a second.")] = False,
     json: JsonOption = False,
 ) -> int:
     """Measure a model, edit it, measure it again, and keep the edit or roll it back.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from invarlock.certificate.verify import verify_certificate
 from invarlock.checkpoints.side import Loading, read_side
@@ -26,15 +26,11 @@ _SEVERITY = (0, 4, 1, 2)
 
 
 def verify(
-    certificates: Annotated[list[Path], typer.Argument(metavar="CERT...", help="Certificate files, or their folders.")],
-    baseline: Annotated[Path | None, typer.Option(help="Also hold it against the baseline's report.json.")] = None,
-    baseline_model: Annotated[
-        Path | None, typer.Option(help="Also hold the weights digest against this folder.")
-    ] = None,
-    subject_model: Annotated[
-        Path | None, typer.Option(help="Also hold the weights digest against this folder.")
-    ] = None,
-    tolerance: Annotated[float, typer.Option(help="Relative tolerance of numbers that are derived again.")] = 1e-9,
+    certificates: Annotated[list[Path], Argument(metavar="CERT...", help="Certificate files, or their folders.")],
+    baseline: Annotated[Path | None, Option(help="Also hold it against the baseline's report.json.")] = None,
+    baseline_model: Annotated[Path | None, Option(help="Also hold the weights digest against this folder.")] = None,
+    subject_model: Annotated[Path | None, Option(help="Also hold the weights digest against this folder.")] = None,
+    tolerance: Annotated[float, Option(help="Relative tolerance of numbers that are derived again.")] = 1e-9,
     profile: ProfileOption = None,
     json: JsonOption = False,
 ) -> int:

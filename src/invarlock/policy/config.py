@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, create_model
@@ -65,7 +64,9 @@ LossKind = Literal["auto", "causal", "mlm", "seq2seq"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, populate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, populate_by_name=True, protected_namespaces=()
+    )
 
 
 class ModelSection(_Section):
@@ -363,11 +364,10 @@ def _lay_profile(data: dict[str, Any], profile: str | None) -> tuple[dict[str, A
 def _without(data: Mapping[str, Any], key: Sequence[str]) -> dict[str, Any]:
     """Return `data` without a key and without the sections that are empty then, as they are no wish any more."""
     out = dict(data)
-    rest = _without(out[key[0]], key[1:]) if len(key) > 1 and isinstance(out.get(key[0]), Mapping) else {}
-    if rest or (len(key) > 1 and _at(data, key) is None):
-        out[key[0]] = rest
-    else:
-        out.pop(key[0], None)
+    if _at(data, key) is not None:
+        inner = out.pop(key[0])
+        if key[1:] and (rest := _without(inner, key[1:])):
+            out[key[0]] = rest
     return out
 
 
@@ -435,9 +435,9 @@ def _sections(model: type[BaseModel], above: KeyPath) -> dict[KeyPath, type[Base
 
 def _shape(values: Mapping[str, Any]) -> type[BaseModel]:
     """Return the section that takes the keys and types of packaged values; what is None there may be anything."""
-    kinds: dict[type, Any] = {bool: bool, int: float, float: float, str: str, list: list[Any], NoneType: Any}
+    kinds: dict[type, Any] = {bool: bool, int: float, float: float, str: str, list: list[Any]}
     fields: dict[str, Any] = {
-        key: (_shape(value) if isinstance(value, Mapping) else kinds[type(value)], None)
+        key: (_shape(value) if isinstance(value, Mapping) else kinds.get(type(value), Any), None)
         for key, value in values.items()
     }
     made: type[BaseModel] = create_model("Packaged", __base__=_Section, **fields)
@@ -469,8 +469,8 @@ def _check_names(resolved: RunSettings, document: Document) -> None:
 
 
 def _check_provider(dataset: DatasetSection, document: Document) -> None:
+    """Check the provider and its options, which stand beside the keys of `dataset` or within `dataset.provider`."""
     name, place = dataset.provider_name, ("dataset", "provider")
-    own, given = list(DatasetSection.model_fields), dataset.provider_options
     inside = dataset.provider if isinstance(dataset.provider, dict) else {}
     if name is None and inside:
         raise document.error(place, "dataset.provider has no `kind`; expected {kind: name, ...}")
@@ -480,10 +480,6 @@ def _check_provider(dataset: DatasetSection, document: Document) -> None:
     if name is not None:
         _registered(place, registry.providers, name, document)
         options = list(registry.providers.resolve(name).options())
-    takes = f"{name!r} takes: {', '.join(options) or 'no options'}"
-    if name is None:
-        takes = f"{_one_of(own)}, or an option of the provider that dataset.provider names"
-    for option in given:
-        if option not in options:
-            path, known = ((*place, option), options) if option in inside else (("dataset", option), [*own, *options])
-            raise document.error(path, f"unknown key {'.'.join(path)!r}{nearest(option, known)}; {takes}")
+    beside = dict.fromkeys([*DatasetSection.model_fields, *options])
+    _parse(_shape(dict.fromkeys(["kind", *options])), inside, document, place)
+    _parse(_shape(beside), dataset.model_extra or {}, document, ("dataset",))
