@@ -135,7 +135,6 @@ def test_every_room_has_its_place() -> None:
     assert {name.split(".")[0] for name in modules() if name} - ELSEWHERE <= set(ROOMS)
 
 
-@pytest.mark.xfail(strict=True, reason="not there yet")
 def test_a_room_imports_only_from_rooms_before_it() -> None:
     wrong = [
         f"{one.file} imports {target}"
@@ -160,20 +159,17 @@ def test_no_circle_of_imports() -> None:
         pytest.fail(f"these import one another: {' -> '.join(error.args[1])}")
 
 
-@pytest.mark.xfail(strict=True, reason="not there yet")
 def test_few_imports_of_ours_stand_inside_functions() -> None:
     inside = sum(one.inside for one in imports())
     assert inside <= 30
 
 
-@pytest.mark.xfail(strict=True, reason="not there yet")
 def test_few_arguments_are_annotated_as_any() -> None:
     counts = [bare_any(module.tree) for module in modules().values()]
     bare, arguments = (sum(count) for count in zip(*counts, strict=True))
     assert bare <= 0.04 * arguments
 
 
-@pytest.mark.xfail(strict=True, reason="not there yet")
 def test_no_function_is_longer_than_sixty_lines() -> None:
     long = {
         f"{name}:{function.name}": length(function)

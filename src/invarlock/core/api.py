@@ -32,6 +32,7 @@ __all__ = [
     "ModelLike",
     "RunConfig",
     "RunReport",
+    "Settings",
     "Status",
 ]
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from invarlock.core.exceptions import ConfigError
 
-__all__ = ["SETTINGS", "Setting", "environment_flags", "flag", "get"]
+__all__ = ["SETTINGS", "Kind", "Setting", "Value", "environment_flags", "flag", "get"]
 
 Kind = Literal["bool", "int", "float", "str"]
 Value = bool | int | float | str | None

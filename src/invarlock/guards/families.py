@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FAMILIES",
+    "Family",
+    "Role",
     "WeightMatrix",
     "classify",
     "is_expert_stack",

@@ -24,7 +24,7 @@ from invarlock.stats.linalg import SIGMA_CONTRACT, finite, marchenko_pastur_edge
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["RMTGuard", "edge_ratio"]
+__all__ = ["Observation", "RMTGuard", "edge_ratio"]
 
 _ROWS = 128  # tokens of a window that are looked at, evenly spaced
 _MIN_ROWS = 4

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from invarlock.core.exceptions import ConfigError
 from invarlock.stats.intervals import Interval
 
-__all__ = ["AT_THE_LIMIT", "DocumentsNeeded", "documents_needed", "minimum_detectable_effect"]
+__all__ = ["AT_THE_LIMIT", "POWER", "DocumentsNeeded", "documents_needed", "minimum_detectable_effect"]
 
 POWER = 0.8
 AT_THE_LIMIT = "the estimate lies at the limit"

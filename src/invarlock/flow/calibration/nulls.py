@@ -13,7 +13,7 @@ from invarlock.guards.families import WeightMatrix, weight_matrices
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-__all__ = ["NULL_EDITS", "restored"]
+__all__ = ["NULL_EDITS", "Apply", "restored"]
 
 Apply: TypeAlias = "Callable[[ModelLike, AdapterLike, Generator], None]"
 

@@ -16,7 +16,7 @@ from invarlock.evidence.windows import calibration_windows
 from invarlock.flow.calibration.nulls import NULL_EDITS, restored
 from invarlock.guards import RMTGuard, SpectralGuard, VarianceGuard
 
-__all__ = ["null_sweep", "ve_sweep"]
+__all__ = ["Progress", "Row", "null_sweep", "ve_sweep"]
 
 Row = dict[str, Any]
 Progress = Callable[[str], None]

@@ -11,7 +11,7 @@ import numpy as np
 from invarlock.core.exceptions import DataError
 from invarlock.stats.linalg import SIGMA_CONTRACT
 
-__all__ = ["rmt_thresholds", "spectral_thresholds", "ve_thresholds"]
+__all__ = ["Rows", "rmt_thresholds", "spectral_thresholds", "ve_thresholds"]
 
 Rows = Sequence[Mapping[str, Any]]
 _ERROR_SHARE = 5.0  # the estimator's error is at most tau divided by this, or z would be noise
