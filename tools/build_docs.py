@@ -29,7 +29,7 @@ DOCS = ROOT / "docs"
 _REGION = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
 _PUBLIC = (
     "invarlock.core.api",
-    "invarlock.flow.execute",
+    "invarlock.core.runner",
     "invarlock.core.exceptions",
     "invarlock.adapters",
     "invarlock.edits",
@@ -37,6 +37,7 @@ _PUBLIC = (
     "invarlock.eval.data",
     "invarlock.assurance",
     "invarlock.plugins",
+    "invarlock.testing",
 )
 
 
