@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, overload
+from typing import Any
 
 from invarlock.core import settings
 from invarlock.core.exceptions import DataError, PairingError
@@ -14,6 +15,7 @@ from invarlock.evidence.model import DataFacts
 
 __all__ = [
     "IGNORED",
+    "EvaluationWindow",
     "TextOrigin",
     "Window",
     "WindowBatches",
@@ -55,6 +57,11 @@ class Window:
                 code="E003",
             )
 
+    @property
+    def content(self) -> tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...] | None]:
+        """What is scored, whatever its name: token ids, mask and labels."""
+        return self.input_ids, self.mask, self.labels
+
 
 @dataclass(frozen=True)
 class TextOrigin:
@@ -84,18 +91,8 @@ class Windows:
 
     def facts(self) -> DataFacts:
         """Return what the evidence says of the text."""
-        origin = self.origin
-        return DataFacts(
-            provider=origin.provider,
-            options=dict(origin.options),
-            seq_len=self.seq_len,
-            stride=origin.stride,
-            seed=origin.seed,
-            split=origin.split,
-            requested=list(self.requested),
-            digest=self.digest(),
-            reused=origin.reused,
-        )
+        own = {"seq_len": self.seq_len, "requested": list(self.requested), "digest": self.digest()}
+        return DataFacts(**vars(self.origin), **own)
 
     def stats(self) -> dict[str, float]:
         """Return the pairing facts of these windows, measured on both sides alike.
@@ -103,8 +100,8 @@ class Windows:
         Overlap counts the final windows whose content stands in preview too, since ids of repeats are numbered.
         """
         actual = (len(self.preview), len(self.final))
-        seen = {(w.input_ids, w.mask, w.labels) for w in self.preview}
-        repeated = sum((w.input_ids, w.mask, w.labels) in seen for w in self.final)
+        seen = {w.content for w in self.preview}
+        repeated = sum(w.content in seen for w in self.final)
         return {
             "requested_preview": self.requested[0],
             "requested_final": self.requested[1],
@@ -121,29 +118,19 @@ class Windows:
         sha = hashlib.sha256()
         for split in (self.preview, self.final):
             for window in split:
-                content = content_digest(window.input_ids, window.mask, window.labels)
-                sha.update(f"{window.id}\t{window.document}\t{content}\n".encode())
+                sha.update(f"{window.id}\t{window.document}\t{content_digest(*window.content)}\n".encode())
             sha.update(b"--\n")
         return sha.hexdigest()
 
-    def with_all(self, windows: Sequence[Window]) -> Windows:
-        """Return a copy whose windows are replaced one by one."""
-        cut = len(self.preview)
-        return replace(self, preview=tuple(windows[:cut]), final=tuple(windows[cut:]))
-
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, from which `from_dict` restores the set."""
-        return {
-            "seq_len": self.seq_len,
-            "requested": list(self.requested),
-            "preview": _columns(self.preview),
-            "final": _columns(self.final),
-        }
+        splits = {"preview": _columns(self.preview), "final": _columns(self.final)}
+        return {"seq_len": self.seq_len, "requested": list(self.requested), **splits}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], origin: TextOrigin = TextOrigin()) -> Windows:  # noqa: B008 - frozen
+    def from_dict(cls, data: Mapping[str, Any], origin: TextOrigin = TextOrigin()) -> Windows:
         try:
-            splits = [_rows(data[name]) for name in ("preview", "final")]
+            preview, final = (_rows(data[name]) for name in ("preview", "final"))
         except KeyError as error:
             raise PairingError(
                 f"the report has no evaluation windows ({error} is missing); expected a report made with "
@@ -151,69 +138,60 @@ class Windows:
                 code="E001",
             ) from None
         first, second = data["requested"]
-        return cls(splits[0], splits[1], int(data["seq_len"]), (int(first), int(second)), origin)
+        return cls(preview, final, int(data["seq_len"]), (int(first), int(second)), origin)
+
+
+#: the columns of the JSON form and of what a provider gives, each with the field of a window that it holds
+_COLUMNS = {"window_ids": "id", "document_ids": "document", "input_ids": "input_ids"}
+_OPTIONAL = {"attention_masks": "mask", "labels": "labels"}  # left out where no window has one
 
 
 def _columns(windows: Sequence[Window]) -> dict[str, Any]:
-    columns: dict[str, Any] = {
-        "window_ids": [w.id for w in windows],
-        "document_ids": [w.document for w in windows],
-        "input_ids": [list(w.input_ids) for w in windows],
-    }
-    for key, field in (("attention_masks", "mask"), ("labels", "labels")):
-        values = [getattr(w, field) for w in windows]
-        if any(value is not None for value in values):
-            columns[key] = [None if value is None else list(value) for value in values]
-    return columns
+    columns = {key: [getattr(w, name) for w in windows] for key, name in (_COLUMNS | _OPTIONAL).items()}
+    kept = {key: column for key, column in columns.items() if key in _COLUMNS or column.count(None) < len(column)}
+    return {key: [list(v) if isinstance(v, tuple) else v for v in column] for key, column in kept.items()}
 
 
 def _rows(columns: Mapping[str, Any]) -> tuple[Window, ...]:
-    count = len(columns["window_ids"])
-    masks = columns.get("attention_masks") or [None] * count
-    labels = columns.get("labels") or [None] * count
+    nothing = [None] * len(columns["window_ids"])
+    given = [columns[key] for key in _COLUMNS] + [columns.get(key) or nothing for key in _OPTIONAL]
     return tuple(
-        Window(
-            id, document, tuple(ids), tuple(mask) if mask is not None else None, tuple(lab) if lab is not None else None
-        )
-        for id, document, ids, mask, lab in zip(
-            columns["window_ids"], columns["document_ids"], columns["input_ids"], masks, labels, strict=True
-        )
+        Window(name, document, tuple(ids), _tuple(mask), _tuple(row))
+        for name, document, ids, mask, row in zip(*given, strict=True)
     )
 
 
-class ProviderWindows(Protocol):
-    """What a provider gives for one split, as columns (`EvaluationWindow`)."""
+@dataclass(frozen=True)
+class EvaluationWindow:
+    """A set of n windows, each field a list of length n.
 
-    @property
-    def input_ids(self) -> Sequence[Sequence[int]]: ...
-    @property
-    def attention_masks(self) -> Sequence[Sequence[int]]: ...
-    @property
-    def window_ids(self) -> Sequence[str]: ...
-    @property
-    def document_ids(self) -> Sequence[str]: ...
-    @property
-    def labels(self) -> Sequence[Sequence[int]] | None: ...
+    `input_ids` and `attention_masks` are ragged [n][t]; `window_ids` are 16 hexadecimal digits, unique and stable;
+    `document_ids` name the text of each. For pairs `input_ids` are the source and `labels` the target, [n][u].
+    """
+
+    input_ids: list[list[int]] = field(default_factory=list)
+    attention_masks: list[list[int]] = field(default_factory=list)
+    window_ids: list[str] = field(default_factory=list)
+    document_ids: list[str] = field(default_factory=list)
+    labels: list[list[int]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
 
 
 def windows_from_provider(
-    preview: ProviderWindows,
-    final: ProviderWindows,
+    preview: EvaluationWindow,
+    final: EvaluationWindow,
     seq_len: int,
     requested: tuple[int, int],
-    origin: TextOrigin = TextOrigin(),  # noqa: B008 - frozen
+    origin: TextOrigin = TextOrigin(),
 ) -> Windows:
     """Turn what a provider gives for the two splits into `Windows`."""
     splits = []
     for part in (preview, final):
-        columns = (part.window_ids, part.document_ids, part.input_ids, part.attention_masks)
-        labels: Sequence[Sequence[int] | None] = part.labels or [None] * len(part.window_ids)
-        splits.append(
-            tuple(
-                Window(name, document, tuple(ids), None if all(mask) else tuple(mask), _tuple(row))
-                for name, document, ids, mask, row in zip(*columns, labels, strict=True)
-            )
-        )
+        columns = {key: getattr(part, key) for key in (*_COLUMNS, *_OPTIONAL)}
+        columns["attention_masks"] = [None if all(mask) else mask for mask in part.attention_masks]
+        splits.append(_rows(columns))
     return Windows(splits[0], splits[1], seq_len, requested, origin)
 
 
@@ -230,43 +208,32 @@ def pick_indices(total: int, count: int, policy: str = "evenly_spaced") -> list[
     return sorted({round(k * (total - 1) / max(count - 1, 1)) for k in range(count)})
 
 
-class WindowBatches(Sequence[dict[str, Any]]):
+class WindowBatches(list[dict[str, Any]]):
     """Windows as guards see them: batches of one, as lists, each with its document.
 
     `measurements` holds, by guard, what was measured already while the windows were scored.
     """
 
     def __init__(self, windows: Sequence[Window], measurements: Mapping[str, Any] | None = None) -> None:
+        super().__init__(_batch(window) for window in windows)
         self.windows = tuple(windows)
         self.measurements = dict(measurements or {})
 
-    def __len__(self) -> int:
-        return len(self.windows)
 
-    @overload
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
-    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        window = self.windows[index]
-        batch: dict[str, Any] = {
-            "input_ids": [list(window.input_ids)],
-            "attention_mask": [list(window.mask or [1] * len(window.input_ids))],
-            "document_id": window.document,
-        }
-        if window.labels is not None:
-            batch["labels"] = [list(window.labels)]
-        return batch
+def _batch(window: Window) -> dict[str, Any]:
+    mask = window.mask or [1] * len(window.input_ids)
+    batch: dict[str, Any] = {"input_ids": [list(window.input_ids)], "attention_mask": [list(mask)]}
+    labels = {} if window.labels is None else {"labels": [list(window.labels)]}
+    return {**batch, "document_id": window.document, **labels}
 
 
 def windows_from_calibration(data: object, preview_n: int | None = None, final_n: int | None = None) -> Windows:
     """Slice calibration batches into preview and final windows; every row of a batch is a window.
 
     A batch may say which document its rows come from (`document_id`, one text or one a row): windows of one document are
-    one cluster. Without it every row is its own. What a provider's `windows` returns may be given as it is. Without counts the sequence is split into two equal halves (an odd last window is left out). Raises DataError for an
-    iterator (unless INVARLOCK_ALLOW_CALIBRATION_MATERIALIZE=1), a batch without `input_ids`, or too few windows.
+    one cluster. Without it every row is its own. What a provider's `windows` returns may be given as it is. Without
+    counts the sequence is split into two equal halves (an odd last window is left out). Raises DataError for an iterator
+    (unless INVARLOCK_ALLOW_CALIBRATION_MATERIALIZE=1), a batch without `input_ids`, or too few windows.
     """
     if isinstance(data, Windows) and preview_n is None and final_n is None:
         return data
@@ -277,11 +244,8 @@ def windows_from_calibration(data: object, preview_n: int | None = None, final_n
     windows = calibration_windows(data)
     if preview_n is None and final_n is None:
         preview_n = final_n = len(windows) // 2
-    elif preview_n is None:
-        preview_n = len(windows) - int(final_n or 0)
-    elif final_n is None:
-        final_n = len(windows) - preview_n
-    assert final_n is not None
+    preview_n = len(windows) - (final_n or 0) if preview_n is None else preview_n
+    final_n = len(windows) - preview_n if final_n is None else final_n
     if preview_n < 1 or final_n < 1 or preview_n + final_n > len(windows):
         raise DataError(
             f"calibration data has {len(windows)} windows; expected at least one preview and one final window and no "
@@ -295,48 +259,8 @@ def windows_from_calibration(data: object, preview_n: int | None = None, final_n
 
 def calibration_windows(data: object) -> list[Window]:
     """Return every row of calibration batches as a window, in order. Raises DataError as `windows_from_calibration`."""
-    return _distinct(_batch_rows(data.all if isinstance(data, Windows) else _indexable(data)))
-
-
-def _indexable(data: object) -> Sequence[object]:
-    if isinstance(data, WindowBatches):
-        return data.windows
-    if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, (str, bytes, Mapping)):
-        return [data[i] for i in range(len(data))]
-    if isinstance(data, Iterable) and not isinstance(data, (str, bytes, Mapping)):
-        if settings.flag("INVARLOCK_ALLOW_CALIBRATION_MATERIALIZE"):
-            return list(data)
-        raise DataError(
-            f"calibration data is {type(data).__name__}, which cannot be indexed; expected a list or another sequence, "
-            "or set INVARLOCK_ALLOW_CALIBRATION_MATERIALIZE=1 to let it be read into one"
-        )
-    raise DataError(f"calibration data is {type(data).__name__}; expected a list of batches with 'input_ids'")
-
-
-def _plain(value: object) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _seen(value: object) -> int:
-    return int(bool(value))
-
-
-def _matrix(value: object, key: str, index: int) -> list[list[int]]:
-    rows = _plain(value)
-    if isinstance(rows, (list, tuple)) and rows and not isinstance(_plain(rows[0]), (list, tuple)):
-        rows = [rows]
-    read = _seen if key == "attention_mask" else operator.index
-    try:
-        return [[read(token) for token in _plain(row)] for row in rows]
-    except (TypeError, ValueError):
-        raise DataError(
-            f"calibration batch {index}: {key!r} is {type(value).__name__}; expected token ids of shape [T] or [B, T]"
-        ) from None
-
-
-def _batch_rows(batches: Sequence[object]) -> list[Window]:
     windows: list[Window] = []
-    for index, batch in enumerate(batches):
+    for index, batch in enumerate(_indexable(data)):
         if isinstance(batch, Window):
             windows.append(batch)
             continue
@@ -344,38 +268,66 @@ def _batch_rows(batches: Sequence[object]) -> list[Window]:
         if isinstance(keys, str) or "input_ids" not in keys:
             raise DataError(f"calibration batch {index} is {keys}; expected a mapping with 'input_ids'")
         windows += _rows_of(batch, index)  # type: ignore[arg-type]  # it has keys: a mapping, or a tokenizer's batch
-    return windows
+    return list(_distinct(windows))
 
 
-def _rows_of(batch: Mapping[str, Any], index: int) -> list[Window]:
+def _indexable(data: object) -> Sequence[object]:
+    if isinstance(data, Windows | WindowBatches):
+        return data.all if isinstance(data, Windows) else data.windows
+    text = isinstance(data, str | bytes | Mapping)
+    if not text and hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+        return [data[i] for i in range(len(data))]
+    if text or not isinstance(data, Iterable):
+        raise DataError(f"calibration data is {type(data).__name__}; expected a list of batches with 'input_ids'")
+    if settings.flag("INVARLOCK_ALLOW_CALIBRATION_MATERIALIZE"):
+        return list(data)
+    raise DataError(
+        f"calibration data is {type(data).__name__}, which cannot be indexed; expected a list or another sequence, "
+        "or set INVARLOCK_ALLOW_CALIBRATION_MATERIALIZE=1 to let it be read into one"
+    )
+
+
+def _plain(value: object) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _matrix(value: object, key: str, index: int) -> list[list[int]]:
+    rows = _plain(value)
+    if isinstance(rows, (list, tuple)) and rows and not isinstance(_plain(rows[0]), (list, tuple)):
+        rows = [rows]
+    read = bool if key == "attention_mask" else operator.index
+    try:
+        return [[int(read(token)) for token in _plain(row)] for row in rows]
+    except (TypeError, ValueError):
+        raise DataError(
+            f"calibration batch {index}: {key!r} is {type(value).__name__}; expected token ids of shape [T] or [B, T]"
+        ) from None
+
+
+def _rows_of(batch: Mapping[str, Any], index: int) -> Iterator[Window]:
     ids = _matrix(batch["input_ids"], "input_ids", index)
-    given = {key: batch[key] for key in ("attention_mask", "labels") if batch.get(key) is not None}
-    extra = {key: _matrix(value, key, index) for key, value in given.items()}
-    document = batch.get("document_id")
-    documents = document if isinstance(document, (list, tuple)) else [document] * len(ids)
-    for key, rows in {**extra, "document_id": documents}.items():
+    nothing, document = [None] * len(ids), batch.get("document_id")
+    columns: dict[str, Sequence[Any]] = {
+        key: nothing if batch.get(key) is None else _matrix(batch[key], key, index)
+        for key in ("attention_mask", "labels")
+    }
+    columns["document_id"] = document if isinstance(document, (list, tuple)) else [document] * len(ids)
+    for key, rows in columns.items():
         if len(rows) != len(ids):
             raise DataError(f"calibration batch {index}: {key!r} has {len(rows)} rows, 'input_ids' {len(ids)}")
-    windows = []
-    for number, row in enumerate(ids):
-        mask, labels = (extra[key][number] if key in extra else None for key in ("attention_mask", "labels"))
+    for row, mask, labels, named in zip(ids, *columns.values(), strict=True):
         shown = None if mask is None or (all(mask) and len(mask) == len(row)) else tuple(mask)
         digest = content_digest(row, shown, labels)
-        named = digest if documents[number] is None else str(documents[number])
-        windows.append(Window(digest, named, tuple(row), shown, _tuple(labels)))
-    return windows
+        yield Window(digest, digest if named is None else str(named), tuple(row), shown, _tuple(labels))
 
 
-def _distinct(windows: list[Window]) -> list[Window]:
+def _distinct(windows: Iterable[Window]) -> Iterator[Window]:
     """Number the repeats of one content, so that ids stay unique."""
-    seen: dict[str, int] = {}
-    out = []
+    seen: Counter[str] = Counter()
     for window in windows:
-        count = seen[window.id] = seen.get(window.id, 0) + 1
-        name = window.id if count == 1 else f"{window.id}#{count}"
-        own = window.document == window.id
-        out.append(replace(window, id=name, document=name if own else window.document))
-    return out
+        seen[window.id] += 1
+        name = window.id if seen[window.id] == 1 else f"{window.id}#{seen[window.id]}"
+        yield replace(window, id=name, document=name if window.document == window.id else window.document)
 
 
 def mask_tokens(windows: Windows, mask_id: int, special: Iterable[int], *, seed: int, share: float = 0.15) -> Windows:
@@ -396,4 +348,4 @@ def mask_tokens(windows: Windows, mask_id: int, special: Iterable[int], *, seed:
         labels = tuple(token if i in hidden else IGNORED for i, token in enumerate(window.input_ids))
         return replace(window, input_ids=ids, labels=labels)
 
-    return windows.with_all([hide(window) for window in windows.all])
+    return replace(windows, preview=tuple(map(hide, windows.preview)), final=tuple(map(hide, windows.final)))

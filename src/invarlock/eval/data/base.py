@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from itertools import islice
 from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
@@ -26,6 +26,7 @@ import numpy as np
 
 from invarlock.core import settings
 from invarlock.core.exceptions import DataError, TooLittleTextError
+from invarlock.evidence.windows import EvaluationWindow
 
 __all__ = [
     "MIN_SCORED_TOKENS",
@@ -62,24 +63,6 @@ class Pair(NamedTuple):
     document_id: str
     source: str
     target: str
-
-
-@dataclass(frozen=True)
-class EvaluationWindow:
-    """A set of n windows, each field a list of length n.
-
-    `input_ids` and `attention_masks` are ragged [n][t]; `window_ids` are 16 hexadecimal digits, unique and stable;
-    `document_ids` name the text of each. For pairs `input_ids` are the source and `labels` the target, [n][u].
-    """
-
-    input_ids: list[list[int]] = field(default_factory=list)
-    attention_masks: list[list[int]] = field(default_factory=list)
-    window_ids: list[str] = field(default_factory=list)
-    document_ids: list[str] = field(default_factory=list)
-    labels: list[list[int]] | None = None
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
 
 
 class _Window(NamedTuple):

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from invarlock.core.exceptions import DataError
 from invarlock.eval.divergence import TokenReference, joined
-from invarlock.evidence.histogram import histogram
 from invarlock.eval.metrics import Task
+from invarlock.evidence.histogram import histogram
 from invarlock.evidence.windows import IGNORED, Window
 
 if TYPE_CHECKING:
