@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from invarlock.core.api import Guard
+from invarlock.core.api import AdapterLike, Batches, Context, Guard, ModelLike
 from invarlock.core.exceptions import ConfigError, GuardError
 
 __all__ = ["HelloGuard"]
@@ -36,12 +36,12 @@ class HelloGuard(Guard):
         self.tolerance = tolerance
         self._before: int | None = None
 
-    def prepare(self, model: Any, adapter: Any, calib: Any, policy: Any) -> dict[str, Any]:
+    def prepare(self, model: ModelLike, adapter: AdapterLike, calib: Batches | None, policy: object) -> dict[str, Any]:
         """Count the parameters of the unedited model."""
         self._before = _count(model)
         return {"ready": True, "parameters": self._before}
 
-    def validate(self, model: Any, adapter: Any, context: dict[str, Any]) -> dict[str, Any]:
+    def validate(self, model: ModelLike, adapter: AdapterLike, context: Context) -> dict[str, Any]:
         """Count again and compare. `passed` is required; the other keys make the result worth reading."""
         if self._before is None:
             raise GuardError("hello_guard: validate was called first; call prepare on the unedited model before it")
@@ -55,6 +55,6 @@ class HelloGuard(Guard):
         }
 
 
-def _count(model: Any) -> int:
-    """Count elements, not tensors. Anything with `parameters()` will do, so this file needs no torch."""
+def _count(model: ModelLike) -> int:
+    """Count elements, not tensors. This file needs no torch."""
     return sum(int(parameter.numel()) for parameter in model.parameters())
