@@ -26,6 +26,7 @@ __all__ = [
     "EditSection",
     "EvalSection",
     "GuardsSection",
+    "MetricKind",
     "ModelSection",
     "OutputSection",
     "RunSettings",
@@ -57,10 +58,10 @@ _EXPECTED = {
     "eval.loss": "auto, causal, mlm or seq2seq, or a mapping with `type`",
 }
 
-Count = Annotated[int, Field(ge=1)]
-Ratio = Annotated[float, Field(gt=0)]
+_Count = Annotated[int, Field(ge=1)]
+_Ratio = Annotated[float, Field(gt=0)]
 MetricKind = Literal["auto", "ppl_causal", "ppl_mlm", "ppl_seq2seq", "accuracy", "vqa_accuracy"]
-LossKind = Literal["auto", "causal", "mlm", "seq2seq"]
+_LossKind = Literal["auto", "causal", "mlm", "seq2seq"]
 
 
 class _Section(BaseModel):
@@ -137,32 +138,32 @@ class AutoSection(_Section):
     enabled: bool = Field(True, description="Record and use the tier.")
     tier: Literal["conservative", "balanced", "aggressive"] = Field("balanced", description="Set of limits.")
     probes: int = Field(0, ge=0, le=10, description="Preview windows measured right after the edit, for an early stop.")
-    target_pm_ratio: Ratio = Field(2.0, description="Ratio that retries aim at.")
+    target_pm_ratio: _Ratio = Field(2.0, description="Ratio that retries aim at.")
 
 
 class _Metric(_Section):
     kind: MetricKind = Field("auto", description="Primary metric; auto follows the model.")
-    reps: Count | None = Field(None, description="Bootstrap replicates.")
+    reps: _Count | None = Field(None, description="Bootstrap replicates.")
     ci_level: float | None = Field(None, gt=0.5, lt=1, description="Two-sided confidence level.")
 
 
 class _Bootstrap(_Section):
-    replicates: Count | None = Field(None, description="Bootstrap replicates.")
+    replicates: _Count | None = Field(None, description="Bootstrap replicates.")
     seed: int | None = Field(None, ge=0, description="Seed of the resampling.")
 
 
 class _Loss(_Section):
-    type: LossKind = Field("auto", description="Loss of the language model.")
+    type: _LossKind = Field("auto", description="Loss of the language model.")
 
 
 class EvalSection(_Section):
     """How the run is judged."""
 
-    max_pm_ratio: Ratio = Field(1.5, description="A ratio above it rolls the edit back.")
-    spike_threshold: Ratio = Field(2.0, description="A ratio at or above it stops the run early.")
+    max_pm_ratio: _Ratio = Field(1.5, description="A ratio above it rolls the edit back.")
+    spike_threshold: _Ratio = Field(2.0, description="A ratio at or above it stops the run early.")
     metric: _Metric = Field(default_factory=_Metric)
     bootstrap: _Bootstrap = Field(default_factory=_Bootstrap)
-    loss: LossKind | _Loss = Field("auto", description="Another way to say metric.kind: causal means ppl_causal.")
+    loss: _LossKind | _Loss = Field("auto", description="Another way to say metric.kind: causal means ppl_causal.")
     gates_off: list[str] = Field(default_factory=list, description="Gates that `run` does not hold an edit to.")
 
     @property

@@ -62,26 +62,25 @@ class Document:
 def read_yaml(path: Path | str, *, what: str = "configuration") -> Document:
     """Read one file, its includes resolved. Raises ConfigError: missing, empty, malformed, or not a mapping."""
     path = Path(path)
-    reader = _Reader(path.resolve().parent)
-    data = reader.read(path, (), (), what)
-    if data is None:
-        raise ConfigError(f"{what} {path} is empty; expected a mapping such as `model: {{id: ...}}`")
+    whole = _Whole(path.resolve().parent)
+    data = whole.read(path, (), (), what)
     if not isinstance(data, dict):
-        raise ConfigError(f"{what} {path} holds {_kind(data)}; expected a mapping such as `model: {{id: ...}}`")
-    return Document(path, data, reader.lines)
+        kinds = {list: "holds a list", str: "holds text", bool: "holds true or false", type(None): "is empty"}
+        held = kinds.get(type(data), "holds a number")
+        raise ConfigError(f"{what} {path} {held}; expected a mapping such as `model: {{id: ...}}`")
+    return Document(path, data, whole.lines)
 
 
-def _kind(value: object) -> str:
-    return {list: "a list", str: "text", bool: "true or false"}.get(type(value), "a number")
+class _Whole:
+    """A file with all that it includes: where each key stands, and how many values there are."""
 
-
-class _Reader:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.lines: dict[KeyPath, str] = {}
-        self._nodes = 0
+        self.values = 0
 
     def read(self, path: Path, above: tuple[Path, ...], key: KeyPath, what: str) -> Any:
+        """Return what stands in a file, which files `above` include at `key`."""
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -91,7 +90,8 @@ class _Reader:
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
-            return None if node is None else self._build(loader, node, path, (*above, path.resolve()), key, ())
+            file = _File(self, loader, path, (*above, path.resolve()))
+            return None if node is None else file.build(node, key, ())
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             line = f":{mark.line + 1}" if mark is not None else ""
@@ -100,64 +100,69 @@ class _Reader:
         finally:
             loader.dispose()
 
-    def _build(
-        self, loader: _Loader, node: Any, path: Path, files: tuple[Path, ...], key: KeyPath, active: tuple[int, ...]
-    ) -> Any:
-        self._nodes += 1
-        place = f"{path.name}:{node.start_mark.line + 1}"
-        if id(node) in active or self._nodes > _MAX_NODES:
-            raise ConfigError(f"{place}: aliases nest without end or make more than {_MAX_NODES} values")
+
+@dataclass(frozen=True)
+class _File:
+    """One file at work; `files` are those above it and itself."""
+
+    whole: _Whole
+    loader: _Loader
+    path: Path
+    files: tuple[Path, ...]
+
+    def place(self, node: yaml.Node) -> str:
+        return f"{self.path.name}:{node.start_mark.line + 1}"
+
+    def build(self, node: yaml.Node, key: KeyPath, active: tuple[int, ...]) -> Any:
+        """Return the plain data of a node, which stands at `key` within the nodes `active`."""
+        self.whole.values += 1
+        if id(node) in active or self.whole.values > _MAX_NODES:
+            raise ConfigError(f"{self.place(node)}: aliases nest without end or make more than {_MAX_NODES} values")
         active = (*active, id(node))
         if node.tag == "!include":
-            return self._include(node, path, files, key, place)
+            return self.include(node, key)
         if isinstance(node, yaml.SequenceNode) and node.tag == _PLAIN + "seq":
-            for index, item in enumerate(node.value):
-                self.lines[(*key, index)] = f"{path.name}:{item.start_mark.line + 1}"
-            return [self._build(loader, item, path, files, (*key, i), active) for i, item in enumerate(node.value)]
+            self.whole.lines |= {(*key, index): self.place(item) for index, item in enumerate(node.value)}
+            return [self.build(item, (*key, index), active) for index, item in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode) and node.tag == _PLAIN + "map":
-            return self._mapping(loader, node, path, files, key, active)
+            return self.mapping(node, key, active)
         if not isinstance(node, yaml.ScalarNode) or node.tag not in _SCALARS:
-            raise ConfigError(f"{place}: tag {node.tag} is not supported; expected plain values, or !include")
-        value: Any = loader.construct_object(node)
-        return value
+            raise ConfigError(
+                f"{self.place(node)}: tag {node.tag} is not supported; expected plain values, or !include"
+            )
+        return self.loader.construct_object(node)
 
-    def _mapping(
-        self, loader: _Loader, node: Any, path: Path, files: tuple[Path, ...], key: KeyPath, active: tuple[int, ...]
-    ) -> dict[str, Any]:
+    def mapping(self, node: yaml.MappingNode, key: KeyPath, active: tuple[int, ...]) -> dict[str, Any]:
         written: set[Hashable] = set()
         for name, _ in node.value:  # before merging: a key beside `<<` may well repeat one of the merged mapping
-            place = f"{path.name}:{name.start_mark.line + 1}"
             if not isinstance(name, yaml.ScalarNode):
-                raise ConfigError(f"{place}: a key is not text; expected `name: value`")
+                raise ConfigError(f"{self.place(name)}: a key is not text; expected `name: value`")
             if name.value in written:
-                raise ConfigError(f"{place}: key {name.value!r} stands there twice; remove one of them")
+                raise ConfigError(f"{self.place(name)}: key {name.value!r} stands there twice; remove one of them")
             written.add(name.value)
-        loader.flatten_mapping(node)
+        self.loader.flatten_mapping(node)
         out: dict[str, Any] = {}
         for name, value in node.value:
-            label = loader.construct_object(name)
-            place = f"{path.name}:{name.start_mark.line + 1}"
+            label = self.loader.construct_object(name)
             if not isinstance(label, str):
-                raise ConfigError(f"{place}: key {label!r} is not text; put it in quotes")
-            self.lines[(*key, label)] = place
-            out[label] = self._build(loader, value, path, files, (*key, label), active)
+                raise ConfigError(f"{self.place(name)}: key {label!r} is not text; put it in quotes")
+            self.whole.lines[(*key, label)] = self.place(name)
+            out[label] = self.build(value, (*key, label), active)
         return out
 
-    def _include(self, node: Any, path: Path, files: tuple[Path, ...], key: KeyPath, place: str) -> Any:
+    def include(self, node: yaml.Node, key: KeyPath) -> Any:
+        place, root = self.place(node), self.whole.root
         if not isinstance(node, yaml.ScalarNode) or not node.value:
             raise ConfigError(f"{place}: !include takes a file name")
-        target = (path.parent / node.value).resolve()
-        if not target.is_relative_to(self.root) and not settings.flag("INVARLOCK_ALLOW_CONFIG_INCLUDE_OUTSIDE"):
+        target = (self.path.parent / node.value).resolve()
+        if not target.is_relative_to(root) and not settings.flag("INVARLOCK_ALLOW_CONFIG_INCLUDE_OUTSIDE"):
             raise ConfigError(
-                f"{place}: !include {node.value} leads outside the configuration's folder {self.root}; "
+                f"{place}: !include {node.value} leads outside the configuration's folder {root}; "
                 "set INVARLOCK_ALLOW_CONFIG_INCLUDE_OUTSIDE=1 to allow it"
             )
-        if target in files:
-            raise ConfigError(f"{place}: !include {node.value} includes itself: {_cycle(files, target)}")
-        if len(files) > _MAX_DEPTH:
+        if target in self.files:
+            circle = " -> ".join(file.name for file in (*self.files[self.files.index(target) :], target))
+            raise ConfigError(f"{place}: !include {node.value} includes itself: {circle}")
+        if len(self.files) > _MAX_DEPTH:
             raise ConfigError(f"{place}: !include {node.value} is nested deeper than {_MAX_DEPTH} files")
-        return self.read(target, files, key, f"{place}: included file")
-
-
-def _cycle(files: tuple[Path, ...], target: Path) -> str:
-    return " -> ".join(file.name for file in (*files[files.index(target) :], target))
+        return self.whole.read(target, self.files, key, f"{place}: included file")
