@@ -15,18 +15,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from invarlock.certificate.reports import evidence_of, make_certificate
+from invarlock.certificate.reports import make_certificate
 from invarlock.checkpoints.side import Loading, Side
 from invarlock.core import registry
 from invarlock.core.api import GuardWithPrepare, RunReport
 from invarlock.core.events import EventLog
 from invarlock.core.exceptions import CheckpointDamagedError, ConfigError, PairingError
-from invarlock.evidence.reference import read_reference, write_reference
+from invarlock.evidence.reference import TokenReference
 from invarlock.evidence.windows import WindowBatches
 from invarlock.flow import steps
-from invarlock.flow.job import Job, Tick, no_tick, open_job, resolved_metric
+from invarlock.flow.job import Job, Tick, open_job, resolved_metric
 from invarlock.flow.measure import Measurement, files_only, measure
-from invarlock.flow.run_folder import EVIDENCE, find_report, read_report, write_report
+from invarlock.flow.run_folder import find_report
 from invarlock.flow.sampling import cut_windows, reuse_windows
 from invarlock.guards.boundary import BUILT_IN_GUARDS
 from invarlock.guards.invariants import InvariantsGuard, baseline_damage
@@ -115,52 +115,44 @@ def certify(request: CertifyRequest, tick: Tick | None = None) -> CertifyOutcome
     policy = resolve_policy(request.tier, request.profile, overrides=request.overrides)
     guards = steps.create_guards(tuple(dict.fromkeys(policy.values["guards"]["order"])), request.guard_arguments)
     job = open_job(
-        policy,
-        registry.adapters.create(request.adapter),
-        guards,
-        device=request.device,
-        intent=request.intent,
-        loading=request.loading,
-        tick=tick or no_tick,
+        policy, request.adapter, request.device, guards, tick, intent=request.intent, loading=request.loading
     )
     with job.timed("baseline files"):
         source = _read_baseline(job, request)
     with job.timed("subject files"):
         subject = steps.read(job, request.subject)
     job.metric = resolved_metric(request.metric_kind, job.adapter)
-    refused = _refuse(job, request, source, subject)
-    if refused is not None:
-        return CertifyOutcome(refused, source.path, None, job.notes, job.timings)
-    with job.timed("data"):
-        stored = source.measured is not None
-        job.windows = reuse_windows(source.report) if stored else cut_windows(job, source.side, request.dataset)
-    with job.timed("baseline"):
-        _measure_baseline(job, request, source)
-    with job.timed("subject"):
-        report = _measure_subject(job, request, source, subject)
-    with job.timed("compare"):
-        certificate = make_certificate(report, source.report)
-    return CertifyOutcome(certificate, source.path, _finish(job, request, report, certificate), job.notes, job.timings)
+    certificate, edited = _refuse(job, request, source, subject), None
+    if certificate is None:
+        with job.timed("data"):
+            stored = source.measured is not None
+            job.windows = reuse_windows(source.report) if stored else cut_windows(job, source.side, request.dataset)
+        with job.timed("baseline"):
+            _measure_baseline(job, request, source)
+            gc.collect()  # the model is gone before the next one comes
+        with job.timed("subject"):
+            report = _measure_subject(job, request, source, subject)
+            gc.collect()
+        with job.timed("compare"):
+            certificate = make_certificate(report, source.report)
+        edited = _finish(job, request, report, certificate)
+    return CertifyOutcome(certificate, source.path, edited, job.notes, job.timings)
 
 
 def _read_baseline(job: Job, request: CertifyRequest) -> _Source:
     """Read the baseline's files, or take a stored baseline report."""
-    if request.baseline_report is None:
-        side = steps.read(job, str(request.baseline))
-        damage = baseline_damage(side.structure)
-        if damage:
-            more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
-            raise CheckpointDamagedError(
-                f"the baseline {side.id} is damaged: {damage[0]['message']}{more}; give an intact baseline", damage
-            )
-        return _Source(side)
-    report, path = read_report(request.baseline_report)
-    evidence = evidence_of(report, "baseline")
-    model, file = evidence.model, evidence.token_file
-    facts = (model.tokenizer_digest, model.tokenizer_size)
-    side = Side(model.id, None, evidence.structure, model.behaviour, None, facts)
-    reference = None if file is None else read_reference(path.parent / file.name, file)
-    return _Source(side, report, path, Measurement(evidence, reference))
+    if request.baseline_report is not None:
+        report, evidence, path = steps.stored_baseline(request.baseline_report)
+        model, measured = evidence.model, steps.stored_measurement(evidence, path)
+        facts = (model.tokenizer_digest, model.tokenizer_size)
+        return _Source(Side(model.id, None, evidence.structure, model.behaviour, None, facts), report, path, measured)
+    side = steps.read(job, str(request.baseline))
+    damage = baseline_damage(side.structure)
+    if damage:
+        more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
+        what = f"the baseline {side.id} is damaged: {damage[0]['message']}{more}"
+        raise CheckpointDamagedError(f"{what}; give an intact baseline", damage)
+    return _Source(side)
 
 
 def _refuse(job: Job, request: CertifyRequest, source: _Source, subject: Side) -> dict[str, Any] | None:
@@ -175,40 +167,28 @@ def _refuse(job: Job, request: CertifyRequest, source: _Source, subject: Side) -
     old, new = (guard.stats_from(side.structure, side.behaviour, *side.tokenizer_facts) for side in sides)
     findings = guard.pair(old, new)["findings"]
     foreign = [f for f in findings if f["code"] == "E002"]
-    if foreign and job.policy.values["sample"]["shortfall"] == "stop":
+    if foreign and job.policy.limits.sample.shortfall == "stop":
         raise PairingError(foreign[0]["message"] + "; put the baseline's tokenizer beside the subject", code="E002")
     if not any(f["group"] == "structure" or f["code"] in ("E002", "vocabulary_size") for f in findings):
         return None
-    reports = [
-        steps.report(job, Measurement(files_only(job, side)), request.edit_facts, run_id, refused=_REFUSED)
-        for side, run_id in ((source.side, ""), (subject, f"edited-{job.stamp}"))
-    ]
-    reports[0].edit, reports[0].meta["run_id"] = dict(steps.NOOP), None
-    return make_certificate(reports[1], reports[0])
+    left, right = (Measurement(files_only(job, side)) for side in sides)
+    report = steps.report(job, right, request.edit_facts, f"edited-{job.stamp}", refused=_REFUSED)
+    return make_certificate(report, steps.report(job, left, steps.NOOP, None))
 
 
 def _measure_baseline(job: Job, request: CertifyRequest, source: _Source) -> None:
-    prepares = any(isinstance(guard, GuardWithPrepare) for guard in job.plugins)
-    if source.measured is not None and not prepares:
-        return
+    assert job.windows is not None
     stored = source.measured is not None
+    if stored and not any(isinstance(guard, GuardWithPrepare) for guard in job.plugins):
+        return
     model = steps.load(job, source.side, "the baseline for plugin guards" if stored else "the baseline")
-    if not stored:
-        source.measured = measure(job, model, source.side, "the baseline")
-    assert job.windows is not None and source.measured is not None
+    measured = source.measured or measure(job, model, source.side, "the baseline")
     about = RunReport(context={"profile": request.profile, "tier": request.tier})
     source.failed = steps.prepare_guards(job, job.plugins, model, WindowBatches(job.windows.all), about)
-    del model
-    gc.collect()
     if not stored:
-        folder = request.out / "source" / job.stamp
-        if source.measured.reference is not None:
-            file = write_reference(source.measured.reference, folder / EVIDENCE)
-            evidence = source.measured.evidence.model_copy(update={"token_file": file})
-            source.measured = Measurement(evidence, source.measured.reference)
-        report = steps.baseline_report(job, source.measured, f"source-{job.stamp}")
-        source.report = report.to_dict()
-        source.path = _write(job, source.report, folder)
+        source.measured = measured
+        source.report = steps.report(job, measured, steps.NOOP, f"source-{job.stamp}").to_dict()
+        source.path = _write(job, source.report, request.out / "source", measured.reference)
 
 
 def _measure_subject(job: Job, request: CertifyRequest, source: _Source, side: Side) -> RunReport:
@@ -220,33 +200,29 @@ def _measure_subject(job: Job, request: CertifyRequest, source: _Source, side: S
         facts, side = steps.apply_edit(job, model, side, made, {})
         edit = {**edit, **facts}
     measured = measure(job, model, side, "the subject", reference=source.measured.reference)
-    context = {"device": job.device}
-    results = dict(
-        (guard.name, outcome)
-        for guard, outcome in steps.validate_guards(job, job.plugins, model, context, source.failed)
-    )
     overhead = steps.measure_overhead(job, model, measured)
-    del model
-    gc.collect()
     report = steps.report(job, measured, edit, f"edited-{job.stamp}", guard_overhead=overhead)
-    report.guards = results
+    report.guards = {
+        guard.name: steps.validate(job, guard, model, {"device": job.device}, source.failed.get(place))
+        for place, guard in enumerate(job.plugins)
+    }
     return report
 
 
 def _finish(job: Job, request: CertifyRequest, report: RunReport, certificate: Mapping[str, Any]) -> Path:
     """Write the subject's report with what the comparison found."""
     report.metrics = {"primary_metric": certificate["primary_metric"], "verdict": certificate["verdict"]}
-    for name in BUILT_IN_GUARDS:
-        if certificate.get(name):
-            report.guards[name] = {k: v for k, v in certificate[name].items() if k not in ("facts", "policy")}
+    for name in filter(certificate.get, BUILT_IN_GUARDS):
+        report.guards[name] = {k: v for k, v in certificate[name].items() if k not in ("facts", "policy")}
     report.meta["timings"] = dict(job.timings)
-    return _write(job, report.to_dict(), request.out / "edited" / job.stamp)
+    return _write(job, report.to_dict(), request.out / "edited")
 
 
-def _write(job: Job, report: dict[str, Any], folder: Path) -> Path:
+def _write(job: Job, report: dict[str, Any], above: Path, reference: TokenReference | None = None) -> Path:
+    folder = above / job.stamp
     log = EventLog(folder / "events.jsonl", run_id=report["meta"]["run_id"])
     for name, seconds in job.timings.items():
         log.log(name, "end", seconds=seconds)
     log.log("report", "written", status=report["status"])
     log.close()
-    return write_report(report, folder)
+    return steps.write_measured(report, reference, folder)

@@ -11,16 +11,24 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
+
+from packaging.version import Version
 
 from invarlock.core import registry, settings
 from invarlock.core.exceptions import ConfigError, InvarlockError
+from invarlock.core.inventory import inventory
 from invarlock.core.network import network_allowed
 from invarlock.core.registry import nearest
+from invarlock.eval.data import Wikitext2Provider
+from invarlock.flow.run_folder import REPORT
+from invarlock.policy.config import RunSettings, load_config
+from invarlock.policy.limits import Sample
+from invarlock.policy.resolve import resolve_policy
 
 __all__ = ["CODES", "Finding", "Level", "Request", "examine"]
 
@@ -55,16 +63,12 @@ _FREE_BYTES = 1_000_000_000
 _WEAKENING = ("INVARLOCK_SKIP_OVERHEAD_CHECK", "INVARLOCK_TINY_RELAX", "INVARLOCK_PM_ACCEPTANCE_MAX")
 _STRICT_BY_DEFAULT = ("INVARLOCK_EVAL_STRICT", "INVARLOCK_GUARD_PREPARE_STRICT")
 _LOCAL_KEYS = ("file", "path", "data_files")
-#: places in the evidence that both sides must share, and the error that a comparison would raise
+#: the error that a comparison would raise, and places in the evidence that both sides must share
 _PAIRED = {
-    "metric_kind": "E001",
-    "data.seq_len": "E001",
-    "model.tokenizer_digest": "E002",
-    "preview.tokens": "E003",
-    "final.tokens": "E003",
-    "preview.window_ids": "E006",
-    "final.window_ids": "E006",
-    "data.digest": "E006",
+    "E001": ("metric_kind", "data.seq_len"),
+    "E002": ("model.tokenizer_digest",),
+    "E003": ("preview.tokens", "final.tokens"),
+    "E006": ("preview.window_ids", "final.window_ids", "data.digest"),
 }
 
 
@@ -97,23 +101,15 @@ class Finding:
 
 def examine(request: Request) -> list[Finding]:
     """Run every check and return what was found, gravest first; an empty list means that nothing is remarkable."""
-    checks: list[Callable[[Request], Iterator[Finding]]] = [
-        _environment_variables,
-        _libraries,
-        _temporary_folder,
-        _plugins,
-        _configuration,
-        _reports,
-    ]
     found: list[Finding] = []
-    for check in checks:
+    for check in (_environment_variables, _libraries, _temporary_folder, _plugins, _configuration, _reports):
         try:
             found += check(request)
         except ConfigError as error:  # a malformed variable or profile also stops the checks that read it
             found.append(Finding("D020", str(error)))
-    order = {"ERROR": 0, "WARNING": 1, "NOTE": 2}
     unique = {finding.message: finding for finding in reversed(found)}
-    return sorted(reversed(unique.values()), key=lambda finding: (order[finding.level], finding.code))
+    levels = get_args(Level)
+    return sorted(reversed(unique.values()), key=lambda finding: (levels.index(finding.level), finding.code))
 
 
 def _environment_variables(request: Request) -> Iterator[Finding]:
@@ -125,9 +121,8 @@ def _environment_variables(request: Request) -> Iterator[Finding]:
             except ConfigError as error:
                 yield Finding("D006", str(error))
         elif name.startswith("INVARLOCK_"):
-            yield Finding(
-                "D007", f"environment variable {name} is not one of InvarLock's{nearest(name, known)}; unset it"
-            )
+            stranger = f"environment variable {name} is not one of InvarLock's{nearest(name, known)}"
+            yield Finding("D007", f"{stranger}; unset it")
     for name in _WEAKENING:
         if name in os.environ and settings.get(name):
             yield Finding("D008", f"{name} is set: it weakens or skips a check, and certificates record it")
@@ -137,31 +132,22 @@ def _environment_variables(request: Request) -> Iterator[Finding]:
 
 
 def _libraries(request: Request) -> Iterator[Finding]:
-    from packaging.version import Version
-
     if sys.version_info < _MINIMUM_PYTHON:
-        yield Finding(
-            "D001", f"Python is {sys.version.split()[0]}; expected {'.'.join(map(str, _MINIMUM_PYTHON))} or later"
-        )
+        expected = f"expected {'.'.join(map(str, _MINIMUM_PYTHON))} or later"
+        yield Finding("D001", f"Python is {sys.version.split()[0]}; {expected}")
     for package, (minimum, extra) in _MINIMUM.items():
         try:
-            version = metadata.version(package)
+            version, install = metadata.version(package), f'"invarlock[{extra}]"'
         except metadata.PackageNotFoundError:
             yield Finding("D002", f'{package} is not installed; to measure models: pip install "invarlock[{extra}]"')
             continue
         if Version(version) < Version(minimum):
-            yield Finding(
-                "D003", f'{package} is {version}; expected {minimum} or later: pip install -U "invarlock[{extra}]"'
-            )
+            yield Finding("D003", f"{package} is {version}; expected {minimum} or later: pip install -U {install}")
     if _has_torch() and not _accelerators():
         yield Finding("D004", "neither CUDA nor MPS is available; models are measured on the CPU")
-    if request.config is None and not network_allowed():
-        from invarlock.eval.data import Wikitext2Provider
-
-        if not Wikitext2Provider.is_cached():
-            yield Finding(
-                "D005", "the network is off and wikitext2 is not cached; without a preset, python_docs stands in"
-            )
+    if request.config is None and not (network_allowed() or Wikitext2Provider.is_cached()):
+        stands_in = "without a preset, python_docs stands in"
+        yield Finding("D005", f"the network is off and wikitext2 is not cached; {stands_in}")
 
 
 def _has_torch() -> bool:
@@ -183,80 +169,63 @@ def _temporary_folder(request: Request) -> Iterator[Finding]:
         yield Finding("D009", f"temporary files cannot be written: {error}; set TMPDIR to a folder that can")
         return
     if free < _FREE_BYTES:
-        yield Finding(
-            "D009", f"{folder} has {free / 1e9:.1f} GB free; snapshots need more: set TMPDIR to a larger disk"
-        )
+        room = f"{folder} has {free / 1e9:.1f} GB free"
+        yield Finding("D009", f"{room}; snapshots need more: set TMPDIR to a larger disk")
 
 
 def _plugins(request: Request) -> Iterator[Finding]:
-    from invarlock.core.inventory import inventory
-
     for status in inventory():
         if status.state in ("broken", "shadowed"):
             yield Finding("D010", f"{status.entry.kind} {status.entry.name!r}: {status.reason}; {status.hint}")
 
 
 def _configuration(request: Request) -> Iterator[Finding]:
-    from invarlock.policy.resolve import resolve_policy
-
+    profile = request.profile or "ci"
     if request.config is None:
-        if request.profile or request.tier:
-            resolve_policy(request.tier or "balanced", request.profile or "ci")
+        resolve_policy(request.tier or "balanced", profile)
         return
-    from invarlock.policy.config import load_config
-
     overrides = {"auto.tier": request.tier}
     resolved = load_config(request.config, cli_overrides=overrides, profile=request.profile, require_model=False)
-    for note in resolved.notes:
-        yield Finding("D026", note)
+    yield from (Finding("D026", note) for note in resolved.notes)
     yield from _names(resolved)
     yield from _places(resolved)
-    yield from _device(resolved)
-    profile = request.profile or "ci"
-    packaged = resolve_policy(resolved.auto.tier, profile).values
-    values = resolve_policy(resolved.auto.tier, profile, overrides=resolved.policy_overrides()).values
-    yield from _sample(resolved, values["sample"], packaged["sample"])
-    order = values["guards"]["order"]
+    device = str(settings.get("INVARLOCK_EVAL_DEVICE") or resolved.model.device)
+    kind = device.partition(":")[0]
+    if kind in ("cuda", "mps") and _has_torch() and kind not in _accelerators():
+        yield Finding("D024", f"model.device is {device!r}, which this machine does not have; use auto or cpu")
+    limits = resolve_policy(resolved.auto.tier, profile, overrides=resolved.policy_overrides()).limits
+    yield from _sample(resolved, limits.sample, resolve_policy(resolved.auto.tier, profile).limits.sample)
     for name in resolved.guards.by_name:
-        if name not in order:
+        if name not in limits.order:
             yield Finding("D026", f"guards.{name} has no effect: {name!r} does not stand in guards.order")
 
 
-def _names(resolved: Any) -> Iterator[Finding]:
-    wanted = [registry.adapters.entry(resolved.model.adapter)]
-    if resolved.edit.name:
-        wanted.append(registry.edits.entry(resolved.edit.name))
-    if resolved.dataset.provider_name:
-        wanted.append(registry.providers.entry(resolved.dataset.provider_name))
-    wanted += [registry.guards.entry(name) for name in dict.fromkeys(resolved.guards.order or ())]
-    for entry in wanted:
-        if entry.origin == "Core" and entry.missing_extra() is None:
-            continue
-        try:
-            entry.load()
-        except InvarlockError as error:
-            yield Finding("D023", str(error))
+def _names(resolved: RunSettings) -> Iterator[Finding]:
+    wanted = [(registry.guards, name) for name in dict.fromkeys(resolved.guards.order or ())]
+    wanted += [(registry.adapters, resolved.model.adapter), (registry.edits, resolved.edit.name or "")]
+    wanted += [(registry.providers, resolved.dataset.provider_name or "")]
+    for entry in [names.entry(name) for names, name in wanted if name]:
+        if entry.origin != "Core" or entry.missing_extra() is not None:
+            try:
+                entry.load()
+            except InvarlockError as error:
+                yield Finding("D023", str(error))
 
 
-def _places(resolved: Any) -> Iterator[Finding]:
-    identifier = resolved.model.id
+def _places(resolved: RunSettings) -> Iterator[Finding]:
+    identifier, dataset = resolved.model.id, resolved.dataset
     if identifier is not None and not Path(identifier).exists():
         if identifier.startswith((".", "/", "~")):
             yield Finding("D021", f"model.id {identifier!r} does not exist; expected a folder, or a hub id")
         elif not network_allowed() and not _is_cached(identifier):
-            yield Finding(
-                "D022", f"model.id {identifier!r} is neither a folder nor cached; set INVARLOCK_ALLOW_NETWORK=1"
-            )
-    options = resolved.dataset.provider_options
+            nowhere = f"model.id {identifier!r} is neither a folder nor cached"
+            yield Finding("D022", f"{nowhere}; set INVARLOCK_ALLOW_NETWORK=1")
     for key in _LOCAL_KEYS:
-        value = options.get(key)
+        value = dataset.provider_options.get(key)
         if isinstance(value, str) and not any(c in value for c in "*?[") and not Path(value).exists():
             yield Finding("D021", f"dataset.{key} {value!r} does not exist; expected a file")
-    if resolved.dataset.provider_name == "wikitext2" and not network_allowed():
-        from invarlock.eval.data import Wikitext2Provider
-
-        if not Wikitext2Provider.is_cached():
-            yield Finding("D022", "wikitext2 is not cached; set INVARLOCK_ALLOW_NETWORK=1, or use python_docs")
+    if dataset.provider_name == "wikitext2" and not (network_allowed() or Wikitext2Provider.is_cached()):
+        yield Finding("D022", "wikitext2 is not cached; set INVARLOCK_ALLOW_NETWORK=1, or use python_docs")
 
 
 def _is_cached(identifier: str) -> bool:
@@ -265,47 +234,35 @@ def _is_cached(identifier: str) -> bool:
     return (hub / f"models--{identifier.replace('/', '--')}" / "snapshots").is_dir()
 
 
-def _device(resolved: Any) -> Iterator[Finding]:
-    device = str(settings.get("INVARLOCK_EVAL_DEVICE") or resolved.model.device)
-    kind = device.partition(":")[0]
-    if kind in ("cuda", "mps") and _has_torch() and kind not in _accelerators():
-        yield Finding("D024", f"model.device is {device!r}, which this machine does not have; use auto or cpu")
-
-
-def _sample(resolved: Any, sample: Mapping[str, Any], packaged: Mapping[str, Any]) -> Iterator[Finding]:
-    for key, part in (("preview_n", "preview"), ("final_n", "final")):
-        if sample[part] < packaged[part]:
-            yield Finding("D025", f"dataset.{key} is {sample[part]}; tier and profile ask for {packaged[part]} or more")
-    windows, length = sample["preview"] + sample["final"], resolved.dataset.seq_len
-    if length is not None and windows * length < sample["min_tokens"]:
-        yield Finding(
-            "D025",
-            f"{windows} windows of at most {length} tokens give fewer than the {sample['min_tokens']} tokens asked for; "
-            "raise dataset.preview_n and dataset.final_n, or dataset.seq_len",
-        )
+def _sample(resolved: RunSettings, sample: Sample, packaged: Sample) -> Iterator[Finding]:
+    for part in ("preview", "final"):
+        asked, floor = getattr(sample, part), getattr(packaged, part)
+        if asked < floor:
+            yield Finding("D025", f"dataset.{part}_n is {asked}; tier and profile ask for {floor} or more")
+    windows, length = sample.preview + sample.final, resolved.dataset.seq_len
+    if length is not None and windows * length < sample.min_tokens:
+        few = f"{windows} windows of at most {length} tokens give fewer than the {sample.min_tokens} tokens asked for"
+        yield Finding("D025", f"{few}; raise dataset.preview_n and dataset.final_n, or dataset.seq_len")
 
 
 def _reports(request: Request) -> Iterator[Finding]:
-    sides: dict[str, dict[str, Any]] = {}
+    sides: list[dict[str, Any]] = []
     for name, path in (("baseline", request.baseline_report), ("subject", request.subject_report)):
-        if path is None:
-            continue
         try:
-            sides[name] = _evidence(path)
+            sides += [_evidence(path)] if path is not None else []
         except (OSError, ValueError) as error:
             yield Finding("D030", f"the {name} report {path} cannot be used: {error}")
-    if len(sides) < 2:
-        return
-    for place, code in _PAIRED.items():
-        values = [_at(side, place) for side in sides.values()]
-        if None in values or values[0] != values[1]:
-            shown = [f"{len(value)} entries" if isinstance(value, list) else repr(value) for value in values]
-            yield Finding("D031", f"{place} differs ({shown[0]} and {shown[1]}): a comparison would stop with {code}")
+    pairs = [(place, code) for code, places in _PAIRED.items() for place in places]
+    for place, code in pairs if len(sides) == 2 else ():
+        old, new = (_at(side, place) for side in sides)
+        if old is None or old != new:
+            shown = " and ".join(f"{len(v)} entries" if isinstance(v, list) else repr(v) for v in (old, new))
+            yield Finding("D031", f"{place} differs ({shown}): a comparison would stop with {code}")
 
 
 def _evidence(path: Path) -> dict[str, Any]:
     """Return the evidence in a report.json or in the run folder that holds one. Raises ValueError with the reason."""
-    file = path / "report.json" if path.is_dir() else path
+    file = path / REPORT if path.is_dir() else path
     data = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(data, dict):
         raise ValueError("it holds no JSON object; expected a report.json")

@@ -12,11 +12,12 @@ from typing import Any
 
 from invarlock.checkpoints.side import Loading
 from invarlock.core import registry, settings
-from invarlock.core.api import AdapterLike, Guard
+from invarlock.core.api import AdapterLike, Guard, ModelLike
 from invarlock.core.device import make_deterministic, resolve_device
 from invarlock.eval.metrics import Metric, metric_of
-from invarlock.evidence.windows import Windows
-from invarlock.flow.run_folder import time_stamp
+from invarlock.eval.sources.base import Scores, score_all
+from invarlock.eval.sources.torch_model import TorchSource
+from invarlock.evidence.windows import Window, Windows
 from invarlock.guards.base import StatsGuard, configure_guards
 from invarlock.policy.resolve import ResolvedPolicy, profile_values
 
@@ -36,8 +37,8 @@ class Job:
     policy: ResolvedPolicy
     adapter: AdapterLike
     guards: list[Guard]
-    metric: Metric
     device: str
+    metric: Metric = metric_of("ppl_causal")  # until the adapter knows the checkpoint
     intent: str = "preserve"
     loading: Loading = Loading()
     tick: Tick = no_tick
@@ -47,28 +48,22 @@ class Job:
     now: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
 
     @property
-    def created(self) -> str:
-        """When the work began, as ISO 8601 to the second."""
-        return self.now.isoformat(timespec="seconds")
-
-    @property
     def stamp(self) -> str:
-        """When it began, as the name of a run's folder."""
-        return time_stamp(self.now)
+        """When the work began, as the name of a run's folder: UTC to the microsecond, so that names sort by time."""
+        return self.now.strftime("%Y%m%dT%H%M%S%fZ")
 
     @property
     def plugins(self) -> list[Guard]:
         """The guards that are not in the measure / pair / judge form."""
         return [guard for guard in self.guards if not isinstance(guard, StatsGuard)]
 
-    @property
-    def wants_reference(self) -> bool:
-        """Whether the baseline's next-token distributions are kept, to compare the subject's with."""
-        return bool(self.policy.values["metrics"]["divergence"]["mode"] != "off")
+    def source(self, model: ModelLike) -> TorchSource:
+        """Return what scores windows with a model."""
+        return TorchSource(model, self.metric.task, device=self.device)
 
-    def guard_policy(self, name: str) -> dict[str, Any]:
-        """Return a guard's part of the policy, with the intent."""
-        return {**self.policy.values["guards"].get(name, {}), "intent": self.intent}
+    def score(self, model: ModelLike, windows: Sequence[Window]) -> Scores:
+        """Score windows, and nothing more."""
+        return score_all(self.source(model).score(windows), len(windows))
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -81,25 +76,22 @@ class Job:
 
     def facts(self, edit: str) -> dict[str, Any]:
         """Return what a report says of the command: time, tier, policy, intent, device, environment, plugins."""
+        guards = list({guard.name: _origin(guard) for guard in self.guards}.values())
         return {
-            "created": self.created,
+            "created": self.now.isoformat(timespec="seconds"),
             "policy": {**self.policy.provenance(), "values": self.policy.values, "digest": self.policy.digest},
             "intent": self.intent,
             "device": self.device,
             "env_flags": settings.environment_flags(),
-            "plugins": {"adapter": self.adapter.name, "edit": edit, "guards": [_origin(g) for g in self._distinct()]},
+            "plugins": {"adapter": self.adapter.name, "edit": edit, "guards": guards},
         }
-
-    def _distinct(self) -> Sequence[Guard]:
-        return list({guard.name: guard for guard in self.guards}.values())
 
 
 def _origin(guard: Guard) -> dict[str, Any]:
     """Say where a guard comes from: its distribution, or the caller who handed over an object of an unregistered name."""
     entry = registry.guards.entries().get(guard.name)
-    if entry is None:
-        return {"name": guard.name, "origin": "Caller", "version": None}
-    return {"name": guard.name, "origin": entry.origin, "version": entry.version}
+    origin, version = (entry.origin, entry.version) if entry is not None else ("Caller", None)
+    return {"name": guard.name, "origin": origin, "version": version}
 
 
 def resolved_metric(asked: str, adapter: AdapterLike) -> Metric:
@@ -108,22 +100,15 @@ def resolved_metric(asked: str, adapter: AdapterLike) -> Metric:
 
 
 def open_job(
-    policy: ResolvedPolicy,
-    adapter: AdapterLike,
-    guards: Sequence[Guard],
-    *,
-    device: str,
-    seed: int | None = None,
-    **facts: Any,
+    policy: ResolvedPolicy, adapter: str, device: str, guards: Sequence[Guard], tick: Tick | None, **facts: Any
 ) -> Job:
-    """Resolve the device (the profile's where `auto` is asked for), seed everything and configure the guards.
+    """Create the adapter, resolve the device (the profile's where `auto` is asked for), seed all, configure the guards.
 
-    The metric stays open until the adapter knows the checkpoint: `facts` may hold it.
+    The metric stays open until the adapter knows the checkpoint.
     """
     if device == "auto":
         device = str(profile_values(policy.profile).get("device", "auto"))
     device = resolve_device(device)
-    make_deterministic(int(policy.values["bootstrap"]["seed"] if seed is None else seed))
-    configure_guards(guards, policy.values["guards"])
-    metric = facts.pop("metric", None) or metric_of("ppl_causal")
-    return Job(policy=policy, adapter=adapter, guards=list(guards), metric=metric, device=device, **facts)
+    make_deterministic(policy.limits.bootstrap.seed)
+    configure_guards(guards, policy.limits.guards)
+    return Job(policy, registry.adapters.create(adapter), list(guards), device, tick=tick or no_tick, **facts)

@@ -15,18 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from invarlock.certificate.reports import check_baseline, evidence_of
 from invarlock.checkpoints.side import Loading, Side
 from invarlock.core import registry, settings
 from invarlock.core.api import AdapterLike, ModelLike, RunConfig, RunReport
 from invarlock.core.exceptions import ConfigError, PairingError, RunInterruptedError
-from invarlock.evidence.reference import read_reference, write_reference
 from invarlock.evidence.windows import Windows
 from invarlock.flow import steps
 from invarlock.flow.execute import CoreRunner, StoredBaseline
-from invarlock.flow.job import Job, Tick, no_tick, open_job, resolved_metric
-from invarlock.flow.measure import Measurement
-from invarlock.flow.run_folder import EVIDENCE, read_report, require_free, staged_folder, write_report
+from invarlock.flow.job import Job, Tick, open_job, resolved_metric
+from invarlock.flow.run_folder import REPORT, require_free, staged_folder
 from invarlock.flow.sampling import cut_windows, dataset_options, reuse_windows
 from invarlock.policy.config import RunSettings
 from invarlock.policy.resolve import resolve_policy
@@ -91,11 +88,10 @@ class _Work:
     side: Side
     started: float
     baseline: StoredBaseline | None = None
-    measured_here: bool = True
 
     @property
-    def settings(self) -> RunSettings:
-        return self.request.settings
+    def edit(self) -> str:
+        return self.request.settings.edit.name or _NOOP
 
     def out_of_time(self) -> bool:
         limit = self.request.timeout
@@ -114,9 +110,8 @@ def weaker_plan(edit: str, plan: Mapping[str, Any]) -> dict[str, Any] | None:
     Raises ConfigError for an edit that `WEAKER` does not know.
     """
     if edit not in WEAKER:
-        raise ConfigError(
-            f"--until-pass cannot weaken the edit {edit!r}; expected one of: {', '.join(WEAKER)}: run it without --until-pass"
-        )
+        known = f"expected one of: {', '.join(WEAKER)}"
+        raise ConfigError(f"--until-pass cannot weaken the edit {edit!r}; {known}: run it without --until-pass")
     for argument, ladder in WEAKER[edit].items():
         value = plan.get(argument)
         if value in ladder:
@@ -134,32 +129,31 @@ def run(request: RunRequest, tick: Tick | None = None) -> RunOutcome:
     Returns the outcome of runs that ended in `success`, `rollback` and `failed` alike. Raises ConfigError, ModelLoadError,
     DataError and PairingError (E001 … E006) for what cannot be started; then nothing is written.
     """
-    started = time.monotonic()
-    job = _open(request.settings, request.profile, tick or no_tick)
+    started, chosen = time.monotonic(), request.settings
+    job = _open(chosen, request.profile, tick)
     if request.until_pass:
-        weaker_plan(_edit_name(request.settings), _whole_plan(request.settings))
+        weaker_plan(chosen.edit.name or _NOOP, _whole_plan(chosen))
     final = request.out / request.name / job.stamp
-    export = _export_target(request.settings, final)
+    export = _export_target(chosen, final)
     with job.timed("files"):
-        work = _Work(request, job, _read(job, request.settings), started)
+        work = _Work(request, job, _read(job, chosen), started)
         if request.baseline is None:
-            job.windows = cut_windows(job, work.side, dataset_options(request.settings.dataset))
+            job.windows = cut_windows(job, work.side, dataset_options(chosen.dataset))
         else:
-            work.baseline, work.measured_here = _stored_baseline(job, request.baseline, work.side), False
+            work.baseline = _stored_baseline(job, request.baseline, work.side)
     with staged_folder(final, keep=not request.cleanup) as folder:
         with job.timed("load"):
             model = steps.load(job, work.side, "the model")
-        report = _attempts(work, model, folder)
-        saved = None
+        report, saved = _attempts(work, model, folder), None
         if export is not None and report.status == "success":
             with job.timed("export"):
                 saved = _export(job.adapter, model, work.side, export, final, folder)
         report.meta["warnings"] = [*job.notes, *report.meta["warnings"]]
         report.meta["timings"] = {**job.timings, **report.meta["timings"]}
         data = report.to_dict()
-        if request.settings.output.save_report:
+        if chosen.output.save_report:
             _write(work, data, folder)
-    written = final / "report.json" if request.settings.output.save_report else None
+    written = final / REPORT if chosen.output.save_report else None
     return RunOutcome(data, final, written, saved, job.notes, dict(data["meta"]["timings"]))
 
 
@@ -182,20 +176,12 @@ def open_model(chosen: RunSettings, profile: str, tick: Tick) -> Opened:
     return Opened(steps.load(job, side, "the model"), job.adapter, side, windows, job.notes)
 
 
-def _open(chosen: RunSettings, profile: str, tick: Tick) -> Job:
+def _open(chosen: RunSettings, profile: str, tick: Tick | None) -> Job:
     policy = resolve_policy(chosen.auto.tier, profile, overrides=chosen.policy_overrides())
-    job = open_job(
-        policy,
-        registry.adapters.create(chosen.model.adapter),
-        (),
-        device=chosen.model.device,
-        loading=Loading.of(chosen.model),
-        tick=tick,
-        notes=list(chosen.notes),
-    )
+    model, notes = chosen.model, list(chosen.notes)
     if chosen.edit.name is None:
-        job.notes.append("no edit is named: the model is measured as it is (noop)")
-    return job
+        notes.append("no edit is named: the model is measured as it is (noop)")
+    return open_job(policy, model.adapter, model.device, (), tick, loading=Loading.of(model), notes=notes)
 
 
 def _read(job: Job, chosen: RunSettings) -> Side:
@@ -204,66 +190,42 @@ def _read(job: Job, chosen: RunSettings) -> Side:
     return side
 
 
-def _edit_name(chosen: RunSettings) -> str:
-    return chosen.edit.name or _NOOP
-
-
 def _whole_plan(chosen: RunSettings) -> dict[str, Any]:
     """Return the edit's plan with the edit's own defaults filled in, where it tells them."""
-    edit = registry.edits.create(_edit_name(chosen), **chosen.edit.plan)
+    edit = registry.edits.create(chosen.edit.name or _NOOP, **chosen.edit.plan)
     return {**getattr(edit, "settings", {}), **chosen.edit.plan}
 
 
 def _stored_baseline(job: Job, path: Path, side: Side) -> StoredBaseline:
     """Take windows and measurements from a stored report. Raises PairingError where this model cannot be held to it."""
-    report, found = read_report(path)
-    check_baseline(report)
-    evidence = evidence_of(report, "baseline")
+    report, evidence, place = steps.stored_baseline(path)
+    ours, theirs, length = side.tokenizer_facts[0], evidence.model.tokenizer_digest, evidence.data.seq_len
     if evidence.metric_kind != job.metric.kind:
-        raise PairingError(
-            f"this run measures {job.metric.kind}, the baseline {evidence.metric_kind}; use one metric", code="E001"
-        )
-    ours, theirs = side.tokenizer_facts[0], evidence.model.tokenizer_digest
+        kinds = f"this run measures {job.metric.kind}, the baseline {evidence.metric_kind}"
+        raise PairingError(f"{kinds}; use one metric", code="E001")
     if ours != theirs:
-        raise PairingError(
-            f"the tokenizer of {side.id} (digest {str(ours)[:8]}) is not the baseline's ({str(theirs)[:8]}); expected the "
-            "same: measure a baseline with this tokenizer",
-            code="E002",
-        )
-    job.windows = windows = reuse_windows(report)
-    if side.max_length and windows.seq_len > side.max_length:
-        raise PairingError(
-            f"the baseline's windows have {windows.seq_len} tokens, {side.id} takes at most {side.max_length}; "
-            "measure the baseline with a shorter seq_len",
-            code="E001",
-        )
-    file = evidence.token_file
-    reference = None if file is None else read_reference(found.parent / file.name, file)
-    return StoredBaseline(report, Measurement(evidence, reference))
+        digests = f"the tokenizer of {side.id} (digest {str(ours)[:8]}) is not the baseline's ({str(theirs)[:8]})"
+        raise PairingError(f"{digests}; expected the same: measure a baseline with this tokenizer", code="E002")
+    if side.max_length and length > side.max_length:
+        lengths = f"the baseline's windows have {length} tokens, {side.id} takes at most {side.max_length}"
+        raise PairingError(f"{lengths}; measure the baseline with a shorter seq_len", code="E001")
+    job.windows = reuse_windows(report)
+    return StoredBaseline(report, steps.stored_measurement(evidence, place))
 
 
 def _attempts(work: _Work, model: ModelLike, folder: Path) -> RunReport:
     """Execute once, or until a weaker edit passes; every attempt starts from the model's first state."""
-    until_pass = work.request.until_pass
-    plan = _whole_plan(work.settings) if until_pass else dict(work.settings.edit.plan)
+    chosen, until_pass = work.request.settings, work.request.until_pass
+    plan: dict[str, Any] | None = _whole_plan(chosen) if until_pass else dict(chosen.edit.plan)
     rows: list[dict[str, Any]] = []
-    while True:
+    while plan is not None:
         started = time.perf_counter()
         report = _execute(work, model, plan, folder)
         metric = report.metrics.get("primary_metric") or report.metrics.get("probe") or {}
-        rows.append(
-            {
-                "plan": plan,
-                "ratio": metric.get("ratio_vs_baseline", metric.get("ratio")),
-                "status": report.status,
-                "reason": report.meta.get("rollback_reason"),
-                "seconds": round(time.perf_counter() - started, 3),
-            }
-        )
-        following = _next_plan(work, plan, report, len(rows))
-        if following is None:
-            break
-        plan = following
+        ratio, reason = metric.get("ratio_vs_baseline", metric.get("ratio")), report.meta.get("rollback_reason")
+        row = {"plan": plan, "ratio": ratio, "status": report.status, "reason": reason}
+        rows.append({**row, "seconds": round(time.perf_counter() - started, 3)})
+        plan = _next_plan(work, plan, report, len(rows))
     if until_pass:
         report.meta["attempts"] = rows
     return report
@@ -271,27 +233,25 @@ def _attempts(work: _Work, model: ModelLike, folder: Path) -> RunReport:
 
 def _next_plan(work: _Work, plan: dict[str, Any], report: RunReport, done: int) -> dict[str, Any] | None:
     """Return the plan of the next attempt, or None where there is none to be made."""
-    request, notes = work.request, work.job.notes
+    request, following = work.request, None
     if not request.until_pass or report.status != "rollback":
         return None
     if done >= request.max_attempts:
-        notes.append(f"no attempt of {done} passed; allow more with --max-attempts")
-        return None
-    if work.out_of_time():
-        notes.append(f"no attempt of {done} passed within the {request.timeout:g} s of --timeout")
-        return None
-    edit = _edit_name(work.settings)
-    following = weaker_plan(edit, plan)
+        why = "; allow more with --max-attempts"
+    elif work.out_of_time():
+        why = f" within the {request.timeout:g} s of --timeout"
+    else:
+        following, why = weaker_plan(work.edit, plan), f", and {work.edit} cannot be weakened further"
     if following is None:
-        notes.append(f"no attempt of {done} passed, and {edit} cannot be weakened further")
+        work.job.notes.append(f"no attempt of {done} passed{why}")
     return following
 
 
 def _execute(work: _Work, model: ModelLike, plan: dict[str, Any], folder: Path) -> RunReport:
-    chosen, job, request = work.settings, work.job, work.request
-    limit = chosen.eval.max_pm_ratio
+    job, request, chosen = work.job, work.request, work.request.settings
+    limits, limit = job.policy.limits, chosen.eval.max_pm_ratio
     if request.until_pass:
-        limit = min(limit, chosen.auto.target_pm_ratio, float(job.policy.values["metrics"]["pm_ratio"]["limit"]))
+        limit = min(limit, chosen.auto.target_pm_ratio, limits.ratio.limit)
     context = {
         **(chosen.context.model_extra or {}),
         "snapshot": chosen.context.snapshot.model_dump(exclude_unset=True),
@@ -301,25 +261,19 @@ def _execute(work: _Work, model: ModelLike, plan: dict[str, Any], folder: Path) 
         "run_id": f"{request.name}-{job.stamp}",
         "model_id": work.side.id,
         "side": work.side,
-        "seed": int(job.policy.values["bootstrap"]["seed"]),
+        "seed": limits.bootstrap.seed,
         "gates": {"off": list(chosen.eval.gates_off)},
         "progress": work.progress,
         "baseline": work.baseline,
     }
-    order = job.policy.values["guards"]["order"]
+    spike, events = chosen.eval.spike_threshold, folder / "events.jsonl"
     runner = CoreRunner()
     report = runner.execute(
         model,
         job.adapter,
-        registry.edits.create(_edit_name(chosen), **plan),
-        steps.create_guards(order, {name: chosen.plugin_arguments(name) for name in order}),
-        RunConfig(
-            device=job.device,
-            max_pm_ratio=limit,
-            spike_threshold=chosen.eval.spike_threshold,
-            event_path=folder / "events.jsonl",
-            context=context,
-        ),
+        registry.edits.create(work.edit, **plan),
+        steps.create_guards(limits.order, {name: chosen.plugin_arguments(name) for name in limits.order}),
+        RunConfig(job.device, limit, spike, event_path=events, context=context),
         calibration_data=job.windows,
         auto_config=chosen.auto.model_dump(),
     )
@@ -337,9 +291,8 @@ def _export_target(chosen: RunSettings, final: Path) -> Path | None:
     named = settings.get("INVARLOCK_EXPORT_DIR") or output.model_dir
     target = Path(str(named)) if named else final / output.model_subdir
     if not named and final.resolve() not in target.resolve().parents:
-        raise ConfigError(
-            f"output.model_subdir is {output.model_subdir!r}; expected a folder within the run's, or set output.model_dir"
-        )
+        expected = "expected a folder within the run's, or set output.model_dir"
+        raise ConfigError(f"output.model_subdir is {output.model_subdir!r}; {expected}")
     require_free(target)
     return target
 
@@ -349,34 +302,21 @@ def _export(adapter: AdapterLike, model: ModelLike, side: Side, target: Path, fi
     inside = final in target.parents  # the run's own folder is staged already
     with staged_folder(folder / target.relative_to(final) if inside else target) as staging:
         adapter.save(model, staging)  # type: ignore[attr-defined]  # every adapter that a registry makes has it
-        for pattern in _TOKENIZER_FILES if side.folder is not None else ():
-            for file in sorted(side.folder.glob(pattern)) if side.folder is not None else ():
-                if file.is_file() and not (staging / file.name).exists():
-                    shutil.copyfile(file, staging / file.name)
+        for file in [f for name in _TOKENIZER_FILES for f in sorted(side.folder.glob(name))] if side.folder else ():
+            if file.is_file() and not (staging / file.name).exists():
+                shutil.copyfile(file, staging / file.name)
     return target
 
 
 def _write(work: _Work, report: dict[str, Any], folder: Path) -> None:
     """Write the report, and what later runs need of the baseline measured here: in this report where nothing was edited,
     in `baseline/` otherwise."""
-    if work.baseline is None:
-        write_report(report, folder)
-        return
-    measured = work.baseline.measured
-    if not work.measured_here:
-        about = {"run_id": (work.baseline.report.get("meta") or {}).get("run_id")}
-        report["meta"]["baseline"] = {**about, "evidence_digest": measured.evidence.digest()}
-    elif _edit_name(work.settings) == _NOOP:
-        if report["evidence"]:
-            report["evidence"]["token_file"] = _write_tokens(measured, folder)
-    else:
-        base = dict(work.baseline.report)
-        base["evidence"] = {**base["evidence"], "token_file": _write_tokens(measured, folder / "baseline")}
-        write_report(base, folder / "baseline")
-    write_report(report, folder)
-
-
-def _write_tokens(baseline: Measurement, folder: Path) -> dict[str, Any] | None:
-    if baseline.reference is None:
-        return None
-    return write_reference(baseline.reference, folder / EVIDENCE).model_dump(mode="json")
+    base, reference = work.baseline, None
+    if base is not None and work.request.baseline is not None:
+        about = {"run_id": (base.report.get("meta") or {}).get("run_id")}
+        report["meta"]["baseline"] = {**about, "evidence_digest": base.measured.evidence.digest()}
+    elif base is not None and work.edit != _NOOP:
+        steps.write_measured(dict(base.report), base.measured.reference, folder / "baseline")
+    elif base is not None and report["evidence"]:
+        reference = base.measured.reference
+    steps.write_measured(report, reference, folder)

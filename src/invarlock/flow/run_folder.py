@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import shutil
 import tempfile
@@ -23,7 +22,6 @@ __all__ = [
     "read_report",
     "require_free",
     "staged_folder",
-    "time_stamp",
     "write_report",
 ]
 
@@ -32,20 +30,11 @@ EVIDENCE = "evidence.safetensors"
 GUARD_MEASUREMENTS = "guard_measurements.json"
 
 
-def time_stamp(now: datetime.datetime) -> str:
-    """Return the name of a run's folder: UTC to the microsecond, so that names sort by time."""
-    return now.strftime("%Y%m%dT%H%M%S%fZ")
-
-
 def find_report(path: Path) -> Path:
     """Return the report.json that `path` names: the file, or the one in the folder or in its newest subfolder."""
-    if path.is_file():
-        return path
-    if (path / REPORT).is_file():
-        return path / REPORT
-    below = sorted(path.glob(f"*/{REPORT}"))
-    if below:
-        return below[-1]
+    for found in (path, path / REPORT, *sorted(path.glob(f"*/{REPORT}"), reverse=True)):
+        if found.is_file():
+            return found
     raise ConfigError(f"{path} has no report.json; expected a run folder or its report.json")
 
 

@@ -10,6 +10,7 @@ from invarlock.checkpoints.side import Side
 from invarlock.core.exceptions import ConfigError, ModelLoadError, PairingError, TooLittleTextError
 from invarlock.core.network import network_allowed
 from invarlock.eval.data import EvaluationWindow, Provider, get_provider
+from invarlock.eval.data.base import Tokenizer
 from invarlock.eval.data.wikitext2 import Wikitext2Provider
 from invarlock.eval.sources.base import scored_tokens
 from invarlock.evidence.windows import TextOrigin, Windows, mask_tokens, windows_from_provider
@@ -39,9 +40,7 @@ def reuse_windows(report: Mapping[str, Any], *, reused: bool = True) -> Windows:
     origin = TextOrigin(data.provider, data.options, data.stride, data.seed, data.split, reused=reused)
     windows = Windows.from_dict(report.get("evaluation_windows") or {}, origin)
     if windows.digest() != data.digest:
-        raise PairingError(
-            "the windows in the baseline report are not those it measured; measure it again", code="E006"
-        )
+        raise PairingError("the baseline report's windows are not those it measured; measure it again", code="E006")
     return windows
 
 
@@ -56,17 +55,15 @@ def cut_windows(job: Job, side: Side, dataset: Mapping[str, Any]) -> Windows:
     options = dict(dataset)
     spec = options.pop("provider", None) or _default_provider(job)
     seq_len = _seq_len(options.pop("seq_len", None), side.max_length)
-    seed = int(options.pop("seed", 42))
-    stride, split = int(options.pop("stride", None) or seq_len), options.pop("split", None)
-    cut = {"seq_len": seq_len, "stride": stride, "seed": seed, "split": split}
+    seed, split = int(options.pop("seed", 42)), options.pop("split", None)
+    stride = int(options.pop("stride", None) or seq_len)
     provider = get_provider(spec, **options)
     job.tick("reading text", 0, 1)
-    sample = job.policy.values["sample"]
-    counts = (int(sample["preview"]), int(sample["final"]))
-    preview, final = _parts(job, provider, side, counts, cut)
+    counts = (job.policy.limits.sample.preview, job.policy.limits.sample.final)
+    parts = _parts(job, provider, side.tokenizer, counts, seq_len=seq_len, stride=stride, seed=seed, split=split)
     told = provider.describe()
     origin = TextOrigin(told["name"], told["options"], stride, seed, split)
-    windows = windows_from_provider(preview, final, seq_len, counts, origin)
+    windows = windows_from_provider(*parts, seq_len, counts, origin)
     if job.metric.task == "mlm":
         windows = mask_tokens(windows, side.tokenizer.mask_token_id, side.tokenizer.all_special_ids, seed=seed)
     _check_floor(job, windows)
@@ -75,10 +72,8 @@ def cut_windows(job: Job, side: Side, dataset: Mapping[str, Any]) -> Windows:
 
 def _default_provider(job: Job) -> str:
     """Return the data to use where none were named, and note which."""
-    if job.metric.task == "seq2seq":
-        name = "seq2seq"
-    else:
-        name = "wikitext2" if network_allowed() or Wikitext2Provider.is_cached() else "python_docs"
+    text = "wikitext2" if network_allowed() or Wikitext2Provider.is_cached() else "python_docs"
+    name = "seq2seq" if job.metric.task == "seq2seq" else text
     job.notes.append(f"no data were named; measured on {name}")
     return name
 
@@ -90,28 +85,27 @@ def _seq_len(asked: int | None, longest: int | None) -> int:
 
 
 def _parts(
-    job: Job, provider: Provider, side: Side, counts: tuple[int, int], cut: Mapping[str, Any]
+    job: Job, provider: Provider, tokenizer: Tokenizer, counts: tuple[int, int], **cut: Any
 ) -> tuple[EvaluationWindow, EvaluationWindow]:
-    assert side.tokenizer is not None
-    shortfall = job.policy.values["sample"]["shortfall"]
     try:
-        return provider.windows(side.tokenizer, preview_n=counts[0], final_n=counts[1], **cut)
+        return provider.windows(tokenizer, preview_n=counts[0], final_n=counts[1], **cut)
     except TooLittleTextError as error:
-        if shortfall != "warn" or min(error.fits) < 1:
-            raise PairingError(str(error), code="E001") if shortfall == "stop" else error from None
+        if job.policy.limits.sample.shortfall == "stop":
+            raise PairingError(str(error), code="E001") from None
+        if min(error.fits) < 1:
+            raise
         job.notes.append(f"{error}; measured what fits")
-        return provider.windows(side.tokenizer, preview_n=error.fits[0], final_n=error.fits[1], **cut)
+        return provider.windows(tokenizer, preview_n=error.fits[0], final_n=error.fits[1], **cut)
 
 
 def _check_floor(job: Job, windows: Windows) -> None:
     """Stop before any model is loaded where the text cannot decide."""
-    sample, policy = job.policy.values["sample"], job.policy
+    policy, sample = job.policy, job.policy.limits.sample
     tokens = sum(scored_tokens(window, job.metric.task) for window in windows.all)
-    if tokens < sample["min_tokens"]:
-        message = (
-            f"the windows hold {tokens} scored tokens; tier {policy.tier} in profile {policy.profile} expects "
-            f"{sample['min_tokens']}: use longer windows, more of them, or the dev profile"
-        )
-        if sample["shortfall"] == "stop":
+    if tokens < sample.min_tokens:
+        expected = f"tier {policy.tier} in profile {policy.profile} expects {sample.min_tokens}"
+        instead = "use longer windows, more of them, or the dev profile"
+        message = f"the windows hold {tokens} scored tokens; {expected}: {instead}"
+        if sample.shortfall == "stop":
             raise PairingError(message, code="E001")
         job.notes.append(message)

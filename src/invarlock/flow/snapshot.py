@@ -5,21 +5,30 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+
 from invarlock.core import settings
 from invarlock.core.exceptions import ConfigError
+from invarlock.core.files import private_folder
 
 __all__ = ["Snapshot", "SnapshotPlan", "plan_snapshot", "take_snapshot"]
 
-_MODES = ("auto", "bytes", "chunked")
+#: key of the context -> the variable that stands in for it
+_ENVIRONMENT = {
+    "mode": "INVARLOCK_SNAPSHOT_MODE",
+    "ram_fraction": "INVARLOCK_SNAPSHOT_AUTO_RAM_FRACTION",
+    "threshold_mb": "INVARLOCK_SNAPSHOT_THRESHOLD_MB",
+}
 
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class SnapshotPlan:
     """How a snapshot is kept. `ram_fraction`: largest share of free memory that `bytes` may take; `threshold_mb`: above
     this size `auto` goes to disk; `disk_free_margin_ratio`: free space needed on disk, as a multiple of the size."""
@@ -33,24 +42,14 @@ class SnapshotPlan:
 
 def plan_snapshot(context: Mapping[str, Any]) -> SnapshotPlan:
     """Read `context.snapshot.*`; the environment stands in for keys that are absent."""
-    given = dict(context.get("snapshot") or {})
-    known = {"mode", "ram_fraction", "threshold_mb", "disk_free_margin_ratio", "temp_dir"}
-    unknown = sorted(given.keys() - known)
-    if unknown:
-        raise ConfigError(f"context.snapshot.{unknown[0]} is unknown; expected one of: {', '.join(sorted(known))}")
-    mode: Any = given.get("mode") or settings.get("INVARLOCK_SNAPSHOT_MODE") or "auto"
-    if mode not in _MODES:
-        raise ConfigError(f"context.snapshot.mode is {mode!r}; expected one of: {', '.join(_MODES)}")
-    fraction = given.get("ram_fraction", settings.get("INVARLOCK_SNAPSHOT_AUTO_RAM_FRACTION"))
-    threshold = given.get("threshold_mb", settings.get("INVARLOCK_SNAPSHOT_THRESHOLD_MB"))
-    folder = given.get("temp_dir")
-    return SnapshotPlan(
-        mode=mode,
-        ram_fraction=float(fraction),
-        threshold_mb=float(threshold),
-        disk_free_margin_ratio=float(given.get("disk_free_margin_ratio", 1.2)),
-        temp_dir=Path(folder) if folder else None,
-    )
+    asked = {key: settings.get(name) for key, name in _ENVIRONMENT.items()} | dict(context.get("snapshot") or {})
+    try:
+        return SnapshotPlan(**{key: value for key, value in asked.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+    key, known = first["loc"][0], [f.name for f in fields(SnapshotPlan)]
+    said = first["msg"].removeprefix("Input should be ") if key in known else f"one of the keys {', '.join(known)}"
+    raise ConfigError(f"context.snapshot.{key} is {first['input']!r}; expected {said}")
 
 
 class _Objects:
@@ -91,35 +90,26 @@ def _copied(value: Any) -> Any:
 class Snapshot:
     """A kept state. `release` frees it; safe to call twice."""
 
-    adapter: Any
     mode: Literal["bytes", "chunked"]
     size_bytes: int
-    _blob: bytes | None = None
-    _path: Path | None = None
-    _folder: Path | None = None
-    _objects: _Objects | None = None
+    _objects: _Objects | None
+    _restore: Callable[[Any], None] | None  # puts the values of the tensors back
+    _files: ExitStack = field(default_factory=ExitStack)
 
     def restore(self, model: Any) -> None:
         """Bring `model` back, bit for bit; modules, hooks and settings that the edit put in place are taken out again."""
-        if self._objects is not None:
+        if self._objects is not None and self._restore is not None:
             self._objects.restore()
-        if self._blob is not None:
-            self.adapter.restore(model, self._blob)
-        else:
-            self.adapter.restore_chunked(model, self._path)
+            self._restore(model)
 
     def release(self) -> None:
         """Forget the state and remove its files."""
-        self._blob = self._objects = None
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        self._restore = self._objects = None
+        self._files.close()
 
 
 def _state_bytes(model: Any) -> int:
-    if not hasattr(model, "parameters"):
-        return 0
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = [*model.parameters(), *model.buffers()] if hasattr(model, "parameters") else []
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -133,27 +123,23 @@ def _free_memory() -> int | None:
 def _choose(plan: SnapshotPlan, size: int) -> Literal["bytes", "chunked"]:
     if plan.mode != "auto":
         return plan.mode
-    free = _free_memory()
-    fits = free is None or size <= plan.ram_fraction * free
-    return "bytes" if fits and size <= plan.threshold_mb * 2**20 else "chunked"
+    free, small = _free_memory(), size <= plan.threshold_mb * 2**20
+    return "bytes" if small and (free is None or size <= plan.ram_fraction * free) else "chunked"
 
 
 def take_snapshot(model: Any, adapter: Any, plan: SnapshotPlan) -> Snapshot:
     """Keep the state of `model`. Adapters that follow the protocol but not the base class keep bytes."""
     size = _state_bytes(model)
-    mode = _choose(plan, size) if hasattr(adapter, "snapshot_chunked") else "bytes"
-    if mode == "bytes":
-        return Snapshot(adapter, "bytes", size, _blob=adapter.snapshot(model), _objects=_Objects(model))
-    folder = Path(tempfile.mkdtemp(prefix="invarlock-snapshot-", dir=plan.temp_dir))  # 0700
-    try:
+    if not hasattr(adapter, "snapshot_chunked") or _choose(plan, size) == "bytes":
+        blob = adapter.snapshot(model)
+        return Snapshot("bytes", size, _Objects(model), lambda model: adapter.restore(model, blob))
+    with ExitStack() as files:
+        folder = files.enter_context(private_folder(plan.temp_dir))
         free = shutil.disk_usage(folder).free
         if free < plan.disk_free_margin_ratio * size:
-            raise ConfigError(
-                f"{folder.parent} has {free >> 20} MB free for a snapshot of {size >> 20} MB; expected "
-                f"{plan.disk_free_margin_ratio:g} times that: set context.snapshot.temp_dir to a larger disk"
-            )
+            room = f"{folder.parent} has {free >> 20} MB free for a snapshot of {size >> 20} MB"
+            expected = f"expected {plan.disk_free_margin_ratio:g} times that"
+            raise ConfigError(f"{room}; {expected}: set context.snapshot.temp_dir to a larger disk")
         path = adapter.snapshot_chunked(model, folder)
-        return Snapshot(adapter, "chunked", size, _path=path, _folder=folder, _objects=_Objects(model))
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        objects, kept = _Objects(model), files.pop_all()
+    return Snapshot("chunked", size, objects, lambda model: adapter.restore_chunked(model, path), kept)

@@ -5,22 +5,25 @@ read ─ windows ─ load ─ measure ─ prepare ─ edit ─ measure ─ valid
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from invarlock.certificate.reports import make_certificate
+import numpy as np
+
+from invarlock.certificate.reports import check_baseline, evidence_of
 from invarlock.checkpoints.side import Side, read_side
 from invarlock.checkpoints.structure import live_structure
 from invarlock.core import registry, settings
 from invarlock.core.api import Batches, Context, EditLike, Guard, ModelLike, RunReport
 from invarlock.core.files import plain
-from invarlock.eval.sources.base import score_all
-from invarlock.eval.sources.torch_model import TorchSource
-from invarlock.evidence.model import Structure, finite_or_none
+from invarlock.evidence.model import Evidence, Structure, finite_or_none
+from invarlock.evidence.reference import TokenReference, read_reference, write_reference
 from invarlock.evidence.windows import pick_indices
 from invarlock.flow.job import Job
 from invarlock.flow.measure import Measurement
+from invarlock.flow.run_folder import EVIDENCE, read_report, write_report
 from invarlock.guards.boundary import not_evaluated, prepare_guard, validate_guard
 from invarlock.guards.invariants import behaviour_of
 from invarlock.stats.paired import perplexity
@@ -28,8 +31,6 @@ from invarlock.stats.paired import perplexity
 __all__ = [
     "NOOP",
     "apply_edit",
-    "baseline_report",
-    "compare",
     "create_guards",
     "load",
     "measure_overhead",
@@ -37,7 +38,11 @@ __all__ = [
     "read",
     "report",
     "side_in_memory",
-    "validate_guards",
+    "stored_baseline",
+    "stored_measurement",
+    "text_facts",
+    "validate",
+    "write_measured",
 ]
 
 NOOP: Mapping[str, Any] = {"name": "noop", "deltas": {"params_changed": 0}}
@@ -67,17 +72,14 @@ def side_in_memory(job: Job, model: ModelLike, context: Context) -> Side:
 
     A caller may say more in the context: `side` (a `Side`), or `model_id` and `tokenizer_facts` (digest, size).
     """
-    side = context.get("side") or _origin_of(job, model)
+    side, origin = context.get("side"), getattr(job.adapter, "origin", lambda model: None)(model)
+    if not side and origin is not None:
+        side = read_side(job.adapter, origin.model_id, origin.loading)
     if not isinstance(side, Side):
-        facts = tuple(context.get("tokenizer_facts") or (None, None))
+        digest, size = context.get("tokenizer_facts") or (None, None)
         name = str(context.get("model_id", "in memory"))
-        side = Side(name, None, Structure(source="model", tensors=[]), {}, None, (facts[0], facts[1]))
+        side = Side(name, None, Structure(source="model", tensors=[]), {}, None, (digest, size))
     return _as_it_is(model, side, behaviour_of(model))
-
-
-def _origin_of(job: Job, model: ModelLike) -> Side | None:
-    origin = getattr(job.adapter, "origin", lambda model: None)(model)
-    return None if origin is None else read_side(job.adapter, origin.model_id, origin.loading)
 
 
 def _as_it_is(model: ModelLike, side: Side, behaviour: dict[str, Any]) -> Side:
@@ -109,22 +111,19 @@ def prepare_guards(
     """Show the guards the unedited model; return why those failed, by place, whose failure is tolerated."""
     failed: dict[int, str] = {}
     for place, guard in enumerate(guards):
-        why = prepare_guard(guard, model, job.adapter, calib, job.guard_policy(guard.name), about)
+        policy = {**job.policy.limits.guards.get(guard.name, {}), "intent": job.intent}
+        why = prepare_guard(guard, model, job.adapter, calib, policy, about)
         if why is not None:
             job.notes.append(f"guard {guard.name!r} failed in prepare and is not evaluated: {why}")
             failed[place] = why
     return failed
 
 
-def validate_guards(
-    job: Job, guards: Sequence[Guard], model: ModelLike, context: Context, failed: Mapping[int, str]
-) -> Iterator[tuple[Guard, dict[str, Any]]]:
-    """Yield each guard with its result on the edited model, in order."""
-    for place, guard in enumerate(guards):
-        if place in failed:
-            yield guard, not_evaluated(guard.name, failed[place])
-        else:
-            yield guard, validate_guard(guard, model, job.adapter, context)
+def validate(job: Job, guard: Guard, model: ModelLike, context: Context, failed: str | None) -> dict[str, Any]:
+    """Return a guard's result on the edited model; `failed` says why it did not get to see the unedited one."""
+    if failed is not None:
+        return not_evaluated(guard.name, failed)
+    return validate_guard(guard, model, job.adapter, context)
 
 
 def measure_overhead(job: Job, model: ModelLike, measured: Measurement) -> dict[str, Any]:
@@ -135,45 +134,54 @@ def measure_overhead(job: Job, model: ModelLike, measured: Measurement) -> dict[
     nothing = {"evaluated": False, "ratio": None, "windows": 0, "skipped": None}
     if settings.flag("INVARLOCK_SKIP_OVERHEAD_CHECK"):
         return {**nothing, "skipped": "INVARLOCK_SKIP_OVERHEAD_CHECK is set"}
-    if not job.policy.values["metrics"]["guard_overhead"]["required"] or job.windows is None:
+    if not job.policy.limits.overhead.required or job.windows is None:
         return nothing
     windows = job.windows.all
     picked = pick_indices(len(windows), _OVERHEAD_WINDOWS)
-    source = TorchSource(model, job.metric.task, device=job.device)
-    bare = score_all(source.score([windows[i] for i in picked]), len(picked))
-    losses = [*measured.evidence.preview.loss, *measured.evidence.final.loss]
-    guarded = [float("nan") if (loss := losses[i]) is None else float(loss) for i in picked]
+    bare = job.score(model, [windows[i] for i in picked])
+    guarded = np.array([*measured.evidence.preview.loss, *measured.evidence.final.loss], float)[picked]
     ratio = perplexity(guarded, bare.tokens) / perplexity(bare.loss, bare.tokens)
     return {"evaluated": True, "ratio": finite_or_none(ratio), "windows": len(picked), "skipped": None}
 
 
-def report(job: Job, measured: Measurement, edit: Mapping[str, Any], run_id: str, **meta: Any) -> RunReport:
+def report(job: Job, measured: Measurement, edit: Mapping[str, Any], run_id: str | None, **meta: Any) -> RunReport:
     """Return the report of one side."""
-    stored = job.windows is not None and settings.flag("INVARLOCK_STORE_EVAL_WINDOWS")
     auto = {"enabled": True, "tier": job.policy.tier, "profile": job.policy.profile}
     facts = {"run_id": run_id, "auto": auto, "warnings": list(job.notes), "timings": dict(job.timings)}
     return RunReport(
         meta={**facts, **job.facts(str(edit.get("name"))), **meta},
         edit=dict(edit),
-        evaluation_windows=job.windows.to_dict() if stored and job.windows is not None else {},
         status="success",
-        dataset=dataset_facts(job),
         evidence=measured.evidence.model_dump(mode="json"),
+        **text_facts(job),
     )
 
 
-def dataset_facts(job: Job) -> dict[str, Any]:
-    """Return what a report says of the text, with the pairing facts."""
+def text_facts(job: Job) -> dict[str, Any]:
+    """Return what a report says of the text: the windows, where they are kept, and its facts with those of the pairing."""
     if job.windows is None:
         return {}
-    return {**job.windows.facts().model_dump(mode="json"), "windows": {"stats": job.windows.stats()}}
+    return {
+        "evaluation_windows": job.windows.to_dict() if settings.flag("INVARLOCK_STORE_EVAL_WINDOWS") else {},
+        "dataset": {**job.windows.facts().model_dump(mode="json"), "windows": {"stats": job.windows.stats()}},
+    }
 
 
-def baseline_report(job: Job, baseline: Measurement, run_id: str) -> RunReport:
-    """Return the report of a baseline that was measured here, as one whose edit was none."""
-    return report(job, baseline, NOOP, run_id)
+def stored_baseline(path: Path) -> tuple[dict[str, Any], Evidence, Path]:
+    """Read the report of a stored baseline: it, its evidence and its place. Raises CertificateError where it is none."""
+    found, place = read_report(path)
+    check_baseline(found)
+    return found, evidence_of(found, "baseline"), place
 
 
-def compare(subject: RunReport, baseline: RunReport | Mapping[str, Any]) -> dict[str, Any]:
-    """Return the certificate that follows from the two sides' reports."""
-    return make_certificate(subject, baseline)
+def stored_measurement(evidence: Evidence, place: Path) -> Measurement:
+    """Read the distributions beside the report at `place` too. Raises ModelLoadError where their file is gone."""
+    file = evidence.token_file
+    return Measurement(evidence, None if file is None else read_reference(place.parent / file.name, file))
+
+
+def write_measured(data: dict[str, Any], reference: TokenReference | None, folder: Path) -> Path:
+    """Write a report and the distributions that later comparisons with it need; its evidence names their file."""
+    if reference is not None:
+        data["evidence"]["token_file"] = plain(write_reference(reference, folder / EVIDENCE).model_dump())
+    return write_report(data, folder)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from invarlock.core.api import AdapterLike, ModelLike
 from invarlock.edits.rtn import RTNQuantEdit
-from invarlock.guards.families import WeightMatrix, weight_matrices
+from invarlock.guards.families import weight_matrices
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -30,33 +30,32 @@ def _quantized(bitwidth: int, **options: Any) -> Apply:
     return apply
 
 
-def _linear(model: ModelLike, adapter: AdapterLike) -> Iterator[WeightMatrix]:
-    return (weight for weight in weight_matrices(model, adapter) if weight.role == "linear")
+def _added(change: Callable[[Tensor, Generator], Tensor], family: str | None = None) -> Apply:
+    """Add what `change` draws for a matrix to every linear one, or to those of a family."""
+
+    def apply(model: ModelLike, adapter: AdapterLike, rng: Generator) -> None:
+        for weight in weight_matrices(model, adapter):
+            if weight.role == "linear" and family in (None, weight.family):
+                tensor = weight.tensor()
+                tensor.add_(change(tensor, rng))
+
+    return apply
 
 
 def _noisy(relative: float) -> Apply:
     """Independent noise, its deviation `relative` times the matrix's."""
-
-    def apply(model: ModelLike, adapter: AdapterLike, rng: Generator) -> None:
-        for weight in _linear(model, adapter):
-            tensor = weight.tensor()
-            tensor.add_(_normal(tuple(tensor.shape), rng, tensor) * (relative * tensor.std()))
-
-    return apply
+    return _added(lambda tensor, rng: _normal(tuple(tensor.shape), rng, tensor) * (relative * tensor.std()))
 
 
 def _adapted(relative: float, rank: int) -> Apply:
     """A merged adapter of low rank on every attention matrix, ||dW|| = `relative` ||W||."""
 
-    def apply(model: ModelLike, adapter: AdapterLike, rng: Generator) -> None:
-        for weight in _linear(model, adapter):
-            if weight.family == "attn":
-                tensor = weight.tensor()
-                rows, columns = tensor.shape
-                change = _normal((rows, rank), rng, tensor) @ _normal((rank, columns), rng, tensor)
-                tensor.add_(change * (relative * tensor.norm() / change.norm()))
+    def change(tensor: Tensor, rng: Generator) -> Tensor:
+        rows, columns = tensor.shape
+        drawn: Tensor = _normal((rows, rank), rng, tensor) @ _normal((rank, columns), rng, tensor)
+        return drawn * float(relative * tensor.norm() / drawn.norm())
 
-    return apply
+    return _added(change, "attn")
 
 
 def _normal(shape: tuple[int, ...], rng: Generator, like: Tensor) -> Tensor:

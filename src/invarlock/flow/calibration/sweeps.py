@@ -85,13 +85,6 @@ def ve_sweep(
         found = guard.validate(model, adapter, {"batches": batches})
         metrics = guard.remedy(model, adapter, found, windows, source)[0]["metrics"]
         interval = metrics["interval"] or {}
-        rows.append(
-            {
-                "edit": name,
-                "seed": seed,
-                "proposed": len(metrics["proposed"]),
-                "enabled": metrics["enabled"],
-                **{key: interval.get(key) for key in ("estimate", "lo", "hi")},
-            }
-        )
+        row = {"edit": name, "seed": seed, "proposed": len(metrics["proposed"]), "enabled": metrics["enabled"]}
+        rows.append({**row, **{key: interval.get(key) for key in ("estimate", "lo", "hi")}})
     return rows
