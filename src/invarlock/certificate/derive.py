@@ -28,6 +28,7 @@ from invarlock.eval.metrics import metric_of
 from invarlock.evidence.plain import canonical_digest
 from invarlock.evidence.rows import Rows
 from invarlock.guards.base import StatsGuard
+from invarlock.guards.boundary import BUILT_IN_GUARDS
 from invarlock.guards.sketch import Culprits, culprits
 from invarlock.policy.limits import Limits
 from invarlock.policy.resolve import Policy
@@ -135,7 +136,7 @@ def derive(r: Recorded) -> Certificate:
     kept = {name: getattr(r, name) for name in Recorded.model_fields if name not in _DERIVED}
     return Certificate(
         **kept,
-        **{name: sections.get(name) for name in ("spectral", "rmt", "variance")},
+        **{name: sections.get(name) for name in BUILT_IN_GUARDS[1:]},
         invariants=sections.get("invariants", not_measured("invariants", {})),
         run_id=rules.run_id(r),
         dataset=_dataset(r, counts),
@@ -156,7 +157,7 @@ def derive(r: Recorded) -> Certificate:
 
 
 #: recorded in part: what follows stands in the same section
-_DERIVED = {"primary_metric", "baseline_ref", "spectral", "rmt", "variance", "divergence", "weights"}
+_DERIVED = {"primary_metric", "baseline_ref", "divergence", "weights", *BUILT_IN_GUARDS}
 
 
 def _same_weights(r: Recorded) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -97,8 +97,9 @@ class Figures:
 
 def figures(c: Comparison, divergence: DivergenceRecord | None) -> Figures:
     """Compare the two sides over all windows, preview and final."""
-    metric = _identity(_COMPARE[c.metric.unit](c), c)
-    if c.metric.unit != "perplexity":
+    unit = _UNITS[c.metric.unit]
+    metric = _identity(unit.compare(c), c, unit)
+    if not unit.next_tokens:
         return Figures(metric)
     rows, level = c.rows, c.limits.ratio.ci_level
     moved = c.estimators.drift(rows.baseline, rows.subject, rows.tokens, rows.documents, rows.is_final, level=level)
@@ -220,22 +221,32 @@ def _accuracy(c: Comparison) -> PrimaryMetric:
     )
 
 
-#: unit of a metric -> how two sides compare by it, and the column that holds its values
-_COMPARE: dict[str, Callable[[Comparison], PrimaryMetric]] = {"perplexity": _perplexity, "accuracy": _accuracy}
-_VALUES = {"perplexity": "loss", "accuracy": "correct"}
+class _Unit(NamedTuple):
+    """How two sides compare by metrics of one unit: `column` holds the values, `same` is the display of no change."""
+
+    compare: Callable[[Comparison], PrimaryMetric]
+    column: str
+    same: float
+    next_tokens: bool  # whether it looks at distributions of next tokens
 
 
-def _identity(metric: PrimaryMetric, c: Comparison) -> PrimaryMetric:
+_UNITS = {
+    "perplexity": _Unit(_perplexity, "loss", 1.0, next_tokens=True),
+    "accuracy": _Unit(_accuracy, "correct", 0.0, next_tokens=False),
+}
+
+
+def _identity(metric: PrimaryMetric, c: Comparison, unit: _Unit) -> PrimaryMetric:
     """Let a model against itself pass on any sample: with the same weights and the same value in every window there is
     nothing to estimate, so that too few documents for an interval, or too few examples, do not count."""
-    before, after = (c.rows[f"{side}_{_VALUES[c.metric.unit]}"] for side in ("baseline", "subject"))
+    before, after = (c.rows[f"{side}_{unit.column}"] for side in ("baseline", "subject"))
     same = before is not None and after is not None and np.array_equal(before, after)  # NaN equals nothing
     if metric.decision != "inconclusive" or not (c.same_weights and same):
         return metric
     return metric.model_copy(
         update={
             "ci": (0.0, 0.0),
-            "display_ci": (1.0, 1.0) if c.metric.unit == "perplexity" else (0.0, 0.0),
+            "display_ci": (unit.same, unit.same),
             "method": "identity",
             "degenerate": True,
             "std_error": 0.0,

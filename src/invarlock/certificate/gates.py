@@ -22,7 +22,6 @@ from invarlock.certificate.schema import (
     Validation,
     Verdict,
 )
-from invarlock.eval.metrics import metric_of
 from invarlock.evidence.plain import finite_or_none
 from invarlock.evidence.rows import Rows
 from invarlock.guards.boundary import BUILT_IN_GUARDS
@@ -134,7 +133,7 @@ _NEAR = 0.9  # of a limit: from here on an estimate whose interval reaches beyon
 
 
 def _divergence(m: Measured, *, figure: str, interval: str, limit: str, unit: str) -> Outcome | None:
-    if metric_of(m.figures.metric.kind).is_accuracy:  # answers are scored there, not next tokens
+    if m.figures.tail is None:  # answers were scored, not next tokens
         return None
     policy, d = m.limits.divergence, m.figures.divergence
     most: float = getattr(policy, limit)

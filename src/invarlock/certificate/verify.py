@@ -25,6 +25,7 @@ from invarlock.core.exceptions import CertificateError, InvarlockError
 from invarlock.evidence.histogram import histogram_problems
 from invarlock.evidence.plain import canonical, is_canonical
 from invarlock.evidence.rows import COLUMNS, row_problems
+from invarlock.guards.boundary import BUILT_IN_GUARDS
 from invarlock.policy.resolve import resolve_recorded
 
 __all__ = [
@@ -328,14 +329,13 @@ class Step(NamedTuple):
     check: Callable[[_Case], Iterator[str]] = _nothing
 
 
-_GUARDS = ("invariants", "spectral", "rmt", "variance", "plugin_guards", "guard_overhead")
 _STEPS = (
     Step("spelling of numbers", (), _spelling),  # 2
     Step("pairing and counts", ("dataset",), _rows),  # 3
     Step("window rows and metrics", ("evaluation_windows", "data"), _histogram),  # 4
     Step("ratio, interval and decision", ("primary_metric", "confidence")),  # 5
     Step("tail, drift and divergence", ("primary_metric_tail", "divergence")),  # 6
-    Step("guard verdicts", _GUARDS),  # 7
+    Step("guard verdicts", (*BUILT_IN_GUARDS, "plugin_guards", "guard_overhead")),  # 7
     Step("measurement contracts", ("provenance",)),  # 8
     Step("policy", ("policy_digest",), _policy),  # 9
     Step("weights", ("weights",), _weights),  # 10
