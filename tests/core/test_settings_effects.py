@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from certification import Certify, CertifyOutcome
 from invarlock.certificate.figures import Comparison, figures
 from invarlock.certificate.schema import PrimaryMetric
 from invarlock.core import settings
@@ -25,23 +26,23 @@ TESTS = Path(__file__).parents[1]
 #: what is shown by the tests beside the code that reads the variable
 ELSEWHERE = {
     "INVARLOCK_ALLOW_NETWORK": "cli/test_app.py",
-    "INVARLOCK_ALLOW_CALIBRATION_MATERIALIZE": "eval/test_windows.py",
-    "INVARLOCK_ALLOW_CONFIG_INCLUDE_OUTSIDE": "core/test_config.py",
+    "INVARLOCK_ALLOW_CALIBRATION_MATERIALIZE": "evidence/test_windows.py",
+    "INVARLOCK_ALLOW_CONFIG_INCLUDE_OUTSIDE": "policy/test_config.py",
     "INVARLOCK_DEBUG_TRACE": "cli/test_errors.py",
     "INVARLOCK_DEDUP_TEXTS": "eval/data/test_window_cutting.py",
     "INVARLOCK_DISABLE_PLUGIN_DISCOVERY": "core/test_registry.py",
-    "INVARLOCK_EVAL_STRICT": "core/test_runner.py",
-    "INVARLOCK_GUARD_PREPARE_STRICT": "core/test_runner.py",
-    "INVARLOCK_ASSERT_GUARDS": "core/test_outcomes.py",
+    "INVARLOCK_EVAL_STRICT": "flow/test_execute.py",
+    "INVARLOCK_GUARD_PREPARE_STRICT": "flow/test_execute.py",
+    "INVARLOCK_ASSERT_GUARDS": "guards/test_boundary.py",
     "INVARLOCK_LIGHT_IMPORT": "cli/test_app.py",
     "INVARLOCK_MINIMAL": "cli/test_run_command.py",
     "INVARLOCK_TELEMETRY": "cli/test_run_command.py",
-    "INVARLOCK_PLUGINS_DRY_RUN": "plugins/test_states.py",
-    "INVARLOCK_SNAPSHOT_AUTO_RAM_FRACTION": "core/test_snapshot.py",
-    "INVARLOCK_SNAPSHOT_MODE": "core/test_snapshot.py",
-    "INVARLOCK_SNAPSHOT_THRESHOLD_MB": "core/test_snapshot.py",
+    "INVARLOCK_PLUGINS_DRY_RUN": "core/test_inventory.py",
+    "INVARLOCK_SNAPSHOT_AUTO_RAM_FRACTION": "flow/test_snapshot.py",
+    "INVARLOCK_SNAPSHOT_MODE": "flow/test_snapshot.py",
+    "INVARLOCK_SNAPSHOT_THRESHOLD_MB": "flow/test_snapshot.py",
     "HF_DATASETS_OFFLINE": "cli/conftest.py",  # theirs; we only switch it on, see test_the_hub_switches_follow_ours
-    "HF_HOME": "core/test_doctor.py",  # theirs
+    "HF_HOME": "flow/test_doctor.py",  # theirs
 }
 
 Environment = pytest.MonkeyPatch
@@ -176,21 +177,19 @@ def test_threads_follow_the_environment(monkeypatch: Environment) -> None:
 
 
 def test_overhead_is_measured_where_required_unless_skipped(
-    monkeypatch: Environment, edited_run: RunOutcome, load_model: Callable[[Path], Any]
+    monkeypatch: Environment, certify_models: Certify, passed: CertifyOutcome, demo_model: Path
 ) -> None:
-    from invarlock.flow.overhead import guard_overhead
+    required = {"metrics": {"guard_overhead": {"required": True, "max_ratio": 1.01}}}
 
-    from invarlock.evidence.model import Evidence
-    from invarlock.evidence.windows import Windows
+    def overhead() -> dict[str, Any]:
+        outcome = certify_models(demo_model, baseline_report=passed.source_report, overrides=required)
+        found: dict[str, Any] = outcome.certificate["guard_overhead"]
+        return found
 
-    windows = Windows.from_dict(edited_run.report["evaluation_windows"])
-    evidence = Evidence.model_validate(edited_run.report["evidence"])
-    model = load_model(edited_run.folder / "model")
-    required = {"required": True, "max_ratio": 1.01}
-    measured = guard_overhead(model, windows, evidence, "cpu", required)
+    measured = overhead()
     assert measured["evaluated"] and measured["ratio"] == pytest.approx(1.0, abs=1e-4)
     monkeypatch.setenv("INVARLOCK_SKIP_OVERHEAD_CHECK", "1")
-    skipped = guard_overhead(model, windows, evidence, "cpu", required)
+    skipped = overhead()
     assert not skipped["evaluated"] and skipped["skipped"] == "INVARLOCK_SKIP_OVERHEAD_CHECK is set"
 
 
