@@ -120,7 +120,7 @@ def score_all(parts: Iterable[Scored], count: int, progress: Progress | None = N
             progress(done, count)
     return Scores(
         columns,
-        [int(n) for n in histogram(np.concatenate(kl))] if kl else None,
+        histogram(np.concatenate(kl)).tolist() if kl else None,
         joined([references[index] for index in range(count)]) if references else None,
     )
 
@@ -128,14 +128,12 @@ def score_all(parts: Iterable[Scored], count: int, progress: Progress | None = N
 def scored_tokens(window: Window, task: Task) -> int:
     """Return how many tokens of the window the metric scores. Raises DataError where the labels cannot be scored."""
     if window.labels is None and task != "causal":
-        raise DataError(
-            f"window {window.id!r} has no labels; expected 'labels' for a {task} model"
-            + (
-                ": hide tokens with invarlock.evidence.windows.mask_tokens"
-                if task == "mlm"
-                else ", the target's token ids"
-            )
+        advice = (
+            ", the target's token ids"
+            if task == "seq2seq"
+            else ": hide tokens with invarlock.evidence.windows.mask_tokens"
         )
+        raise DataError(f"window {window.id!r} has no labels; expected 'labels' for a {task} model{advice}")
     labels = window.labels if window.labels is not None else window.input_ids
     if task == "seq2seq":
         return sum(label != IGNORED for label in labels)
@@ -144,7 +142,6 @@ def scored_tokens(window: Window, task: Task) -> int:
             f"window {window.id!r} has {len(labels)} labels for {len(window.input_ids)} tokens; expected one a token"
         )
     mask = window.mask or (1,) * len(labels)
-    seen = [bool(m) and label != IGNORED for label, m in zip(labels, mask, strict=True)]
     if task == "causal":  # neither a masked token nor what is predicted from one counts
-        return sum(here and bool(before) for here, before in zip(seen[1:], mask[:-1], strict=True))
-    return sum(seen)
+        return sum(bool(m and b) and x != IGNORED for x, m, b in zip(labels[1:], mask[1:], mask, strict=False))
+    return sum(bool(m) and label != IGNORED for label, m in zip(labels, mask, strict=True))

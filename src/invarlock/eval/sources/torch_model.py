@@ -15,19 +15,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, get_args
 
 from invarlock.core.api import AdapterLike, ModelLike
 from invarlock.core.exceptions import DataError
 from invarlock.eval import divergence
 from invarlock.eval.metrics import Task
 from invarlock.eval.sources.base import Column, Scored, Watch, scored_tokens
-from invarlock.evidence.reference import TokenReference
+from invarlock.evidence.reference import TokenReference, joined
 from invarlock.evidence.windows import IGNORED, Window, pick_indices
 
 if TYPE_CHECKING:
@@ -46,10 +46,9 @@ _REFERENCE = ("ids", "log_probs", "label_log_prob")
 
 def task_of_model(model: object, adapter: AdapterLike | None = None) -> Task:
     """Return how a model's tokens are scored: what its adapter says, else what its class and configuration show."""
-    told = getattr(adapter, "task", None)
-    if told in ("causal", "mlm", "seq2seq"):
-        task: Task = told
-        return task
+    told: Task | None = getattr(adapter, "task", None)
+    if told is not None and told in get_args(Task):
+        return told
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return "seq2seq"
     return "mlm" if type(model).__name__.endswith("MaskedLM") else "causal"
@@ -87,43 +86,35 @@ class TorchSource:
             bad = windows[counts.index(0)].id if 0 in counts else "none given"
             raise DataError(f"a window has no scored token ({bad}); expected at least one in every window")
         _check_vocabulary(self.model, windows)
-        exact = frozenset(_exact_windows(counts, self.model)) if keep_reference else frozenset()
-        wanted = _Wanted(counts, reference, keep_reference, correct, exact)
+        exact = _exact_windows(counts, self.model) if keep_reference else []
+        wanted = _Wanted(counts, list(accumulate(counts, initial=0)), reference, keep_reference, correct, exact)
         path = _LogProbs(self.model, self.task)
-        with _evaluation_mode(self.model), _Hooks(self.model, watch) as hooks:
+        with _evaluation_mode(self.model), _watched(self.model, watch) as in_hand:
             for indices in _batches(windows, self.batch_tokens):
                 with torch.inference_mode():
                     batch = _collate(windows, indices, self.task, self.device)
-                    path.choose(batch)
-                    self.used_shortcut = bool(path.shortcut)
-                    hooks.enter(indices)
-                    try:
-                        scored = _score_batch(path, batch, wanted, hooks)
-                    finally:
-                        hooks.leave()
+                    self.used_shortcut = path.choose(batch)
+                    in_hand[:] = indices
+                    scored = _score_batch(path, batch, wanted, in_hand)
                 yield scored
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What is asked of every batch. `counts`: scored tokens a window."""
+    """What is asked of every batch. `counts`: scored tokens a window; `offsets`: where each window's tokens start."""
 
     counts: list[int]
+    offsets: list[int]
     reference: TokenReference | None
     keep_reference: bool
     correct: bool
-    exact: frozenset[int]  # windows whose whole distributions the baseline keeps
-    offsets: NDArray[np.int64] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "offsets", np.concatenate([[0], np.cumsum(self.counts)]))
+    exact: list[int]  # windows whose whole distributions the baseline keeps
 
     def compared(self, indices: list[int], device: object) -> TokenReference | None:
         """Return the baseline's distributions of a batch's tokens."""
         if self.reference is None:
             return None
-        parts = [self.reference.rows(int(self.offsets[i]), int(self.offsets[i + 1])) for i in indices]
-        return divergence.joined(parts).to(device)
+        return joined([self.reference.rows(*self.offsets[i : i + 2]) for i in indices]).to(device)
 
 
 @dataclass
@@ -134,56 +125,35 @@ class _Batch:
     scored: Tensor  # [B, T] bool
 
 
-class _Hooks:
-    """Hands the watched modules' outputs of wanted windows to their watchers, while a batch is entered."""
+@contextlib.contextmanager
+def _watched(model: ModelLike, watch: Sequence[Watch]) -> Iterator[list[int]]:
+    """Hand the watched modules' outputs of wanted windows to their watchers. Yields a list for the indices of the batch
+    in hand: while it is empty, nothing is handed over."""
+    in_hand: list[int] = []
 
-    def __init__(self, model: ModelLike, watch: Sequence[Watch]) -> None:
-        modules = dict(model.named_modules()) if watch and hasattr(model, "named_modules") else {}
-        self._watch = watch
-        self._rows: list[NDArray[np.bool_] | None] = [None] * len(watch)
-        self._handles = [
-            modules[path].register_forward_hook(self._hook(number, path))
-            for number, one in enumerate(watch)
-            for path in one.modules
-            if path in modules
-        ]
+    def hook(one: Watch, path: str, module: object, inputs: object, output: object) -> None:
+        wanted = [row for row, index in enumerate(in_hand) if index in one.windows]
+        outputs = _by_window(output, len(in_hand)) if wanted else None
+        if outputs is not None:
+            for row in wanted:
+                one.receive(path, outputs[row])
 
-    def _hook(self, number: int, path: str) -> Callable[[object, object, object], None]:
-        def hook(module: object, inputs: object, output: object) -> None:
-            rows = self._rows[number]
-            if rows is not None:
-                for outputs in _windows_of(output, rows):
-                    self._watch[number].receive(path, outputs)
-
-        return hook
-
-    def enter(self, indices: Sequence[int]) -> None:
-        wanted = [np.array([i in one.windows for i in indices]) for one in self._watch]
-        self._rows = [rows if rows.any() else None for rows in wanted]
-
-    def leave(self) -> None:
-        self._rows = [None] * len(self._watch)
-
-    def __enter__(self) -> _Hooks:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+    modules = dict(model.named_modules()) if watch and hasattr(model, "named_modules") else {}
+    with contextlib.ExitStack() as hooks:
+        for one in watch:
+            for path in sorted(modules.keys() & one.modules):
+                hooks.enter_context(modules[path].register_forward_hook(partial(hook, one, path)))
+        yield in_hand
 
 
-def _windows_of(output: object, rows: NDArray[np.bool_]) -> Iterator[Tensor]:
-    """Yield the outputs [T, F] of the wanted windows; what is not one row of tokens a window is passed over."""
+def _by_window(output: object, count: int) -> Tensor | None:
+    """Return a module's output as [count, T, F]; None where it is not one row of tokens a window."""
     tensor: Any = output[0] if isinstance(output, tuple) else output
     if not hasattr(tensor, "ndim") or not tensor.is_floating_point():
-        return
-    count = len(rows)
+        return None
     if tensor.ndim == 2 and tensor.shape[0] % count == 0 and tensor.shape[0] > count:
         tensor = tensor.reshape(count, -1, tensor.shape[-1])  # tokens of a batch in one row, as experts see them
-    if tensor.ndim != 3 or tensor.shape[0] != count:
-        return
-    for index in np.flatnonzero(rows):
-        yield tensor[index]
+    return tensor if tensor.ndim == 3 and tensor.shape[0] == count else None
 
 
 def _device_of(model: ModelLike) -> str:
@@ -195,11 +165,11 @@ def _trimmed(window: Window, task: Task) -> Window:
     """Return the window without the masked tokens at its ends."""
     if window.mask is None or not any(window.mask):
         return window
-    start = window.mask.index(1) if 1 in window.mask else 0
-    stop = len(window.mask) - (window.mask[::-1].index(1) if 1 in window.mask else 0)
-    mask = window.mask[start:stop]
-    labels = window.labels if window.labels is None or task == "seq2seq" else window.labels[start:stop]
-    return replace(window, input_ids=window.input_ids[start:stop], mask=None if all(mask) else mask, labels=labels)
+    seen = [place for place, shown in enumerate(window.mask) if shown]
+    cut = slice(seen[0], seen[-1] + 1)
+    labels = window.labels if window.labels is None or task == "seq2seq" else window.labels[cut]
+    mask = None if all(window.mask[cut]) else window.mask[cut]
+    return replace(window, input_ids=window.input_ids[cut], mask=mask, labels=labels)
 
 
 def _batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[int]]:
@@ -208,8 +178,7 @@ def _batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[int]
         shape = len(window.input_ids), len(window.labels) if window.labels is not None else 0
         by_shape.setdefault(shape, []).append(index)
     for key in sorted(by_shape, reverse=True):
-        size = max(1, batch_tokens // sum(key))
-        indices = by_shape[key]
+        size, indices = max(1, batch_tokens // sum(key)), by_shape[key]
         for start in range(0, len(indices), size):
             yield indices[start : start + size]
 
@@ -219,18 +188,16 @@ def _collate(windows: Sequence[Window], indices: list[int], task: Task, device: 
 
     rows = [windows[i] for i in indices]
     ids = torch.tensor([w.input_ids for w in rows], device=device)
+    mask = torch.tensor([w.mask or [1] * len(w.input_ids) for w in rows], device=device)
     labels = torch.tensor([w.labels if w.labels is not None else w.input_ids for w in rows], device=device)
     inputs: dict[str, Tensor] = {"input_ids": ids}
-    masked = any(w.mask is not None for w in rows)
-    if masked:
-        mask = torch.tensor([w.mask or [1] * len(w.input_ids) for w in rows], device=device)
+    if any(w.mask is not None for w in rows):
         inputs["attention_mask"] = mask
-        if task != "seq2seq":
-            labels = labels.masked_fill(mask == 0, IGNORED)
+    if task != "seq2seq":
+        labels = labels.masked_fill(mask == 0, IGNORED)
     if task == "causal":
         labels = torch.cat([labels[:, 1:], labels.new_full((len(rows), 1), IGNORED)], dim=1)
-        if masked:
-            labels = labels.masked_fill(mask == 0, IGNORED)
+        labels = labels.masked_fill(mask == 0, IGNORED)
     if task == "seq2seq":
         inputs["labels"] = labels
     return _Batch(indices, inputs, labels, labels != IGNORED)
@@ -242,12 +209,12 @@ class _LogProbs:
     def __init__(self, model: ModelLike, task: Task) -> None:
         self.model: Any = model
         self.task = task
-        self.body = getattr(model, "base_model", None)
-        self.head = getattr(model, "get_output_embeddings", lambda: None)()
+        self.body: Any = getattr(model, "base_model", None)
+        self.head: Any = getattr(model, "get_output_embeddings", lambda: None)()
         usable = task == "causal" and self.head is not None and self.body is not None and self.body is not model
         self.shortcut: bool | None = None if usable else False  # None: not yet checked
 
-    def _call(self, batch: _Batch) -> Any:
+    def _full(self, batch: _Batch) -> Any:
         inputs = dict(batch.inputs)
         if self.task == "seq2seq":
             inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=inputs.pop("labels"))
@@ -255,12 +222,16 @@ class _LogProbs:
         output = self.model(**inputs, **keywords)
         return output.logits if hasattr(output, "logits") else output[0] if isinstance(output, tuple) else output
 
-    def _hidden(self, batch: _Batch) -> Tensor:
-        assert self.body is not None
-        hidden: Tensor = self.body(**batch.inputs, use_cache=False).last_hidden_state
-        return hidden
+    def _hidden(self, batch: _Batch) -> Any:
+        return self.body(**batch.inputs, use_cache=False).last_hidden_state
 
-    def _check_shortcut(self, batch: _Batch) -> bool:
+    def choose(self, batch: _Batch) -> bool:
+        """Decide, on the first batch and before any hook is told to look, whether the shortcut serves."""
+        if self.shortcut is None:
+            self.shortcut = self._serves(batch)
+        return self.shortcut
+
+    def _serves(self, batch: _Batch) -> bool:
         """Compare both ways on one window; a model whose body has another call signature has no shortcut.
 
         Both ways are the same operations, so they give the same bits (NaN included) unless the model does something more;
@@ -272,37 +243,24 @@ class _LogProbs:
         inputs = {key: value[cut] for key, value in batch.inputs.items()}
         probe = _Batch(batch.indices[:1], inputs, batch.labels[cut], batch.scored[cut])
         try:
-            assert self.head is not None
             fast = self.head(self._hidden(probe))
         except (TypeError, AttributeError, RuntimeError):
             return False
-        full = self._call(probe)
-        if fast.shape != full.shape:
-            return False
-        fast = fast.to(full.dtype)
-        return bool(((fast == full) | (torch.isnan(fast) & torch.isnan(full))).all())
-
-    def choose(self, batch: _Batch) -> None:
-        """Decide, on the first batch and before any hook is told to look, whether the shortcut serves."""
-        if self.shortcut is None:
-            self.shortcut = self._check_shortcut(batch)
+        full = self._full(probe)
+        return fast.shape == full.shape and torch.allclose(fast.to(full.dtype), full, rtol=0, atol=0, equal_nan=True)
 
     def blocks(self, batch: _Batch) -> Iterator[tuple[int, int, Tensor]]:
         """Yield (start, stop, log-probabilities float32 [stop - start, V]) over the scored tokens, row by row."""
-        states = (self._hidden(batch) if self.shortcut else self._call(batch))[batch.scored]
+        states = (self._hidden(batch) if self.shortcut else self._full(batch))[batch.scored]
+        width = states.shape[-1]
         if self.shortcut:
-            assert self.head is not None
-            width = int(self.head.weight.shape[0]) if hasattr(self.head, "weight") else 50_000
-        else:
-            width = int(states.shape[-1])
-        step = max(1, _CHUNK_BYTES // (4 * width))
-        for start in range(0, len(states), step):
-            piece = states[start : start + step]
-            logits = self.head(piece) if self.shortcut and self.head is not None else piece
-            rows = max(1, _BLOCK_BYTES // (4 * width))
-            for first in range(0, len(piece), rows):
-                block = logits[first : first + rows].float().log_softmax(-1)
-                yield start + first, start + first + len(block), block
+            width = self.head.weight.shape[0] if hasattr(self.head, "weight") else 50_000
+        start = 0
+        for piece in states.split(max(1, _CHUNK_BYTES // (4 * width))):
+            logits = self.head(piece) if self.shortcut else piece
+            for block in logits.split(max(1, _BLOCK_BYTES // (4 * width))):
+                yield start, start + len(block), block.float().log_softmax(-1)
+                start += len(block)
 
 
 def _check_vocabulary(model: ModelLike, windows: Sequence[Window]) -> None:
@@ -323,37 +281,34 @@ def _exact_windows(counts: list[int], model: ModelLike) -> list[int]:
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     if not isinstance(size, int):
         return []
-    for wanted in range(_EXACT_WINDOWS, 0, -1):
-        picked = pick_indices(len(counts), wanted)
-        if 4 * size * sum(counts[i] for i in picked) <= _EXACT_BYTES:
-            return picked
-    return []
+    choices = (pick_indices(len(counts), wanted) for wanted in range(_EXACT_WINDOWS, 0, -1))
+    return next((picked for picked in choices if 4 * size * sum(counts[i] for i in picked) <= _EXACT_BYTES), [])
 
 
-def _score_batch(path: _LogProbs, batch: _Batch, wanted: _Wanted, hooks: _Hooks) -> Scored:
+def _score_batch(path: _LogProbs, batch: _Batch, wanted: _Wanted, in_hand: list[int]) -> Scored:
     """Run one batch and cut its tokens' figures into windows."""
     import torch
 
     sizes = [wanted.counts[i] for i in batch.indices]
     compared = wanted.compared(batch.indices, batch.labels.device)
     labels = batch.labels[batch.scored]
-    pieces: dict[str, list[Any]] = {}
+    pieces: dict[str, list[Any]] = defaultdict(list)
     whole = _Whole(batch.indices, sizes, wanted)
     for start, stop, log_probs in path.blocks(batch):
-        hooks.leave()  # the body has run: the output layer's chunks are no activations of a window
+        in_hand.clear()  # the body has run: the output layer's chunks are no activations of a window
         target = labels[start:stop]
         label_log_prob = log_probs.gather(-1, target[:, None])[:, 0]
-        pieces.setdefault("loss", []).append(-label_log_prob.double())
+        pieces["loss"].append(-label_log_prob.double())
         if wanted.correct:
             few = torch.full_like(target, divergence.TIES)
-            pieces.setdefault("correct", []).append(divergence.is_top(log_probs, label_log_prob, few))
+            pieces["correct"].append(divergence.is_top(log_probs, label_log_prob, few))
         whole.add(start, log_probs)
         if wanted.keep_reference:
-            pieces.setdefault("reference", []).append(divergence.reference_rows(log_probs, label_log_prob))
+            pieces["reference"].append(divergence.reference_rows(log_probs, label_log_prob))
         if compared is not None:
             kl, flip = divergence.coarsened_kl(compared.rows(start, stop), log_probs, target)
-            pieces.setdefault("kl", []).append(kl)
-            pieces.setdefault("flips", []).append(flip)
+            pieces["kl"].append(kl)
+            pieces["flips"].append(flip)
     return _cut(batch.indices, sizes, pieces, whole)
 
 
@@ -361,16 +316,11 @@ class _Whole:
     """The whole distributions of a few windows: kept on the baseline's side, compared with on the subject's."""
 
     def __init__(self, indices: list[int], sizes: list[int], wanted: _Wanted) -> None:
-        theirs = wanted.reference.whole if wanted.reference is not None else {}
-        ends = np.cumsum(sizes)
-        self.spans = [
-            (index, int(end) - size, int(end))
-            for index, size, end in zip(indices, sizes, ends, strict=True)
-            if index in wanted.exact or index in theirs
-        ]
-        self.theirs = theirs
-        self.kept: dict[int, list[Tensor]] = {}
-        self.kl: dict[int, float] = {}
+        self.theirs = wanted.reference.whole if wanted.reference is not None else {}
+        spans = zip(indices, accumulate(sizes, initial=0), accumulate(sizes), strict=False)
+        self.spans = [span for span in spans if span[0] in wanted.exact or span[0] in self.theirs]
+        self.kept: dict[int, list[Tensor]] = defaultdict(list)
+        self.kl: dict[int, float] = defaultdict(float)
 
     def add(self, start: int, log_probs: Tensor) -> None:
         """Take the log-probabilities [n, V] of the batch's scored tokens from `start` on."""
@@ -382,37 +332,35 @@ class _Whole:
                 continue
             rows = log_probs[low - start : high - start]
             if index not in self.theirs:
-                self.kept.setdefault(index, []).append(rows.cpu())
+                self.kept[index].append(rows.cpu())
                 continue
             old = self.theirs[index][low - first : high - first].to(rows.device).double()
-            terms = torch.where(old.exp() > 0, old.exp() * (old - rows.double()), 0.0)
-            self.kl[index] = self.kl.get(index, 0.0) + float(terms.sum())
+            self.kl[index] += float(torch.where(old.exp() > 0, old.exp() * (old - rows.double()), 0.0).sum())
 
 
 def _cut(indices: list[int], sizes: list[int], pieces: dict[str, list[Any]], whole: _Whole) -> Scored:
     """Cut a batch's figures per token into columns per window."""
     import torch
 
-    def windows(name: str) -> list[Tensor]:
-        return list(torch.split(torch.cat(pieces[name]).cpu(), sizes)) if name in pieces else []
+    def windows(parts: list[Tensor]) -> tuple[Tensor, ...]:
+        return torch.split(torch.cat(parts).cpu(), sizes) if parts else ()
 
-    kl = windows("kl")
+    loss, correct, kl, flips = (windows(pieces[name]) for name in ("loss", "correct", "kl", "flips"))
     columns: dict[str, Column] = {
         "tokens": [*sizes],
-        "loss": [float(loss.mean()) for loss in windows("loss")],
-        "correct": [float(hit.double().mean()) for hit in windows("correct")],
+        "loss": [float(values.mean()) for values in loss],
+        "correct": [float(hit.double().mean()) for hit in correct],
         "kl_sum": [float(values.sum()) for values in kl],
         "kl_max": [float(values.max()) for values in kl],
-        "flips": [int(flip.sum()) for flip in windows("flips")],
+        "flips": [int(flip.sum()) for flip in flips],
+        "kl_exact_sum": [whole.kl.get(index) for index in indices if whole.theirs],
     }
-    if whole.theirs:
-        columns["kl_exact_sum"] = [whole.kl.get(index) for index in indices]
     references = []
-    if "reference" in pieces:
-        fields = [torch.split(torch.cat([getattr(p, f) for p in pieces["reference"]]).cpu(), sizes) for f in _REFERENCE]
+    if kept := pieces["reference"]:
+        fields = (windows([getattr(part, name) for part in kept]) for name in _REFERENCE)
         for index, ids, log_probs, label in zip(indices, *fields, strict=True):
-            kept = {0: torch.cat(whole.kept[index])} if index in whole.kept else {}
-            references.append(TokenReference(ids, log_probs, label, kept))
+            exact = {0: torch.cat(whole.kept[index])} if index in whole.kept else {}
+            references.append(TokenReference(ids, log_probs, label, exact))
     filled = {name: values for name, values in columns.items() if values}
     return Scored(indices, filled, [values.numpy() for values in kl], references)
 
