@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["SafetensorsFolder"]
 
 _INDEX = "model.safetensors.index.json"
+_SHARDS = "model-*-of-*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,18 @@ class SafetensorsFolder:
         return structure_of(self.tensors(), self.layout, "file")
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Checkpoint`. Also refuses one tensor that stands in two files with different values."""
+        where: dict[str, Path] = {}
         for path in self.files():
             try:
                 with safe_open(path, framework="pt") as shard:
                     for name in shard.keys():  # noqa: SIM118 - safe_open is no mapping
-                        yield name, shard.get_tensor(name)
+                        tensor = shard.get_tensor(name)
+                        if name in where:
+                            _require_same(name, tensor, where[name], path)
+                            continue
+                        where[name] = path
+                        yield name, tensor
             except (SafetensorError, OSError) as error:
                 raise ModelLoadError(
                     f"{path} cannot be read ({first_line(error)}); it is truncated or not a safetensors file: "
@@ -50,13 +58,21 @@ class SafetensorsFolder:
                 ) from error
 
     def files(self) -> list[Path]:
-        """Return the files that hold the weights; ModelLoadError where the index is broken or names absent ones."""
+        """Return the files that hold the weights, as the loader resolves them.
+
+        Raises ModelLoadError where the index is broken, names absent files or another file than the one that holds a
+        tensor, and where the folder holds two sets of weights: which of them is read depends on the tool.
+        """
         index, single = self.folder / _INDEX, self.folder / "model.safetensors"
         if not index.is_file():
-            return [single] if single.is_file() else sorted(self.folder.glob("*.safetensors"))
+            if not single.is_file():
+                return sorted(self.folder.glob("*.safetensors"))
+            self._refuse_second_set([single], sorted(self.folder.glob(_SHARDS)))
+            return [single]
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            where = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            names = sorted(set(where.values()))
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError, ValueError) as error:
             raise ModelLoadError(
                 f"{index} cannot be read ({first_line(error)}); expected a safetensors index"
             ) from None
@@ -65,4 +81,49 @@ class SafetensorsFolder:
             raise ModelLoadError(
                 f"{self.folder} lacks {', '.join(absent[:3])}, which {_INDEX} names; copy the missing shards"
             )
-        return [self.folder / name for name in names]
+        files = [self.folder / name for name in names]
+        others = {single, *self.folder.glob(_SHARDS)} - set(files)
+        self._refuse_second_set(files, sorted(path for path in others if path.is_file()))
+        self._check_map(where, files)
+        return files
+
+    def _refuse_second_set(self, files: list[Path], others: list[Path]) -> None:
+        if others:
+            raise ModelLoadError(
+                f"{self.folder} holds two sets of weights: {_named(files)} and {_named(others)}; which is read depends on "
+                "the tool, so keep the one that ships and remove the other"
+            )
+
+    def _check_map(self, where: Mapping[str, str], files: list[Path]) -> None:
+        """Refuse an index that says of a tensor that it stands in another file than it does."""
+        held: dict[str, set[str]] = {}
+        for path in files:
+            try:
+                with safe_open(path, framework="pt") as shard:
+                    for name in shard.keys():  # noqa: SIM118 - safe_open is no mapping
+                        held.setdefault(name, set()).add(path.name)
+            except (SafetensorError, OSError):
+                continue  # reading its tensors says what is wrong with it
+        for name, file in where.items():
+            if name in held and file not in held[name]:
+                raise ModelLoadError(
+                    f"{self.folder}/{_INDEX} says that {name} is in {file}, but it is in {', '.join(sorted(held[name]))}; "
+                    "write the checkpoint again"
+                )
+
+
+def _named(files: list[Path]) -> str:
+    more = f" and {len(files) - 2} more" if len(files) > 2 else ""
+    return ", ".join(path.name for path in files[:2]) + more
+
+
+def _require_same(name: str, tensor: Tensor, first: Path, second: Path) -> None:
+    import torch
+
+    with safe_open(first, framework="pt") as shard:
+        other = shard.get_tensor(name)
+    if other.dtype != tensor.dtype or not torch.equal(other.view(torch.uint8), tensor.view(torch.uint8)):
+        raise ModelLoadError(
+            f"{name} stands in {first.name} and in {second.name} with different values; which is loaded depends on the "
+            "tool: write the checkpoint again"
+        )
