@@ -165,12 +165,10 @@ def _temporary_folder(request: Request) -> Iterator[Finding]:
         folder = tempfile.gettempdir()
         with tempfile.TemporaryFile():
             free = shutil.disk_usage(folder).free
+        if free < _FREE_BYTES:
+            raise OSError(f"{folder} has {free / 1e9:.1f} GB free, and snapshots need more")
     except OSError as error:
-        yield Finding("D009", f"temporary files cannot be written: {error}; set TMPDIR to a folder that can")
-        return
-    if free < _FREE_BYTES:
-        room = f"{folder} has {free / 1e9:.1f} GB free"
-        yield Finding("D009", f"{room}; snapshots need more: set TMPDIR to a larger disk")
+        yield Finding("D009", f"temporary files have no place: {error}; set TMPDIR to a folder on a larger disk")
 
 
 def _plugins(request: Request) -> Iterator[Finding]:

@@ -91,12 +91,10 @@ class CoreRunner:
         run = _Run(job, model, edit, edit_config or {}, config, auto)
         handler = _verbose_handler() if config.verbose else logging.NullHandler()
         try:
-            for phase in (run.prepare, run.guard_prepare, run.edit, run.guard_validate, run.eval):
-                if not run.stop:
+            for phase in (run.prepare, run.guard_prepare, run.edit, run.guard_validate, run.eval, run.finalize):
+                if not run.stop or phase == run.finalize:
                     with run.timed(phase.__name__):
                         phase()
-            with run.timed("finalize"):
-                run.finalize()
         except Exception as error:  # noqa: BLE001 - whatever ended the run, the report says so and the model is as it was
             run.fail(error)
         except BaseException:  # Ctrl-C, or an edit that calls sys.exit
@@ -134,15 +132,10 @@ class _Run:
         self.results: dict[int, dict[str, Any]] = {}  # by place: a guard may stand twice
         run_id = str(context.get("run_id") or uuid.uuid4().hex[:12])
         shown = plain({key: value for key, value in context.items() if key not in _OBJECTS})
-        event_path = config.event_path and Path(config.event_path).name
-        meta = {
-            "run_id": run_id,
-            "config": plain({**vars(config), "context": shown, "event_path": event_path}),
-            "auto": auto,
-            "warnings": [],
-            "timings": {},
-            **job.facts(str(getattr(edit, "name", type(edit).__name__))),
-        }
+        events = config.event_path and Path(config.event_path).name
+        asked = plain({**vars(config), "context": shown, "event_path": events})
+        meta = {"run_id": run_id, "config": asked, "auto": auto, "warnings": [], "timings": {}}
+        meta |= job.facts(str(getattr(edit, "name", type(edit).__name__)))
         self.report = RunReport(context=shown, meta=meta)
         self.log = EventLog(config.event_path, run_id=run_id)
 
@@ -167,13 +160,9 @@ class _Run:
         make_deterministic(self.seed)
         if hasattr(self.model, "to"):
             self.model.to(job.device)
-        report.meta.update(
-            device=job.device,
-            seeds=dict.fromkeys(("python", "numpy", "torch"), self.seed),
-            versions=library_versions(),
-            threads=thread_count(),
-            model=job.adapter.describe(self.model),
-        )
+        model, seeds = job.adapter.describe(self.model), dict.fromkeys(("python", "numpy", "torch"), self.seed)
+        report.meta |= {"device": job.device, "seeds": seeds, "versions": library_versions()}
+        report.meta |= {"threads": thread_count(), "model": model}
         if config.checkpoint_interval and not config.event_path:
             self.warn("checkpoint_interval is set without event_path: no checkpoints are written")
         if job.windows is None:
@@ -252,12 +241,8 @@ class _Run:
 
     def _ask(self, places: Sequence[int]) -> None:
         """Take the guards' results at these places, in order, up to the first that aborts."""
-        context: Context = {
-            "report": self.report,
-            "run_context": self.config.context,
-            "device": self.job.device,
-            "measurements": self.subject.guard_stats if self.subject is not None else {},
-        }
+        context: Context = {"report": self.report, "run_context": self.config.context, "device": self.job.device}
+        context["measurements"] = self.subject.guard_stats if self.subject is not None else {}
         for place in places:
             guard, failed = self.job.guards[place], self.failed.get(place)
             self.results[place] = outcome = steps.validate(self.job, guard, self.model, context, failed)

@@ -106,9 +106,8 @@ def open_job(
 
     The metric stays open until the adapter knows the checkpoint.
     """
-    if device == "auto":
-        device = str(profile_values(policy.profile).get("device", "auto"))
-    device = resolve_device(device)
+    wanted = profile_values(policy.profile).get("device", "auto") if device == "auto" else device
+    device = resolve_device(str(wanted))
     make_deterministic(policy.limits.bootstrap.seed)
     configure_guards(guards, policy.limits.guards)
     return Job(policy, registry.adapters.create(adapter), list(guards), device, tick=tick or no_tick, **facts)

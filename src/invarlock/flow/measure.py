@@ -68,13 +68,10 @@ def measure(
     windows = job.windows
     guards = {g.name: g for g in job.guards if isinstance(g, StatsGuard) and g.name != "invariants"}
     watching = [guard.watch(model, job.adapter, len(windows.all)) for guard in guards.values()]
-    source = job.source(model)
+    watch = [one for one in watching if one is not None]
+    source, keep = job.source(model), reference is None and job.policy.limits.divergence.mode != "off"
     scored = source.score(
-        windows.all,
-        reference=reference,
-        keep_reference=reference is None and job.policy.limits.divergence.mode != "off",
-        correct=job.metric.is_accuracy,
-        watch=[one for one in watching if one is not None],
+        windows.all, reference=reference, keep_reference=keep, correct=job.metric.is_accuracy, watch=watch
     )
     scores = score_all(scored, len(windows.all), lambda done, total: job.tick(f"measuring {what}", done, total))
     used = scores.reference if reference is None else reference

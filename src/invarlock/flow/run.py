@@ -266,17 +266,11 @@ def _execute(work: _Work, model: ModelLike, plan: dict[str, Any], folder: Path) 
         "progress": work.progress,
         "baseline": work.baseline,
     }
-    spike, events = chosen.eval.spike_threshold, folder / "events.jsonl"
-    runner = CoreRunner()
-    report = runner.execute(
-        model,
-        job.adapter,
-        registry.edits.create(work.edit, **plan),
-        steps.create_guards(limits.order, {name: chosen.plugin_arguments(name) for name in limits.order}),
-        RunConfig(job.device, limit, spike, event_path=events, context=context),
-        calibration_data=job.windows,
-        auto_config=chosen.auto.model_dump(),
-    )
+    edit = registry.edits.create(work.edit, **plan)
+    guards = steps.create_guards(limits.order, {name: chosen.plugin_arguments(name) for name in limits.order})
+    config = RunConfig(job.device, limit, chosen.eval.spike_threshold, folder / "events.jsonl", context=context)
+    runner, auto = CoreRunner(), chosen.auto.model_dump()
+    report = runner.execute(model, job.adapter, edit, guards, config, calibration_data=job.windows, auto_config=auto)
     work.baseline = work.baseline or runner.baseline
     if work.out_of_time() and report.status == "success" and not report.evidence:
         report.status, report.error = "failed", "stopped by --timeout before the edited model was measured"

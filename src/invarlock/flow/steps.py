@@ -83,10 +83,9 @@ def side_in_memory(job: Job, model: ModelLike, context: Context) -> Side:
 
 
 def _as_it_is(model: ModelLike, side: Side, behaviour: dict[str, Any]) -> Side:
-    if not hasattr(model, "state_dict"):
-        return replace(side, behaviour=behaviour)
     like = side.structure if side.structure.tensors else None
-    return replace(side, structure=live_structure(model, like), behaviour=behaviour)
+    structure = live_structure(model, like) if hasattr(model, "state_dict") else side.structure
+    return replace(side, structure=structure, behaviour=behaviour)
 
 
 def apply_edit(
@@ -148,13 +147,9 @@ def report(job: Job, measured: Measurement, edit: Mapping[str, Any], run_id: str
     """Return the report of one side."""
     auto = {"enabled": True, "tier": job.policy.tier, "profile": job.policy.profile}
     facts = {"run_id": run_id, "auto": auto, "warnings": list(job.notes), "timings": dict(job.timings)}
-    return RunReport(
-        meta={**facts, **job.facts(str(edit.get("name"))), **meta},
-        edit=dict(edit),
-        status="success",
-        evidence=measured.evidence.model_dump(mode="json"),
-        **text_facts(job),
-    )
+    facts |= {**job.facts(str(edit.get("name"))), **meta}
+    evidence = measured.evidence.model_dump(mode="json")
+    return RunReport(meta=facts, edit=dict(edit), status="success", evidence=evidence, **text_facts(job))
 
 
 def text_facts(job: Job) -> dict[str, Any]:

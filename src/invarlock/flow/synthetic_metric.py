@@ -41,15 +41,9 @@ def synthetic_metric(model: ModelLike, adapter: AdapterLike, device: str, seed: 
     length = min(_LENGTH, int(described.get("max_position_embeddings") or _LENGTH))
     windows = _random_windows(int(size), seed, length)
     try:
-        source = TorchSource(model, metric_of(kind).task, device=device)
-        rows = score_all(source.score(windows), len(windows))
+        rows = score_all(TorchSource(model, metric_of(kind).task, device=device).score(windows), len(windows))
     except Exception as error:  # noqa: BLE001 - the model may be anything; without data a run finishes all the same
         return {**blank, "reason": f"the model takes no token ids ({type(error).__name__}: {error})".splitlines()[0]}
-    half = len(windows) // 2
-    return {
-        **blank,
-        "preview": finite_or_none(perplexity(rows.loss[:half], rows.tokens[:half])),
-        "final": finite_or_none(perplexity(rows.loss[half:], rows.tokens[half:])),
-        "windows": len(windows),
-        "reason": "no calibration data",
-    }
+    halves = {"preview": slice(_WINDOWS // 2), "final": slice(_WINDOWS // 2, None)}
+    found = {name: finite_or_none(perplexity(rows.loss[part], rows.tokens[part])) for name, part in halves.items()}
+    return {**blank, **found, "windows": _WINDOWS, "reason": "no calibration data"}
