@@ -95,6 +95,12 @@ def _exit_codes() -> str:
     return _table(("Code", "Meaning"), EXIT_CODES.items())
 
 
+def _codes() -> str:
+    from invarlock.core.exceptions import CODES
+
+    return _table(("Code", "Exit code", "Meaning"), ((f"`{code}`", *row) for code, row in CODES.items()))
+
+
 # --- schemas
 
 
@@ -363,6 +369,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "config-schema": _config_schema,
     "doctor-codes": _doctor_codes,
     "environment": _environment,
+    "codes": _codes,
     "exceptions": _exceptions,
     "exit-codes": _exit_codes,
     "extras": _extras,
