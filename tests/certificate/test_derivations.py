@@ -16,6 +16,7 @@ import yaml
 from certificates import certify, make_cert, make_evidence
 from certification import reread
 from invarlock import __version__
+from invarlock.assurance import render_certificate_markdown
 from invarlock.certificate.derive import CURRENT, DERIVATIONS, derive
 from invarlock.certificate.reports import certificate_json
 from invarlock.certificate.schema import Recorded
@@ -264,6 +265,7 @@ def test_a_section_that_only_a_later_release_knows_is_reported(made: Document) -
     outcome = verify_certificate(later)
     assert outcome.intact
     assert any("'slices'" in note and NEXT in note for note in outcome.notes)
+    assert "slices" not in render_certificate_markdown(later)
     with pytest.raises(CertificateError, match="slices"):
         verify_certificate({**made, "slices": {}})
     with pytest.raises(CertificateError, match="gates.0.slices"):

@@ -14,11 +14,13 @@ from typing import Any
 from invarlock.certificate.figures import FIRST_ESTIMATORS, Comparison, Estimators, Figures, figures, not_evaluated
 from invarlock.certificate.gates import GATES, GateKind, Measured, all_gates, validation_of, verdict_of
 from invarlock.certificate.guards import GUARDS, judge_guards, not_measured
+from invarlock.certificate.notes import with_notes
 from invarlock.certificate.schema import (
     BaselineRef,
     Certificate,
     Confidence,
     Dataset,
+    GuardSection,
     Recorded,
     Weights,
     Windows,
@@ -29,6 +31,7 @@ from invarlock.evidence.plain import canonical_digest
 from invarlock.evidence.rows import Rows
 from invarlock.guards.base import StatsGuard
 from invarlock.guards.boundary import BUILT_IN_GUARDS
+from invarlock.guards.diagnosis import diagnose
 from invarlock.guards.sketch import Culprits, culprits
 from invarlock.policy.limits import Limits
 from invarlock.policy.resolve import Policy
@@ -48,6 +51,8 @@ class Rules:
     estimators: Estimators
     gates: tuple[GateKind, ...]
     judges: Mapping[str, StatsGuard]
+    diagnose: Callable[[list[dict[str, Any]]], Culprits]
+    notes: Callable[[Mapping[str, GuardSection], Recorded, Figures], dict[str, GuardSection]]
     run_id: Callable[[Recorded], str]
     tiers_digest: Callable[[Policy], str | None]
     one_spelling: bool
@@ -79,6 +84,8 @@ DERIVATIONS: Mapping[int, Rules] = {
         FIRST_ESTIMATORS,
         GATES,
         GUARDS,
+        culprits,
+        notes=lambda sections, r, found: dict(sections),
         run_id=_first_run_id,
         tiers_digest=lambda policy: _TIERS_TEXT.get(policy.tiers_version),
         one_spelling=False,
@@ -87,6 +94,8 @@ DERIVATIONS: Mapping[int, Rules] = {
         FIRST_ESTIMATORS,
         GATES,
         GUARDS,
+        diagnose,
+        notes=with_notes,
         run_id=_run_id,
         tiers_digest=lambda policy: policy.tiers_digest,
         one_spelling=True,
@@ -116,8 +125,8 @@ def derive(r: Recorded) -> Certificate:
         if rows is not None
         else Figures(not_evaluated(metric, limits, r.primary_metric.reason))
     )
-    sections = judge_guards(r, rules.judges)
-    changed = culprits(r.weights.changes) if r.weights.changes else None
+    sections = rules.notes(judge_guards(r, rules.judges), r, found)
+    changed = rules.diagnose(r.weights.changes) if r.weights.changes else None
     counts = _window_counts(r)
     measured = Measured(
         limits=limits,

@@ -31,6 +31,7 @@ from invarlock.evidence.model import Evidence
 from invarlock.evidence.plain import canonical
 from invarlock.evidence.rows import pair_rows
 from invarlock.guards.boundary import BUILT_IN_GUARDS
+from invarlock.guards.diagnosis import mark_shifts
 from invarlock.guards.sketch import compare_all
 from invarlock.policy.resolve import Policy, resolve_recorded
 
@@ -88,7 +89,7 @@ def record(report: Report, baseline: Report) -> Recorded:
         policy_provenance=policy.provenance(),
         provenance=_provenance(meta, reference, subject),
         data=subject.data,
-        weights=WeightsRecord(changes=[] if refused else compare_all(reference.sketches, subject.sketches, families)),
+        weights=WeightsRecord(changes=[] if refused else _changes(reference, subject, families)),
         evaluation_windows={
             split: pair_rows(getattr(subject if refused else reference, split), getattr(subject, split), split)
             for split in ("preview", "final")
@@ -96,6 +97,13 @@ def record(report: Report, baseline: Report) -> Recorded:
     )
     # what follows is derived from what a reader will find
     return Recorded.model_validate(canonical(recorded.model_dump(mode="json")))
+
+
+def _changes(baseline: Evidence, subject: Evidence, families: Mapping[str, str]) -> list[dict[str, Any]]:
+    rows = compare_all(baseline.sketches, subject.sketches, families)
+    lengths = {t.name: t.shape[0] for t in baseline.structure.tensors if len(t.shape) == 1}
+    mark_shifts(rows, baseline.sketches, subject.sketches, lengths)
+    return rows
 
 
 def _plain(report: Report) -> dict[str, Any]:

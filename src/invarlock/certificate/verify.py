@@ -36,6 +36,7 @@ __all__ = [
     "Step",
     "Tolerance",
     "Verification",
+    "parse_certificate",
     "validate_certificate",
     "verify_certificate",
 ]
@@ -141,9 +142,11 @@ def _known_part(certificate: Mapping[str, Any]) -> tuple[dict[str, Any], list[st
     return {key: value for key, value in certificate.items() if key not in unknown}, unknown
 
 
-def _parse(certificate: Mapping[str, Any]) -> Certificate:
+def parse_certificate(certificate: Mapping[str, Any]) -> Certificate:
+    """Return the typed certificate, without sections of a later release. Raises CertificateError with the first place that
+    does not follow the schema."""
     try:
-        return Certificate.model_validate(certificate)
+        return Certificate.model_validate(_known_part(certificate)[0])
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the top level"
@@ -153,7 +156,7 @@ def _parse(certificate: Mapping[str, Any]) -> Certificate:
 
 def validate_certificate(certificate: Mapping[str, Any]) -> None:
     """Check the schema. Returns None; raises CertificateError with the first place that does not follow it."""
-    _parse(_known_part(certificate)[0])
+    parse_certificate(certificate)
 
 
 @dataclass(frozen=True)
@@ -371,8 +374,8 @@ def verify_certificate(
     """
     if not 0.0 <= tolerance < 1e-3:
         raise CertificateError(f"tolerance is {tolerance}; expected at least 0 and below 0.001 (relative)")
+    parsed = parse_certificate(certificate)  # 1
     given, unknown = _known_part(certificate)
-    parsed = _parse(given)  # 1
     rules = rules_of(parsed.derivation)
     done, notes = ["schema"], list(_notes(parsed, unknown))
     try:
@@ -398,5 +401,5 @@ def _notes(c: Certificate, unknown: list[str]) -> Iterator[str]:
     if c.policy_provenance.get("custom"):
         yield "the limits are custom: not the packaged ones but those that the certificate embeds (policy_provenance.custom)"
     if (c.derivation, c.meta.tool_version) != (CURRENT, __version__):
-        made = f"{c.meta.tool_version} by derivation {c.derivation or 1}"
-        yield f"made by release {made}: numbers, names, decisions and codes were derived again, sentences were not"
+        made = f"release {c.meta.tool_version}, derivation {c.derivation or 1}"
+        yield f"made by {made}: numbers, names, decisions and codes were derived again; sentences were not compared"

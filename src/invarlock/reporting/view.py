@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from invarlock.certificate.schema import Certificate, Gate, GateDecision, GuardSection, PluginGuardSection, Status
-from invarlock.certificate.verify import validate_certificate
+from invarlock.certificate.verify import parse_certificate
 from invarlock.guards.boundary import BUILT_IN_GUARDS
 from invarlock.reporting.wording import (
     DECISIONS,
@@ -138,8 +138,7 @@ class View:
 
 def parse(certificate: Mapping[str, Any]) -> Certificate:
     """Return the typed certificate. Raises CertificateError where it does not follow the schema."""
-    validate_certificate(certificate)
-    return Certificate.model_validate(dict(certificate))
+    return parse_certificate(certificate)
 
 
 def view(c: Certificate) -> View:
