@@ -70,10 +70,13 @@ def coarsened_kl(
     """
     import torch
 
-    ids = reference.ids.long()
-    picked = log_probs.gather(-1, ids)
+    ids, theirs = reference.ids.long(), reference.log_probs
+    foreign = ids >= log_probs.shape[-1]  # a subject with a shorter vocabulary: what it has no id for counts as tail
+    picked = log_probs.gather(-1, ids.masked_fill(foreign, 0))
+    if bool(foreign.any()):
+        picked, theirs = (x.masked_fill(foreign, -torch.inf) for x in (picked, theirs))
     apart = (ids != labels[:, None]).all(-1)
-    p = _cells(reference.log_probs, reference.label_log_prob, apart)
+    p = _cells(theirs, reference.label_log_prob, apart)
     q = _cells(picked, log_probs.gather(-1, labels[:, None])[:, 0], apart)
     terms = torch.where(p > 0, p * (p / q.clamp_min(1e-300)).log(), 0.0)
     kl = torch.where(torch.isnan(q).any(-1), torch.nan, terms.sum(-1).clamp_min(0.0))

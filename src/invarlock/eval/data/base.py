@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -143,16 +144,25 @@ class Provider(ABC):
         Raises `DataError` for impossible counts and for too little text, with the counts that would fit.
         """
         request = _Request(preview_n, final_n, seq_len, seq_len if stride is None else stride, seed)
-        documents = self._rows(tokenizer, request, split or self.split)
-        if request.stride < request.seq_len and preview_n and final_n:
-            chosen = _deal_by_document(documents, request)
-        else:
-            pool = _deal(documents, request.total)
-            if len(pool) < request.total:
-                raise _too_little(pool, request, len(pool) / request.total)
-            pool.sort(key=lambda row: row.key)
-            chosen = pool[:preview_n], pool[preview_n:]
-        return _pack(chosen[0]), _pack(chosen[1])
+        apart = request.stride < request.seq_len and preview_n > 0 and final_n > 0
+        counts = (preview_n, final_n) if apart else (request.total, 0)
+        preview, final = _deal(self._rows(tokenizer, request, split or self.split), *counts)
+        fits = min(len(rows) / count for rows, count in zip((preview, final), counts, strict=True) if count)
+        if fits < 1:
+            raise _too_little(preview + final, request, fits)
+        if not apart:
+            pool = sorted(preview, key=lambda row: row.key)
+            preview, final = pool[:preview_n], pool[preview_n:]
+        return _pack(preview), _pack(final)
+
+    def _usable(self, what: str, items: Sequence[_T], content: Callable[[_T], tuple[str, ...]]) -> list[_T]:
+        """Leave out what has no text and, under INVARLOCK_DEDUP_TEXTS, what repeats another one's."""
+        kept = [item for item in items if all(text.strip() for text in content(item))]
+        if not kept:
+            raise DataError(f"the data set is empty: got no {what} from provider '{self.name}', expected at least one")
+        if settings.flag("INVARLOCK_DEDUP_TEXTS"):
+            kept = list({content(item): item for item in reversed(kept)}.values())
+        return kept
 
 
 class TextProvider(Provider):
@@ -165,13 +175,8 @@ class TextProvider(Provider):
         """All documents of a split (None: the default one). Raises `DataError` where there are none to be had."""
 
     def _rows(self, tokenizer: Tokenizer, request: _Request, split: str | None) -> Iterator[list[_Window]]:
-        texts = [document for document in self.documents(split) if document.text.strip()]
-        if not texts:
-            raise DataError(f"the data set is empty: got no text from provider '{self.name}', expected at least one")
-        if settings.flag("INVARLOCK_DEDUP_TEXTS"):
-            texts = list({document.text: document for document in reversed(texts)}.values())
-        texts.sort(key=lambda document: request.key(document.document_id))
-        for batch in _batches(texts):
+        texts = self._usable("text", self.documents(split), lambda document: (document.text,))
+        for batch in _batches(sorted(texts, key=lambda document: request.key(document.document_id))):
             encoded = tokenizer([document.text for document in batch], add_special_tokens=False, verbose=False)
             for document, ids in zip(batch, encoded["input_ids"], strict=True):
                 yield _cut(document.document_id, ids, request)
@@ -191,14 +196,9 @@ class PairProvider(Provider):
         """All pairs of a split (None: the default one). Raises `DataError` where there are none to be had."""
 
     def _rows(self, tokenizer: Tokenizer, request: _Request, split: str | None) -> Iterator[list[_Window]]:
-        pairs = [pair for pair in self.pairs(split) if pair.source.strip() and pair.target.strip()]
-        if not pairs:
-            raise DataError(f"the data set is empty: got no pair from provider '{self.name}', expected at least one")
-        if settings.flag("INVARLOCK_DEDUP_TEXTS"):
-            pairs = list({(pair.source, pair.target): pair for pair in reversed(pairs)}.values())
-        groups: dict[str, list[Pair]] = {}
-        for pair in pairs:
-            groups.setdefault(pair.document_id, []).append(pair)
+        groups: dict[str, list[Pair]] = defaultdict(list)
+        for pair in self._usable("pair", self.pairs(split), lambda pair: (pair.source, pair.target)):
+            groups[pair.document_id].append(pair)
         for batch in _batches(sorted(groups, key=request.key)):
             flat = [pair for document_id in batch for pair in groups[document_id]]
             limits = {"truncation": True, "max_length": request.seq_len, "verbose": False}
@@ -218,10 +218,10 @@ def provider_digest(preview: EvaluationWindow, final: EvaluationWindow) -> str:
     digest = hashlib.sha256()
     for name, window in (("preview", preview), ("final", final)):
         digest.update(f"{name}\x1f{len(window)}\x1e".encode())
-        labels: Iterable[list[int] | None] = window.labels or [None] * len(window)
+        labels: list[list[int]] = window.labels or [[]] * len(window)
         for row in zip(window.window_ids, window.document_ids, window.input_ids, labels, strict=True):
             digest.update(f"{row[0]}\x1f{row[1]}\x1f".encode("utf-8", "surrogatepass"))
-            digest.update(_token_bytes(row[2]) + b"\x1f" + _token_bytes(row[3] or []) + b"\x1e")
+            digest.update(_token_bytes(row[2]) + b"\x1f" + _token_bytes(row[3]) + b"\x1e")
     return digest.hexdigest()
 
 
@@ -259,53 +259,28 @@ def _rank(rows: list[_Window], seq_len: int = 0) -> list[_Window]:
     return [row._replace(rank=rank) for rank, row in enumerate(ordered)]
 
 
-def _first_rounds(pool: list[_Window], count: int) -> list[_Window]:
-    return sorted(pool, key=lambda row: (row.rank, row.key))[:count]
+def _deal(documents: Iterable[list[_Window]], preview_n: int, final_n: int) -> list[list[_Window]]:
+    """Deal documents to two sets in proportion to the counts: up to so many windows from as many documents as there are.
 
-
-def _deal(documents: Iterable[list[_Window]], count: int) -> list[_Window]:
-    """Up to `count` windows from as many documents as there are; reads no further once each has its own, or, under
-    INVARLOCK_CAPACITY_FAST, once there are enough."""
-    fast = settings.flag("INVARLOCK_CAPACITY_FAST")
-    pool: list[_Window] = []
-    used = 0
-    for rows in documents:
-        pool += rows
-        used += bool(rows)
-        if used >= count or (fast and len(pool) >= count):
-            break
-    return _first_rounds(pool, count)
-
-
-def _deal_by_document(documents: Iterable[list[_Window]], request: _Request) -> tuple[list[_Window], list[_Window]]:
-    """Like `_deal`, but a document serves preview or final and never both, in proportion to the counts."""
-    fast = settings.flag("INVARLOCK_CAPACITY_FAST")
+    A document serves one set and never both. Reads no further once each window has a document of its own or, under
+    INVARLOCK_CAPACITY_FAST, once there are enough.
+    """
+    fast, total = settings.flag("INVARLOCK_CAPACITY_FAST"), preview_n + final_n
     pools: tuple[list[_Window], list[_Window]] = ([], [])
-    used = 0
-    for rows in documents:
-        if not rows:
-            continue
-        turn_of_preview = (used + 1) * request.preview_n // request.total > used * request.preview_n // request.total
+    for used, rows in enumerate(filter(None, documents), start=1):
+        turn_of_preview = used * preview_n // total > (used - 1) * preview_n // total
         pools[0 if turn_of_preview else 1].extend(rows)
-        used += 1
-        enough = len(pools[0]) >= request.preview_n and len(pools[1]) >= request.final_n
-        if used >= request.total or (fast and enough):
+        if used >= total or (fast and len(pools[0]) >= preview_n and len(pools[1]) >= final_n):
             break
-    preview = _first_rounds(pools[0], request.preview_n)
-    final = _first_rounds(pools[1], request.final_n)
-    if len(preview) < request.preview_n or len(final) < request.final_n:
-        fits = min(len(preview) / request.preview_n, len(final) / request.final_n)
-        raise _too_little(preview + final, request, fits)
-    return preview, final
+    counts = zip(pools, (preview_n, final_n), strict=True)
+    return [sorted(pool, key=lambda row: (row.rank, row.key))[:count] for pool, count in counts]
 
 
 def _too_little(rows: list[_Window], request: _Request, fits: float) -> DataError:
     """`fits` is the part of the requested counts that the rows would serve, in [0, 1)."""
     preview_fits, final_fits = int(request.preview_n * fits), int(request.final_n * fits)
-    if preview_fits + final_fits:
-        advice = f"ask for preview_n={preview_fits} and final_n={final_fits}, a shorter seq_len, or give more text"
-    else:
-        advice = "give more text"
+    fewer = f"ask for preview_n={preview_fits} and final_n={final_fits}, a shorter seq_len, or "
+    advice = (fewer if preview_fits + final_fits else "") + "give more text"
     documents = len({row.document_id for row in rows})
     return TooLittleTextError(
         f"too little text: got {len(rows)} windows from {documents} documents, expected {request.total} "
@@ -317,9 +292,9 @@ def _too_little(rows: list[_Window], request: _Request, fits: float) -> DataErro
 def _pack(rows: list[_Window]) -> EvaluationWindow:
     labels = [row.labels for row in rows if row.labels is not None]
     return EvaluationWindow(
-        input_ids=[row.input_ids for row in rows],
-        attention_masks=[[1] * len(row.input_ids) for row in rows],
-        window_ids=[row.window_id for row in rows],
-        document_ids=[row.document_id for row in rows],
-        labels=labels if rows and len(labels) == len(rows) else None,
+        [row.input_ids for row in rows],
+        [[1] * len(row.input_ids) for row in rows],
+        [row.window_id for row in rows],
+        [row.document_id for row in rows],
+        labels if rows and len(labels) == len(rows) else None,
     )

@@ -6,6 +6,7 @@ Nothing is downloaded unless the network is allowed; local folders and data sets
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -29,11 +30,14 @@ class _HubData(Provider):
     dataset_name: str | None = None
     config_name: str | None = None
 
-    def _load(self, split: str | None) -> tuple[str, Dataset]:
+    def _texts(self, split: str | None, *fields: str) -> Iterator[tuple[str, ...]]:
+        """Yield, row by row, its id and the texts under `fields`."""
         if not self.dataset_name:
             raise ConfigError(f"dataset provider '{self.name}' needs 'dataset_name': give a hub id or a local folder")
         found, rows = load_split(self.dataset_name, self.config_name, split or self.split)
-        return f"{Path(self.dataset_name).name}:{found}", rows
+        name = f"{Path(self.dataset_name).name}:{found}"
+        ids = (f"{name}:{i}" for i in range(len(rows)))
+        return zip(ids, *(_column(rows, field, name) for field in fields), strict=True)
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,7 @@ class HFTextProvider(_HubData, TextProvider):
     text_field: str = "text"
 
     def documents(self, split: str | None = None) -> list[Document]:
-        name, rows = self._load(split)
-        return [Document(f"{name}:{i}", text) for i, text in enumerate(_column(rows, self.text_field, name))]
+        return [Document(where, text) for where, text in self._texts(split, self.text_field)]
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,8 @@ class HFSeq2SeqProvider(_HubData, PairProvider):
     tgt_field: str = "target"
 
     def pairs(self, split: str | None = None) -> list[Pair]:
-        name, rows = self._load(split)
-        columns = zip(_column(rows, self.src_field, name), _column(rows, self.tgt_field, name), strict=True)
-        return [Pair(f"{name}:{i}", f"{name}:{i}", source, target) for i, (source, target) in enumerate(columns)]
+        texts = self._texts(split, self.src_field, self.tgt_field)
+        return [Pair(where, where, source, target) for where, source, target in texts]
 
 
 def load_split(dataset_name: str, config_name: str | None, split: str | None) -> tuple[str, Dataset]:

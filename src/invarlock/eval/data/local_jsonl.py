@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from invarlock.core.exceptions import DataError
 from invarlock.eval.data.base import Document, Pair, PairProvider, Provider, TextProvider
@@ -33,20 +33,17 @@ class _LocalFiles(Provider):
         if len(given) != 1:
             raise DataError(f"got {len(given)} of file, path and data_files for '{self.name}', expected exactly one")
         patterns = given[0] if isinstance(given[0], list | tuple) else [given[0]]
-        paths: list[Path] = []
+        found: dict[Path, None] = {}
         for pattern in [os.fspath(value) for value in patterns]:
-            if Path(pattern).is_dir():
-                found = sorted(Path(pattern).glob("*.jsonl"))
-            else:
-                found = [Path(pattern)] if Path(pattern).exists() else sorted(map(Path, glob.glob(pattern)))
-            if not found:
+            path = Path(pattern)
+            here = path.glob("*.jsonl") if path.is_dir() else [path] if path.exists() else map(Path, glob.glob(pattern))
+            if not (paths := sorted(here)):
                 raise DataError(f"no data file at '{pattern}': got nothing there, expected a .jsonl or .txt file")
-            paths += found
-        paths = list(dict.fromkeys(paths))
-        if len({path.name for path in paths}) == len(paths):
-            return {path.name: path for path in paths}
-        common = Path(os.path.commonpath([path.absolute() for path in paths]))
-        return {path.absolute().relative_to(common).as_posix(): path for path in paths}
+            found |= dict.fromkeys(paths)
+        if len({path.name for path in found}) == len(found):
+            return {path.name: path for path in found}
+        common = Path(os.path.commonpath([path.absolute() for path in found]))
+        return {path.absolute().relative_to(common).as_posix(): path for path in found}
 
 
 @dataclass(frozen=True)
@@ -62,9 +59,8 @@ class LocalJsonlProvider(_LocalFiles, TextProvider):
         for name, path in self._files().items():
             if path.suffix == ".txt":
                 documents.append(Document(name, "".join(text for _, text in _lines(name, path))))
-                continue
-            for number, record in _records(name, path):
-                documents.append(Document(f"{name}:{number}", _field(record, self.text_field, name, number)))
+            else:
+                documents += [Document(where, text) for where, text in _records(name, path, self.text_field)]
         return documents
 
 
@@ -78,13 +74,11 @@ class LocalJsonlPairsProvider(_LocalFiles, PairProvider):
     tgt_field: str = "target"
 
     def pairs(self, split: str | None = None) -> list[Pair]:
-        pairs = []
-        for name, path in self._files().items():
-            for number, record in _records(name, path):
-                source = _field(record, self.src_field, name, number)
-                target = _field(record, self.tgt_field, name, number)
-                pairs.append(Pair(f"{name}:{number}", f"{name}:{number}", source, target))
-        return pairs
+        return [
+            Pair(where, where, source, target)
+            for name, path in self._files().items()
+            for where, source, target in _records(name, path, self.src_field, self.tgt_field)
+        ]
 
 
 def _lines(name: str, path: Path) -> Iterator[tuple[int, str]]:
@@ -101,7 +95,8 @@ def _lines(name: str, path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"cannot read {name}: {error.strerror or error}") from error
 
 
-def _records(name: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _records(name: str, path: Path, *fields: str) -> Iterator[list[str]]:
+    """Yield `name:line` and the texts under `fields` of every line that is not blank."""
     for number, line in _lines(name, path):
         if not line.strip():
             continue
@@ -113,14 +108,12 @@ def _records(name: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             ) from error
         if not isinstance(record, dict):
             raise DataError(f"{name} line {number}: got a JSON {type(record).__name__}, expected an object")
-        yield number, record
-
-
-def _field(record: dict[str, Any], field: str, name: str, number: int) -> str:
-    if field not in record:
-        there = ", ".join(map(repr, record)) or "none"
-        raise DataError(f"{name} line {number} has no field '{field}': got fields {there}; name the one to read")
-    value = record[field]
-    if not isinstance(value, str):
-        raise DataError(f"{name} line {number}: field '{field}' is {type(value).__name__}, expected text")
-    return value
+        for field in fields:
+            if field not in record:
+                raise DataError(
+                    f"{name} line {number} has no field '{field}': got fields {', '.join(map(repr, record)) or 'none'}; "
+                    "name the one to read"
+                )
+            if not isinstance(value := record[field], str):
+                raise DataError(f"{name} line {number}: field '{field}' is {type(value).__name__}, expected text")
+        yield [f"{name}:{number}", *(record[field] for field in fields)]

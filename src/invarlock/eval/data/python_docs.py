@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 from typing import ClassVar
 
 from invarlock.core.exceptions import DataError
@@ -68,12 +67,9 @@ def _read(split: str) -> tuple[Document, ...]:
     def wanted(document_id: str) -> bool:
         return split in ("all", split_of(document_id))
 
-    documents = [*_topics(), *_builtin_modules()]
-    documents = [document for document in documents if wanted(document.document_id)]
-    for document_id, path in _sources():
-        if wanted(document_id) and (text := _docstrings(path)):
-            documents.append(Document(document_id, text))
-    return tuple(documents)
+    ready = [document for document in (*_topics(), *_builtin_modules()) if wanted(document.document_id)]
+    read = (Document(document_id, _docstrings(path)) for document_id, path in _sources() if wanted(document_id))
+    return (*ready, *(document for document in read if document.text))
 
 
 def _topics() -> Iterator[Document]:
@@ -90,15 +86,13 @@ def _builtin_modules() -> Iterator[Document]:
     for name in sorted(sys.builtin_module_names):
         module = importlib.import_module(name)
         found: dict[str, None] = {}
-        types = [value for _, value in sorted(vars(module).items()) if isinstance(value, type)]
-        holders: list[ModuleType | type] = [module, *types]
-        for holder in holders:
-            found.update(dict.fromkeys(_members_docs(holder)))
+        for holder in (module, *(value for _, value in sorted(vars(module).items()) if isinstance(value, type))):
+            found |= dict.fromkeys(_members_docs(holder))
         if found:
             yield Document(f"module:{name}", "\n\n".join(found))
 
 
-def _members_docs(holder: ModuleType | type) -> Iterator[str]:
+def _members_docs(holder: object) -> Iterator[str]:
     for value in (holder, *(value for _, value in sorted(vars(holder).items()))):
         text = getattr(value, "__doc__", None)
         # An instance repeats its class's documentation; only what documents itself counts.
@@ -127,8 +121,7 @@ def _docstrings(path: Path) -> str:
 
 
 def _walk(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
-    text = ast.get_docstring(node)
-    if text:
+    if text := ast.get_docstring(node):
         yield text
     for child in node.body:
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

@@ -45,9 +45,8 @@ class SyntheticProvider(TextProvider):
     def documents(self, split: str | None = None) -> list[Document]:
         _check(self.name, count=self.count, sentences=self.sentences)
         prefix = f"synthetic:{split or self.split or 'test'}"
-        return [
-            Document(f"{prefix}:{i}", " ".join(_sentences(f"{prefix}:{i}", self.sentences))) for i in range(self.count)
-        ]
+        keys = (f"{prefix}:{i}" for i in range(self.count))
+        return [Document(key, " ".join(_sentences(key, self.sentences))) for key in keys]
 
 
 @dataclass(frozen=True)
@@ -70,12 +69,9 @@ class SyntheticSeq2SeqProvider(PairProvider):
         if self.task == "continue":
             return list(self._continuations(split))
         if self.task == "reverse":
-            prefix = f"reverse:{split or self.split or 'test'}"
-            sentences = [next(_sentences(f"{prefix}:{i}", 1)) for i in range(self.count)]
-            return [
-                Pair(f"{prefix}:{i}", f"{prefix}:{i}", text, " ".join(reversed(text.split())))
-                for i, text in enumerate(sentences)
-            ]
+            keys = [f"reverse:{split or self.split or 'test'}:{i}" for i in range(self.count)]
+            texts = [next(_sentences(key, 1)) for key in keys]
+            return [Pair(key, key, text, " ".join(text.split()[::-1])) for key, text in zip(keys, texts, strict=True)]
         raise ConfigError(f"got task '{self.task}' for dataset provider 'seq2seq', expected 'continue' or 'reverse'")
 
     def _continuations(self, split: str | None) -> Iterator[Pair]:
@@ -83,10 +79,8 @@ class SyntheticSeq2SeqProvider(PairProvider):
             words = document.text.split(" ")
             half = self.words // 2
             for start in range(0, len(words) - self.words + 1, 2 * half):
-                source, target = words[start : start + half], words[start + half : start + 2 * half]
-                yield Pair(
-                    f"{document.document_id}:{start}", document.document_id, " ".join(source), " " + " ".join(target)
-                )
+                source, target = (" ".join(words[at : at + half]) for at in (start, start + half))
+                yield Pair(f"{document.document_id}:{start}", document.document_id, source, f" {target}")
 
 
 def _check(name: str, **sizes: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -52,17 +52,13 @@ def _articles(split: str, rows: Iterable[str]) -> list[Document]:
     documents: list[Document] = []
     title, start = "", 0
     for i in [*(i for i in range(len(lines)) if _is_title(lines, i)), len(lines)]:
-        text = "".join(lines[start:i]).strip()
-        if text:
+        if text := "".join(lines[start:i]).strip():
             documents.append(Document(f"{split}:{len(documents)}:{title}", text))
         if i < len(lines) and (match := _TITLE.fullmatch(lines[i])):
             title, start = match.group(1), i
     return documents
 
 
-def _is_title(lines: Sequence[str], i: int) -> bool:
-    return (
-        _TITLE.fullmatch(lines[i]) is not None
-        and (i == 0 or not lines[i - 1].strip())
-        and (i + 1 == len(lines) or not lines[i + 1].strip())
-    )
+def _is_title(lines: list[str], i: int) -> bool:
+    beside = lines[max(i - 1, 0) : i] + lines[i + 1 : i + 2]
+    return _TITLE.fullmatch(lines[i]) is not None and not any(line.strip() for line in beside)
