@@ -21,10 +21,11 @@ from invarlock.core import registry
 from invarlock.core.api import GuardWithPrepare, RunReport
 from invarlock.core.events import EventLog
 from invarlock.core.exceptions import CheckpointDamagedError, ConfigError, PairingError
+from invarlock.core.registry import nearest
 from invarlock.evidence.reference import TokenReference
 from invarlock.evidence.windows import WindowBatches
 from invarlock.flow import steps
-from invarlock.flow.job import Job, Tick, open_job, resolved_metric
+from invarlock.flow.job import INTENTS, Job, Tick, open_job, resolved_metric
 from invarlock.flow.measure import Measurement, files_only, measure
 from invarlock.flow.run_folder import find_report
 from invarlock.flow.sampling import cut_windows, reuse_windows
@@ -35,6 +36,8 @@ from invarlock.policy.resolve import resolve_policy
 __all__ = ["CertifyOutcome", "CertifyRequest", "certify", "find_report"]
 
 _REFUSED = "the subject was refused before evaluation because of what its files hold"
+_HOW_TO_ASK = "; where it was built differently on purpose, certify it with --intent restructure"
+_REBUILT = ("tensor_missing", "tensor_unexpected", "tensor_shape", "E002")
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,10 @@ class CertifyRequest:
     out: Path = Path("runs")
 
     def __post_init__(self) -> None:
-        if self.intent not in ("preserve", "finetune"):
-            raise ConfigError(f"intent is {self.intent!r}; expected preserve or finetune")
+        if self.intent not in INTENTS:
+            raise ConfigError(
+                f"intent is {self.intent!r}{nearest(self.intent, INTENTS)}; expected {' or '.join(INTENTS)}"
+            )
         if (self.baseline is None) == (self.baseline_report is None):
             got = "neither" if self.baseline is None else "both"
             raise ConfigError(f"got {got} of --baseline and --baseline-report; expected exactly one of the two")
@@ -167,13 +172,23 @@ def _refuse(job: Job, request: CertifyRequest, source: _Source, subject: Side) -
     old, new = (guard.stats_from(side.structure, side.behaviour, *side.tokenizer_facts) for side in sides)
     findings = guard.pair(old, new)["findings"]
     foreign = [f for f in findings if f["code"] == "E002"]
-    if foreign and job.policy.limits.sample.shortfall == "stop":
+    if foreign and job.policy.limits.sample.shortfall == "stop" and job.intent != "restructure":
         raise PairingError(foreign[0]["message"] + "; put the baseline's tokenizer beside the subject", code="E002")
-    if not any(f["group"] == "structure" or f["code"] in ("E002", "vocabulary_size") for f in findings):
+    if not any(_refuses(f, subject, job.intent) for f in findings):
         return None
     left, right = (Measurement(files_only(job, side)) for side in sides)
-    report = steps.report(job, right, request.edit_facts, f"edited-{job.stamp}", refused=_REFUSED)
+    rebuilt = any(f["code"] in _REBUILT for f in findings) and job.intent != "restructure"
+    why = _REFUSED + (_HOW_TO_ASK if rebuilt else "")
+    report = steps.report(job, right, request.edit_facts, f"edited-{job.stamp}", refused=why)
     return make_certificate(report, steps.report(job, left, steps.NOOP, None))
+
+
+def _refuses(finding: Mapping[str, Any], subject: Side, intent: str) -> bool:
+    """Whether a finding on files alone ends the certification; what was built differently on purpose does not."""
+    if intent == "restructure":
+        broken = {*subject.structure.missing, *(line.split(":")[0] for line in subject.structure.misshapen)}
+        return finding["code"] == "non_finite" or finding["tensor"] in broken
+    return finding["group"] == "structure" or finding["code"] in ("E002", "vocabulary_size")
 
 
 def _measure_baseline(job: Job, request: CertifyRequest, source: _Source) -> None:

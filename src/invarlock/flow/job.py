@@ -21,8 +21,10 @@ from invarlock.evidence.windows import Window, Windows
 from invarlock.guards.base import StatsGuard, configure_guards
 from invarlock.policy.resolve import ResolvedPolicy, profile_values
 
-__all__ = ["Job", "Tick", "no_tick", "open_job", "resolved_metric"]
+__all__ = ["INTENTS", "Job", "Tick", "no_tick", "open_job", "resolved_metric"]
 
+#: what the subject is meant to be: the same function; another one; the same function, built differently
+INTENTS = ("preserve", "finetune", "restructure")
 Tick = Callable[[str, int, int], None]  # what is being done, how much of it, out of how much
 
 
