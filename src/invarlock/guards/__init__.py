@@ -13,12 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["InvariantsGuard", "RMTGuard", "SpectralGuard", "VarianceGuard"]
 
-_HOMES = {
-    "InvariantsGuard": "invarlock.guards.invariants",
-    "RMTGuard": "invarlock.guards.rmt",
-    "SpectralGuard": "invarlock.guards.spectral",
-    "VarianceGuard": "invarlock.guards.variance",
-}
+_HOMES = {name: f"invarlock.guards.{name.removesuffix('Guard').lower()}" for name in __all__}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 from invarlock.core.api import AdapterLike, ModelLike
 from invarlock.guards.families import classify, is_expert_stack
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 __all__ = ["watched_modules"]
 
@@ -27,16 +30,14 @@ def watched_modules(model: ModelLike, adapter: AdapterLike | None = None) -> dic
         kind, weight = type(module).__name__, getattr(module, "weight", None)
         embeds = kind == "Embedding" and weight is embedding  # T5 reads a shared weight through other modules
         linear = ("Linear" in kind or kind == "Conv1D") and not _SINGLE_EXPERT.search(path)
-        if module is head or not (linear or embeds or _holds_experts(path, module)):
-            continue
-        name = f"{path}.weight"
-        family = classify(name, tuple(getattr(weight, "shape", ())))[0]
-        found[path] = overrides.get(name) or overrides.get(path) or family
+        if module is not head and (linear or embeds or _holds_experts(path, module)):
+            name = f"{path}.weight"
+            family = overrides.get(name) or overrides.get(path)
+            found[path] = family or classify(name, tuple(getattr(weight, "shape", ())))[0]
     return found
 
 
-def _holds_experts(path: str, module: Any) -> bool:
+def _holds_experts(path: str, module: Module) -> bool:
     """Say whether the output of a module is that of all its experts together."""
-    if type(getattr(module, "experts", None)).__name__ == "ModuleList":
-        return True
-    return any(is_expert_stack(f"{path}.{name}", p.ndim) for name, p in module.named_parameters(recurse=False))
+    stacked = (is_expert_stack(f"{path}.{name}", p.ndim) for name, p in module.named_parameters(recurse=False))
+    return type(getattr(module, "experts", None)).__name__ == "ModuleList" or any(stacked)

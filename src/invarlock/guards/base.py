@@ -21,6 +21,7 @@ from invarlock.core.exceptions import GuardError
 from invarlock.eval.sources.base import Source, Watch
 from invarlock.eval.sources.torch_model import TorchSource, task_of_model
 from invarlock.evidence.windows import Window, calibration_windows
+from invarlock.guards.boundary import Finding, Policy, Result, finding, result
 
 __all__ = [
     "Facts",
@@ -30,6 +31,7 @@ __all__ = [
     "Result",
     "Stats",
     "StatsGuard",
+    "by_name",
     "configure_guards",
     "finding",
     "result",
@@ -37,37 +39,15 @@ __all__ = [
 
 Stats: TypeAlias = dict[str, Any]  # JSON-ready: what `measure` saw on one model
 Facts: TypeAlias = dict[str, Any]  # JSON-ready: two Stats side by side, all that `judge` needs
-Policy: TypeAlias = Mapping[str, Any]
-Result: TypeAlias = dict[str, Any]
-Finding: TypeAlias = dict[str, Any]
 
 
-def finding(code: str, module: str | None, message: str) -> Finding:
-    """Build one finding of a result; `module` names the culprit."""
-    return {"code": code, "module": module, "message": message}
-
-
-def result(
-    passed: bool,
-    message: str,
-    *,
-    action: str | None = None,
-    metrics: dict[str, Any] | None = None,
-    warnings: list[Finding] | None = None,
-    errors: list[Finding] | None = None,
-    evaluated: bool = True,
-) -> Result:
-    """Build a guard result; `warnings` and `errors` hold findings."""
-    default = "continue" if passed and not warnings else "warn" if passed else "rollback"
-    return {
-        "passed": passed,
-        "action": action or default,
-        "message": message,
-        "metrics": metrics or {},
-        "warnings": warnings or [],
-        "errors": errors or [],
-        "evaluated": evaluated,
-    }
+def by_name(
+    baseline: Iterable[dict[str, Any]], subject: Iterable[dict[str, Any]]
+) -> tuple[list[tuple[dict[str, Any], dict[str, Any]]], list[str], list[str]]:
+    """Pair the entries of two measurements: (those of one name, the names on the baseline's side alone, the subject's)."""
+    before, after = ({entry["name"]: entry for entry in side} for side in (baseline, subject))
+    both = [(entry, after[name]) for name, entry in before.items() if name in after]
+    return both, [name for name in before if name not in after], [name for name in after if name not in before]
 
 
 class StatsGuard(Guard):
@@ -109,9 +89,9 @@ class StatsGuard(Guard):
     def prepare(self, model: ModelLike, adapter: AdapterLike, calib: object, policy: Policy | None) -> dict[str, Any]:
         """Measure the unedited model; what a run has measured already is taken from `calib`."""
         self.configure(policy or {})
-        ready = getattr(calib, "measurements", {}).get(self.name)
         self._batches = calib
-        self.baseline = ready if ready is not None else self.look(model, adapter, calib)
+        ready = getattr(calib, "measurements", {}).get(self.name)
+        self.baseline = self.look(model, adapter, calib) if ready is None else ready
         return {"ready": True}
 
     def validate(self, model: ModelLike, adapter: AdapterLike, context: Context) -> Result:
@@ -119,8 +99,7 @@ class StatsGuard(Guard):
         if self.baseline is None:
             raise GuardError(f"guard {self.name!r} has no baseline: call prepare(...) on the unedited model first")
         ready = context.get("measurements", {}).get(self.name)
-        batches = context.get("batches", self._batches)
-        self.subject = ready if ready is not None else self.look(model, adapter, batches)
+        self.subject = self.look(model, adapter, context.get("batches", self._batches)) if ready is None else ready
         return self.judge(self.pair(self.baseline, self.subject), self.policy)
 
     def look(self, model: ModelLike, adapter: AdapterLike, batches: object) -> Stats:

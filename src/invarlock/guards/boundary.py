@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from invarlock.core import settings
-from invarlock.core.api import AdapterLike, Batches, Context, Guard, GuardWithContext, GuardWithPrepare, ModelLike, RunReport
+from invarlock.core.api import (
+    AdapterLike,
+    Batches,
+    Context,
+    Guard,
+    GuardWithContext,
+    GuardWithPrepare,
+    ModelLike,
+    RunReport,
+)
 from invarlock.core.exceptions import GuardError, InvarlockError
 from invarlock.core.files import plain
 
 __all__ = [
     "BUILT_IN_GUARDS",
     "Consequence",
+    "Finding",
+    "Policy",
+    "Result",
     "checked_result",
     "consequence",
+    "finding",
     "not_evaluated",
     "oneline",
     "prepare_guard",
+    "result",
     "validate_guard",
     "worst",
 ]
@@ -28,15 +42,35 @@ BUILT_IN_GUARDS = ("invariants", "spectral", "rmt", "variance")
 Consequence = Literal["keep", "warn", "rollback", "abort"]
 _ACTIONS = ("continue", "none", "warn", "rollback", "abort")
 _SEVERITY: dict[Consequence, int] = {"keep": 0, "warn": 1, "rollback": 2, "abort": 3}
-_TYPES: dict[str, type] = {
-    "passed": bool,
-    "action": str,
-    "message": str,
-    "metrics": dict,
-    "warnings": list,
-    "errors": list,
-    "evaluated": bool,
-}
+
+Result: TypeAlias = dict[str, Any]
+Finding: TypeAlias = dict[str, Any]
+Policy: TypeAlias = Mapping[str, Any]
+
+
+def finding(code: str, module: str | None, message: str) -> Finding:
+    """Build one finding of a result; `module` names the culprit."""
+    return {"code": code, "module": module, "message": message}
+
+
+def result(
+    passed: bool,
+    message: str,
+    *,
+    action: str | None = None,
+    metrics: dict[str, Any] | None = None,
+    warnings: Sequence[Finding | str] = (),
+    errors: Sequence[Finding] = (),
+    evaluated: bool = True,
+) -> Result:
+    """Build a guard result; `warnings` and `errors` hold findings."""
+    action = action or ("rollback" if not passed else "warn" if warnings else "continue")
+    found = {"metrics": metrics or {}, "warnings": list(warnings), "errors": list(errors)}
+    return {"passed": passed, "action": action, "message": message, **found, "evaluated": evaluated}
+
+
+#: the type of each key of a result
+_TYPES = {key: type(value) for key, value in result(True, "").items()}
 
 
 def oneline(error: BaseException) -> str:
@@ -46,7 +80,7 @@ def oneline(error: BaseException) -> str:
 
 
 def prepare_guard(
-    guard: Guard, model: ModelLike, adapter: AdapterLike, calib: Batches | None, policy: Mapping[str, Any], report: RunReport
+    guard: Guard, model: ModelLike, adapter: AdapterLike, calib: Batches | None, policy: Policy, report: RunReport
 ) -> str | None:
     """Show a guard the unedited model. Return why it failed where INVARLOCK_GUARD_PREPARE_STRICT=0 tolerates that.
 
@@ -64,7 +98,7 @@ def prepare_guard(
     return None
 
 
-def validate_guard(guard: Guard, model: ModelLike, adapter: AdapterLike, context: Context) -> dict[str, Any]:
+def validate_guard(guard: Guard, model: ModelLike, adapter: AdapterLike, context: Context) -> Result:
     """Return a guard's checked result on the edited model. Raises GuardError where it fails or breaks the contract."""
     try:
         returned = guard.validate(model, adapter, context)
@@ -75,7 +109,7 @@ def validate_guard(guard: Guard, model: ModelLike, adapter: AdapterLike, context
     return checked_result(guard.name, returned)
 
 
-def checked_result(name: str, returned: object) -> dict[str, Any]:
+def checked_result(name: str, returned: object) -> Result:
     """Return a guard's result with every optional key filled. Raises GuardError where it breaks the contract."""
     if not isinstance(returned, Mapping):
         raise GuardError(f"guard {name!r} returned {type(returned).__name__}; expected a dict with 'passed'")
@@ -94,39 +128,22 @@ def checked_result(name: str, returned: object) -> dict[str, Any]:
     action = returned.get("action")
     if action is not None and action not in _ACTIONS:
         raise GuardError(f"guard {name!r} returned action {action!r}; expected one of: {', '.join(_ACTIONS)}")
-    return {
-        "message": "",
-        "metrics": {},
-        "warnings": [],
-        "errors": [],
-        "evaluated": True,
-        **plain(returned),
-        "passed": passed,
-        "action": action or "none",
-    }
+    return {**result(passed, ""), **plain(returned), "passed": passed, "action": action or "none"}
 
 
-def not_evaluated(name: str, reason: str) -> dict[str, Any]:
+def not_evaluated(name: str, reason: str) -> Result:
     """Return the result of a guard that could not be evaluated; it never counts as passed."""
-    return {
-        "passed": False,
-        "action": "none",
-        "evaluated": False,
-        "message": f"{name} was not evaluated: {reason}",
-        "metrics": {},
-        "warnings": [reason],
-        "errors": [],
-    }
+    message = f"{name} was not evaluated: {reason}"
+    return result(False, message, action="none", warnings=[reason], evaluated=False)
 
 
 def consequence(outcome: Mapping[str, Any]) -> Consequence:
     """Return what follows from one result: its explicit action, and rollback for a failure that names none."""
     if not outcome.get("evaluated", True):
         return "warn"
-    action = outcome["action"]
-    if action in ("abort", "rollback", "warn"):
-        known: Consequence = action
-        return known
+    action: Consequence = outcome["action"]
+    if action in _SEVERITY:
+        return action
     return "keep" if outcome["passed"] else "rollback"
 
 

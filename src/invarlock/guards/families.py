@@ -7,7 +7,8 @@ does, and the entry says so (`by`). An adapter's `module_families` overrules bot
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "FAMILIES",
     "Family",
     "Role",
     "WeightMatrix",
@@ -29,11 +29,9 @@ __all__ = [
 Family = Literal["ffn", "attn", "embed", "router", "other"]
 Role = Literal["head", "embedding", "linear"]
 
-FAMILIES: tuple[Family, ...] = ("ffn", "attn", "embed", "router", "other")
-
 # The first pattern that is found in the dotted name decides, so the order matters: `self_attn_layer_norm` is a norm,
 # `attention.output.dense` is attention although `output.dense` alone is BERT's feed-forward.
-_NAMES: tuple[tuple[str, Family], ...] = (
+_PATTERNS: tuple[tuple[str, Family], ...] = (
     (r"norm|(^|\.)ln_\w+|(^|\.)pooler\.|(^|\.)classifier\.|(^|\.)score\.|qa_outputs|seq_relationship", "other"),
     (r"(^|\.)(predictions\.transform|vocab_transform|lm_head\.dense)\.", "other"),
     (r"(^|\.)(router|gate|wg|shared_expert_gate)(\.|$)", "router"),
@@ -44,7 +42,6 @@ _NAMES: tuple[tuple[str, Family], ...] = (
     (r"dense_(h_to_4h|4h_to_h)", "ffn"),
     (r"(^|\.)(fc\d|fc_in|fc_out|c_fc|lin\d|wi(_\d)?|wo|w[123])(\.|$)|(gate|up|down|gate_up)_proj", "ffn"),
 )
-_PATTERNS = tuple((re.compile(pattern), family) for pattern, family in _NAMES)
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|vocab_projector|predictions\.decoder)\.")
 _LAYER = re.compile(r"(?:^|\.)(?:h|layers?|blocks?|encoder|decoder)\.(\d+)(?:\.|$)")
 _PACKED = ("qweight", "weight_packed", "W_q", "_packed_params")
@@ -62,7 +59,7 @@ class WeightMatrix:
     name: str
     module: str
     family: str
-    by: Literal["name", "shape", "adapter"]
+    by: str  # name, shape or adapter
     layer: int | None
     role: Role
     shape: tuple[int, int]
@@ -79,7 +76,7 @@ class WeightMatrix:
         return data.T if self._transposed else data
 
 
-def classify(name: str, shape: Sequence[int]) -> tuple[Family, Literal["name", "shape"]]:
+def classify(name: str, shape: Sequence[int]) -> tuple[Family, str]:
     """Return the family of a tensor called `name` and whether its name or its shape decided.
 
     By shape: [rows, columns] with at least 8 rows a column or more is an embedding, a square matrix attention, any
@@ -87,7 +84,7 @@ def classify(name: str, shape: Sequence[int]) -> tuple[Family, Literal["name", "
     """
     lowered = name.lower()
     for pattern, family in _PATTERNS:
-        if pattern.search(lowered):
+        if re.search(pattern, lowered):
             return family, "name"
     if len(shape) < 2 or min(shape) < 2:
         return "other", "shape"
@@ -116,17 +113,15 @@ def weight_matrices(model: Any, adapter: Any = None) -> list[WeightMatrix]:
     if not hasattr(model, "named_parameters"):
         return []  # an inference session and the like: there are no weights to look at
     overrides = dict(adapter.module_families(model)) if hasattr(adapter, "module_families") else {}
-    aliases: dict[int, list[str]] = {}
+    aliases: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(name)
+        aliases[id(parameter)].append(name)
     modules = dict(model.named_modules())
     found: list[WeightMatrix] = []
     for name, parameter in model.named_parameters():
-        module_path = name.rpartition(".")[0]
-        owner = modules[module_path]
+        owner = modules[name.rpartition(".")[0]]
         if _is_dense(parameter) and _is_matrix(name, owner, parameter):
-            names = aliases[id(parameter)]
-            found.extend(_entries(name, names, module_path, owner, parameter, overrides))
+            found.extend(_entries(aliases[id(parameter)], owner, parameter, overrides))
     return found
 
 
@@ -150,34 +145,31 @@ def _is_dense(parameter: Any) -> bool:
     return plain and parameter.is_floating_point() and parameter.element_size() >= 2
 
 
-def _is_matrix(name: str, owner: Any, parameter: Tensor) -> bool:
+def _is_matrix(name: str, owner: object, parameter: Tensor) -> bool:
     kernel = "Conv" in type(owner).__name__ and not _is_conv1d(owner)
     return not kernel and parameter.numel() > 0 and (parameter.ndim == 2 or is_expert_stack(name, parameter.ndim))
 
 
-def _is_conv1d(owner: Any) -> bool:
+def _is_conv1d(owner: object) -> bool:
     return type(owner).__name__ == "Conv1D"  # GPT-2's linear layer, stored [in, out]
 
 
 def _entries(
-    name: str, names: list[str], module_path: str, owner: Any, parameter: Tensor, overrides: dict[str, str]
+    names: list[str], owner: object, parameter: Tensor, overrides: Mapping[str, Family]
 ) -> Iterator[WeightMatrix]:
+    name, module = names[0], names[0].rpartition(".")[0]
     transposed = _is_conv1d(owner) and parameter.ndim == 2
-    role = _role(names, owner)
+    rows, columns = parameter.shape[-2:]
+    shape = (columns, rows) if transposed else (rows, columns)
+    layer, role, tied = layer_index(name), _role(names, owner), len(names) > 1
     for expert in range(parameter.shape[0]) if parameter.ndim == 3 else (None,):
         entry = name if expert is None else f"{name}[{expert}]"
-        rows, columns = parameter.shape[-2:]
-        shape = (columns, rows) if transposed else (rows, columns)
-        family: str
-        by: Literal["name", "shape", "adapter"]
-        family, by = classify(name, shape)
-        if chosen := overrides.get(entry) or overrides.get(name) or overrides.get(module_path):
-            family, by = chosen, "adapter"
-        layer, tied = layer_index(name), len(names) > 1
-        yield WeightMatrix(entry, module_path, family, by, layer, role, shape, tied, parameter, expert, transposed)
+        chosen = overrides.get(entry) or overrides.get(name) or overrides.get(module)
+        family, by = (chosen, "adapter") if chosen else classify(name, shape)
+        yield WeightMatrix(entry, module, family, by, layer, role, shape, tied, parameter, expert, transposed)
 
 
-def _role(names: list[str], owner: Any) -> Role:
+def _role(names: list[str], owner: object) -> Role:
     import torch
 
     if isinstance(owner, torch.nn.Embedding):

@@ -6,7 +6,8 @@ model. Every finding names the tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from invarlock.checkpoints.behaviour import behaviour
@@ -24,35 +25,20 @@ def _finding(code: str, tensor: str | None, message: str, group: str = "structur
     return {"code": code, "tensor": tensor, "module": tensor, "message": message, "group": group}
 
 
-def _missing(old: Structure, new: Structure) -> Iterator[Finding]:
-    known = {t.name for t in old.tensors}
-    here = {t.name for t in new.tensors}
-    absent = (known - here) | set(new.missing)
-    for name in sorted(absent - {alias for alias, _ in new.tied}):
+def _tensors(old: Structure, new: Structure) -> Iterator[Finding]:
+    before, after = ({t.name: t for t in side.tensors} for side in (old, new))
+    for name, tensor in after.items():
+        if tensor.non_finite and not (name in before and before[name].non_finite):
+            message = f"{name} holds {tensor.non_finite} NaN or infinite value(s); expected none"
+            yield _finding("non_finite", name, message)
+    for name in sorted((before.keys() - after.keys() | set(new.missing)) - {alias for alias, _ in new.tied}):
         yield _finding("tensor_missing", name, f"{name} is missing; the baseline has it")
-
-
-def _unexpected(old: Structure, new: Structure) -> Iterator[Finding]:
-    known = {t.name for t in old.tensors} | {alias for alias, _ in old.tied}
-    for tensor in new.tensors:
-        if tensor.name not in known:
-            yield _finding("tensor_unexpected", tensor.name, f"{tensor.name} is not in the baseline")
-
-
-def _shapes(old: Structure, new: Structure) -> Iterator[Finding]:
-    before = {t.name: t for t in old.tensors}
-    for tensor in new.tensors:
-        was = before.get(tensor.name)
-        if was is not None and was.shape != tensor.shape:
-            yield _finding("tensor_shape", tensor.name, f"{tensor.name} has shape {tensor.shape}; expected {was.shape}")
-
-
-def _non_finite(old: Structure, new: Structure) -> Iterator[Finding]:
-    excused = {t.name for t in old.tensors if t.non_finite}
-    for tensor in new.tensors:
-        if tensor.non_finite and tensor.name not in excused:
-            message = f"{tensor.name} holds {tensor.non_finite} NaN or infinite value(s); expected none"
-            yield _finding("non_finite", tensor.name, message)
+    for name, tensor in after.items():
+        if name in before and (expected := before[name].shape) != tensor.shape:
+            yield _finding("tensor_shape", name, f"{name} has shape {tensor.shape}; expected {expected}")
+    known = before.keys() | {alias for alias, _ in old.tied}
+    for name in (name for name in after if name not in known):
+        yield _finding("tensor_unexpected", name, f"{name} is not in the baseline")
 
 
 def _ties(old: Structure, new: Structure) -> Iterator[Finding]:
@@ -62,43 +48,27 @@ def _ties(old: Structure, new: Structure) -> Iterator[Finding]:
         if alias in before and before[alias] != before.get(partner):
             yield _finding("tied", alias, f"{alias} is now tied to {partner}; the baseline keeps them apart")
     for alias, partner in old.tied:
-        if alias in still or alias not in digests:
-            continue
-        if digests[alias] != digests.get(partner):
-            message = f"{alias} is no longer tied to {partner}: their values differ"
-            yield _finding("untied", alias, message)
+        if alias in digests and alias not in still and digests[alias] != digests.get(partner):
+            yield _finding("untied", alias, f"{alias} is no longer tied to {partner}: their values differ")
 
 
 def _norms(old: Structure, new: Structure) -> Iterator[Finding]:
-    lost = set(old.norms) - set(new.norms)
-    if new.norms or not old.norms:  # a checkpoint of an architecture that we cannot build lists none
-        for name in sorted(lost):
+    for name in sorted(set(old.norms) - set(new.norms)):
+        if new.norms:  # a checkpoint of an architecture that we cannot build lists none
             yield _finding("norm_missing", name, f"normalisation weight {name} is gone", "norms")
 
 
 def _dtypes(old: Structure, new: Structure) -> Iterator[Finding]:
     before = {t.name: t.dtype for t in old.tensors}
-    types: dict[str, list[str]] = {}
+    types: dict[str, list[str]] = defaultdict(list)
     for tensor in new.tensors:
         if tensor.dtype in {"F32", "F16", "BF16", "F64"} and before.get(tensor.name, tensor.dtype) != tensor.dtype:
-            types.setdefault(tensor.dtype, []).append(tensor.name)
+            types[tensor.dtype].append(tensor.name)
     changed = sum(len(names) for names in types.values())
     if changed and (len(types) > 1 or changed < len([t for t in new.tensors if t.dtype.startswith(("F", "BF"))])):
         for dtype, names in sorted(types.items()):
             message = f"{len(names)} tensor(s) are {dtype} while the others kept their type, first {names[0]}"
             yield _finding("dtype_mixed", names[0], message, "dtype")
-
-
-_TABLE_CHECKS: tuple[Callable[[Structure, Structure], Iterator[Finding]], ...] = (
-    _non_finite,
-    _missing,
-    _shapes,
-    _unexpected,
-    _ties,
-    _norms,
-    _dtypes,
-)
-_WARN_GROUPS = {"dtype"}
 
 
 def _config_findings(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Finding]:
@@ -133,14 +103,12 @@ def _tokenizer_findings(old: Stats, new: Stats, structure: Structure) -> Iterato
 
 def baseline_damage(structure: Structure) -> list[Finding]:
     """Return why a baseline cannot serve as one: non-finite parameters, missing or mis-shaped tensors."""
-    findings = [
-        _finding("non_finite", t.name, f"{t.name} holds {t.non_finite} NaN or infinite value(s)")
-        for t in structure.tensors
-        if t.non_finite and t.name not in structure.buffers
+    damaged = [t for t in structure.tensors if t.non_finite and t.name not in structure.buffers]
+    return [
+        *(_finding("non_finite", t.name, f"{t.name} holds {t.non_finite} NaN or infinite value(s)") for t in damaged),
+        *(_finding("tensor_missing", name, f"{name} is missing") for name in structure.missing),
+        *(_finding("tensor_shape", line.split(":")[0], line) for line in structure.misshapen),
     ]
-    findings += [_finding("tensor_missing", name, f"{name} is missing") for name in structure.missing]
-    findings += [_finding("tensor_shape", line.split(":")[0], line) for line in structure.misshapen]
-    return findings
 
 
 def behaviour_of(model: ModelLike) -> dict[str, Any]:
@@ -189,17 +157,13 @@ class InvariantsGuard(StatsGuard):
         structure: Structure, behaviour: Mapping[str, Any], tokenizer_digest: str | None, tokenizer_size: int | None
     ) -> Stats:
         """Return the measurement made of parts that were read elsewhere."""
-        return {
-            "structure": structure.model_dump(mode="json"),
-            "behaviour": dict(behaviour),
-            "tokenizer_digest": tokenizer_digest,
-            "tokenizer_size": tokenizer_size,
-        }
+        tokenizer = {"tokenizer_digest": tokenizer_digest, "tokenizer_size": tokenizer_size}
+        return {"structure": structure.model_dump(mode="json"), "behaviour": dict(behaviour), **tokenizer}
 
     def pair(self, baseline: Stats, subject: Stats) -> Facts:
         """List every difference, each with the check group that it belongs to."""
         old, new = (Structure.model_validate(side["structure"]) for side in (baseline, subject))
-        findings = [finding for check in _TABLE_CHECKS for finding in check(old, new)]
+        findings = [finding for check in (_tensors, _ties, _norms, _dtypes) for finding in check(old, new)]
         findings += _config_findings(baseline["behaviour"], subject["behaviour"])
         findings += _misfits(old, new, {finding["tensor"] for finding in findings})
         findings += _tokenizer_findings(baseline, subject, new)
@@ -208,9 +172,7 @@ class InvariantsGuard(StatsGuard):
     def judge(self, facts: Facts, policy: Policy) -> Result:
         """Fail on any finding, but for the groups that only warn."""
         enabled = {"structure", *policy.get("profile_checks", self.defaults["profile_checks"])}
-        soft = set(_WARN_GROUPS)
-        if policy.get("intent") == "finetune":
-            soft.add("config")
+        soft = {"dtype", "config"} if policy.get("intent") == "finetune" else {"dtype"}
         if policy.get("strict_mode"):
             soft = set()
         kept = [f for f in facts["findings"] if f["group"] in enabled]
@@ -219,15 +181,12 @@ class InvariantsGuard(StatsGuard):
         compared = facts["tensors_compared"]
         if not compared:
             return result(False, "no tensors to compare", evaluated=False)
-        metrics = {"tensors_compared": compared, "findings": len(kept)}
-        if errors:
-            more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-            return result(
-                False,
-                f"{errors[0]['message']}{more}",
-                action=str(policy.get("on_fail", "rollback")),
-                metrics=metrics,
-                warnings=warnings[:_MOST_NAMED],
-                errors=errors[:_MOST_NAMED],
-            )
-        return result(True, f"{compared} tensors agree", metrics=metrics, warnings=warnings[:_MOST_NAMED])
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        return result(
+            not errors,
+            f"{errors[0]['message']}{more}" if errors else f"{compared} tensors agree",
+            action=str(policy.get("on_fail", "rollback")) if errors else None,
+            metrics={"tensors_compared": compared, "findings": len(kept)},
+            warnings=warnings[:_MOST_NAMED],
+            errors=errors[:_MOST_NAMED],
+        )
