@@ -45,6 +45,7 @@ def test_flags_stand_above_the_configuration_and_json_is_one_line(
     report = json.loads(Path(shown["report"]).read_text())
     assert (report["edit"]["name"], report["meta"]["auto"]["tier"]) == ("quant_rtn", "conservative")
     assert report["metrics"]["probe"]["windows"] == 1
+    assert shown["verdict"] == report["metrics"]["verdict"] and shown["verdict"]["status"]
     assert report["meta"]["policy"]["profile"] == "dev"
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("TELEMETRY")]
     assert " MB; " in line and line.endswith(" tokens/s")
@@ -72,10 +73,24 @@ def test_a_rolled_back_edit_ends_with_1_and_weakened_attempts_are_listed(
     assert "TELEMETRY: " in result.stderr
 
 
-def test_a_run_out_of_time_ends_with_1(cli: Any, configure: Configure, tmp_path: Path) -> None:
-    result = cli("run", "-c", str(configure()), "--out", str(tmp_path), "--timeout", "0.000001")
+def test_a_run_out_of_time_ends_with_1_and_without_a_verdict(cli: Any, configure: Configure, tmp_path: Path) -> None:
+    arguments = ["run", "-c", str(configure()), "--out", str(tmp_path), "--timeout", "0.000001"]
+    result = cli(*arguments)
     assert result.exit_code == 1
     assert result.stdout.startswith("FAILED       stopped after 1e-06 s, as --timeout asks")
+    assert "verdict" not in result.stdout
+    assert json.loads(cli(*arguments, "--json").stdout)["verdict"] is None
+
+
+def test_a_gate_that_is_switched_off_is_a_warning(cli: Any, configure: Configure, tmp_path: Path) -> None:
+    held = ["primary_metric", "preview_final_drift", "divergence_kl", "token_flips"]
+    chosen = {"edit": {"name": "quant_rtn", "plan": {"bitwidth": 3}}, "guards": {"order": ["invariants"]}}
+    kept = cli("run", "-c", str(configure(eval={"gates_off": held}, **chosen)), "--out", str(tmp_path), "--json")
+    shown = json.loads(kept.stdout)
+    assert (kept.exit_code, shown["status"], shown["verdict"]["status"]) == (0, "success", "FAIL"), shown["reason"]
+    assert "failed and is switched off" in kept.stderr
+    back = cli("run", "-c", str(configure(**chosen)), "--out", str(tmp_path / "back"))
+    assert back.exit_code == 1 and "verdict      FAIL: " in back.stdout
 
 
 @pytest.mark.parametrize(
@@ -110,7 +125,7 @@ def test_sides_that_cannot_be_paired_are_a_hard_stop_in_ci_alone(
         "run", "-c", str(configure()), "--out", str(tmp_path / "out"), "--baseline", str(tmp_path / "other"), *flags
     )
     assert result.exit_code == code
-    assert result.stderr.startswith("ERROR [INVARLOCK:E006] the windows in the baseline report")
+    assert result.stderr.startswith("ERROR [INVARLOCK:E006] the baseline report's windows")
 
 
 def test_too_little_text_is_a_hard_stop_in_ci(cli: Any, configure: Configure, tmp_path: Path) -> None:
