@@ -111,6 +111,7 @@ def test_a_wrong_key_in_the_preset_is_one_line_and_2(
         ({"baseline": "/no/such/model"}, 1, "no such folder"),
         ({"baseline": "{demo}", "profile": "nightly"}, 2, "nightly"),
         ({"baseline": "{demo}", "device": "abacus"}, 2, "abacus"),
+        ({"baseline": "{demo}", "intent": "finetun"}, 2, "expected preserve or finetune"),
         ({"baseline": "{demo}", "preset": "nowhere.yaml"}, 2, "nowhere.yaml"),
         ({"baseline": "{demo}", "edit_config": "nowhere.yaml"}, 2, "nowhere.yaml"),
         ({"baseline": "{demo}", "adapter": "hf_casual"}, 2, "hf_causal"),

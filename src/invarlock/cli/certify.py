@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from typer import Option
 
@@ -48,8 +48,7 @@ def certify(
     profile: ProfileOption = None,
     tier: TierOption = None,
     intent: Annotated[
-        Literal["preserve", "finetune"],
-        Option(help="finetune: the subject is meant to differ, so divergence only warns."),
+        str, Option(help="preserve; or finetune: meant to differ, so divergence only warns.")
     ] = "preserve",
     preset: Annotated[Path | None, Option(help="YAML with data, metric and guards.")] = None,
     out: Annotated[Path | None, Option(help="Folder of the two runs; default: runs.")] = None,
