@@ -15,6 +15,7 @@ from packaging.version import Version
 from invarlock.adapters import state
 from invarlock.checkpoints.behaviour import load_config
 from invarlock.checkpoints.files import open_checkpoint, resolve_folder
+from invarlock.checkpoints.packed import PackedFolder, packing_facts
 from invarlock.checkpoints.side import Loading, Origin
 from invarlock.core import settings
 from invarlock.core.api import ModelAdapter, ModelLike
@@ -23,6 +24,7 @@ from invarlock.core.exceptions import AdapterError, CheckpointDamagedError, Conf
 from invarlock.core.files import first_line
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["HF_Adapter", "HF_Causal_Adapter", "HF_MLM_Adapter", "HF_Seq2Seq_Adapter"]
@@ -55,6 +57,7 @@ class HF_Adapter(ModelAdapter):
         heads = read("num_attention_heads", "n_head", "num_heads")
         hidden = read("hidden_size", "n_embd", "d_model")
         inner = read("intermediate_size", "n_inner", "d_ff") or (4 * hidden if hidden else None)
+        origin = _origins.get(model)
         return {
             "n_layer": layers,
             "heads_per_layer": [heads] * layers if layers and heads else None,
@@ -66,6 +69,7 @@ class HF_Adapter(ModelAdapter):
             "vocab_size": read("vocab_size"),
             "max_position_embeddings": read("max_position_embeddings", "n_positions"),
             "parameters": sum(p.numel() for p in model.parameters()),
+            **(packing_facts(origin.folder) if origin else {}),
         }
 
     def snapshot(self, model: ModelLike) -> bytes:
@@ -121,6 +125,13 @@ class HF_Causal_Adapter(HF_Adapter):
         found: type[AutoModel] = getattr(transformers, self.auto_class_name)
         return found
 
+    def _class_of(self, config: PretrainedConfig, trust: bool) -> type[PreTrainedModel]:
+        """Return the class of the model itself: the automatic ones take no tensors without a folder."""
+        import torch
+
+        with torch.device("meta"):
+            return type(self.auto_class.from_config(config, trust_remote_code=trust))
+
     def can_handle(self, model_id: str) -> bool:
         """Say whether the configuration names an architecture of this kind."""
         try:
@@ -163,13 +174,18 @@ class HF_Causal_Adapter(HF_Adapter):
                 f"{model_id} is a masked language model ({config.architectures[0]}), whose tokens see what they are to "
                 "predict; expected a causal one: use the adapter hf_mlm, or auto"
             )
-        if not any(folder.glob("pytorch_model*.bin")):
-            open_checkpoint(folder)  # says what is missing
+        weights = None if any(folder.glob("pytorch_model*.bin")) else open_checkpoint(folder)  # says what is missing
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # what it packed is dense here, or was never packed
+        dense: dict[str, Any] = {}
+        if isinstance(weights, PackedFolder):
+            dense = {"state_dict": {name: _in_type(tensor, wanted) for name, tensor in weights.tensors()}}
         try:
             with _quiet_transformers():
-                model, info = self.auto_class.from_pretrained(
-                    folder,
+                model, info = (self._class_of(config, trust) if dense else self.auto_class).from_pretrained(
+                    None if dense else folder,
                     config=config,
+                    **dense,
                     trust_remote_code=trust,
                     local_files_only=True,
                     output_loading_info=True,
@@ -209,6 +225,13 @@ def _torch_dtype(name: str, device: str) -> str:
     if name not in _DTYPES:
         raise ConfigError(f"dtype is {name!r}; expected auto, float32, float16 or bfloat16")
     return "float32" if name == "auto" and device == "cpu" else name
+
+
+def _in_type(tensor: Tensor, name: str) -> Tensor:
+    """Return a float tensor in the type that a model is loaded in, so that there is one copy of it."""
+    import torch
+
+    return tensor.to(getattr(torch, name)) if name != "auto" and tensor.is_floating_point() else tensor
 
 
 def _dtype_keyword() -> str:

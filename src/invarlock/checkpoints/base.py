@@ -27,7 +27,7 @@ class Checkpoint(Protocol):
 
 
 class Format(NamedTuple):
-    """One row of the table of formats. `recognises` looks at a folder's file names alone."""
+    """One row of the table of formats. `recognises` looks at file names and headers alone."""
 
     name: str
     recognises: Callable[[Path], bool]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from invarlock.checkpoints.base import Checkpoint, Format
+from invarlock.checkpoints.packed import PackedFolder
 from invarlock.checkpoints.shards import SafetensorsFolder
 from invarlock.checkpoints.structure import Layout
 from invarlock.core.exceptions import ModelLoadError
@@ -15,7 +16,10 @@ from invarlock.evidence.model import Structure
 __all__ = ["FORMATS", "open_checkpoint", "read_structure", "resolve_folder"]
 
 #: the formats that are read; the first that recognises a folder reads it
-FORMATS: tuple[Format, ...] = (Format("safetensors", SafetensorsFolder.recognises, SafetensorsFolder),)
+FORMATS: tuple[Format, ...] = (
+    Format("packed", PackedFolder.recognises, PackedFolder),
+    Format("safetensors", SafetensorsFolder.recognises, SafetensorsFolder),
+)
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.jinja"]
 
 

@@ -77,6 +77,7 @@ CODES: dict[str, tuple[int, str]] = {
     "CERTIFICATE": (2, "A certificate does not follow the schema, or cannot be made"),
     "DEPENDENCY-MISSING": (1, "An optional extra is missing"),
     "MODEL-LOAD": (1, "A checkpoint cannot be read"),
+    "UNSUPPORTED-FORMAT": (1, "A checkpoint is stored in a form that is not read: neither damage nor a verdict"),
     "CHECKPOINT-DAMAGED": (1, "A checkpoint reads, but its tensors are damaged"),
     "ADAPTER": (1, "An adapter cannot do what it was asked"),
     "EDIT": (1, "An edit cannot be applied"),
