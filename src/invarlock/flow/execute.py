@@ -38,7 +38,7 @@ from invarlock.policy.resolve import ResolvedPolicy, merge, resolve_policy
 
 __all__ = ["CoreRunner", "StoredBaseline"]
 
-logger = logging.getLogger("invarlock.runner")
+_logger = logging.getLogger("invarlock.runner")
 _AUTO: dict[str, Any] = {"enabled": True, "tier": "balanced", "probes": 2, "target_pm_ratio": 2.0}
 _NO_DATA = "No calibration data provided: the primary metric is measured on random tokens and certifies nothing"
 _NOT_SHOWN = "it saw this model in prepare, not the stored baseline: use `invarlock certify`, which loads that one"
@@ -143,7 +143,7 @@ class _Run:
     def timed(self, name: str) -> Iterator[None]:
         """Log a phase and how long it took; write the checkpoint that is due after it."""
         self.log.log(name, "start")
-        logger.info("%s: %s", self.log.run_id, name)
+        _logger.info("%s: %s", self.log.run_id, name)
         started = time.perf_counter()
         yield
         self.report.meta["timings"][name] = seconds = round(time.perf_counter() - started, 4)
@@ -356,10 +356,10 @@ class _Run:
         self.report.status, self.report.error = "failed", text
         self.report.meta["rollback_reason"] = f"exception: {text}"
         self.log.log("finalize", "failed", error=text)
-        logger.debug("run failed", exc_info=error)
+        _logger.debug("run failed", exc_info=error)
 
     def warn(self, message: str) -> None:
-        logger.warning("%s", message)
+        _logger.warning("%s", message)
         self.report.meta["warnings"].append(message)
         self.log.log("run", "warning", message=message)
 
