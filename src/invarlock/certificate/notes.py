@@ -17,7 +17,7 @@ from typing import Any
 from invarlock.certificate.figures import Figures
 from invarlock.certificate.schema import GuardSection, Recorded
 
-__all__ = ["behaviour_preserved", "with_notes"]
+__all__ = ["Finding", "behaviour_preserved", "with_notes"]
 
 #: the largest mean KL (nats per token), share of flips and |log ratio| that single-precision arithmetic in another order
 #: makes; measured reparametrisations (smoothing, folded gains, rotations in float32) stay at 1e-11, 0 and 1e-8

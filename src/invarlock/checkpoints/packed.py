@@ -25,7 +25,7 @@ from invarlock.evidence.model import Structure
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PackedFolder", "packing_facts"]
+__all__ = ["PackedFolder", "Parts", "Settings", "packing_facts"]
 
 Parts = Mapping[str, "Tensor"]  # the tensors of one weight by their suffix, without the leading dot
 Settings = Mapping[str, Any]  # the configuration's `quantization_config`

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from invarlock.guards.sketch import Culprits, culprits
 from invarlock.stats.linalg import finite, sign_vectors, unpack
 
-__all__ = ["diagnose", "mark_shifts"]
+__all__ = ["Row", "diagnose", "mark_shifts"]
 
 Row = Mapping[str, Any]
 _VECTORS = 64  # a longer vector is kept as so many projections
