@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from invarlock.core.api import AdapterLike, ModelLike
@@ -18,7 +18,7 @@ from invarlock.core.exceptions import ConfigError
 from invarlock.eval.sources.base import Watch
 from invarlock.evidence.windows import pick_indices
 from invarlock.guards.activations import watched_modules
-from invarlock.guards.base import Facts, Policy, Result, Stats, StatsGuard, finding, result
+from invarlock.guards.base import Facts, Policy, Result, Stats, StatsGuard, by_name, finding, result
 from invarlock.stats.linalg import SIGMA_CONTRACT, finite, marchenko_pastur_edge, sigma_max, single_thread
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ __all__ = ["Observation", "RMTGuard", "edge_ratio"]
 
 _ROWS = 128  # tokens of a window that are looked at, evenly spaced
 _MIN_ROWS = 4
+_STATS = ("family", "tokens", "ratio", "features", "constant", "dead_windows")  # of each module
 _CONSTANT = 1e-6  # deviation relative to the largest magnitude of the feature
 
 
@@ -50,7 +51,7 @@ def edge_ratio(outputs: Tensor) -> tuple[float, int]:
 
 
 @dataclass
-class _Module:
+class Observation:
     """Running sums over the windows of one module."""
 
     family: str
@@ -60,40 +61,22 @@ class _Module:
     constant: int = 0
     dead_windows: int = 0  # in which nothing varies
 
-    def add(self, outputs: Tensor) -> None:
-        length = outputs.shape[0]
+    def receive(self, outputs: Tensor) -> None:
+        length, features = outputs.shape
         if length < _MIN_ROWS:
             return
-        rows = pick_indices(length, _ROWS)
-        ratio, constant = edge_ratio(outputs[rows])
-        self.features += outputs.shape[1]
+        ratio, constant = edge_ratio(outputs[pick_indices(length, _ROWS)])
+        self.features += features
         self.constant += constant
-        if constant == outputs.shape[1]:
+        if constant == features:
             self.dead_windows += 1
-            return
-        self.tokens += length
-        self.weighted += length * ratio
+        else:
+            self.tokens += length
+            self.weighted += length * ratio
 
-    def stats(self, name: str) -> dict[str, Any]:
-        return {
-            "name": name,
-            "family": self.family,
-            "tokens": self.tokens,
-            "ratio": finite(self.weighted / self.tokens) if self.tokens else None,
-            "features": self.features,
-            "constant": self.constant,
-            "dead_windows": self.dead_windows,
-        }
-
-
-@dataclass
-class Observation:
-    """What one pass has shown so far."""
-
-    modules: dict[str, _Module] = field(default_factory=dict)
-
-    def receive(self, path: str, outputs: Tensor) -> None:
-        self.modules[path].add(outputs)
+    @property
+    def ratio(self) -> float | None:
+        return finite(self.weighted / self.tokens) if self.tokens else None
 
 
 class RMTGuard(StatsGuard):
@@ -109,46 +92,31 @@ class RMTGuard(StatsGuard):
         "two_sided": True,
         "activation": {"sampling": {"windows": {"count": 8, "indices_policy": "evenly_spaced"}}},
     }
-    _observed: Observation | None = None
+    _observed: Mapping[str, Observation] | None = None
 
     def contract(self) -> dict[str, Any]:
-        return {
-            **SIGMA_CONTRACT,
-            "sees": "outputs",
-            "rows": _ROWS,
-            "min_rows": _MIN_ROWS,
-            "constant_below": _CONSTANT,
-            "windows": self._sampling(),
-            "version": 1,
-        }
+        seen = {"sees": "outputs", "rows": _ROWS, "min_rows": _MIN_ROWS, "constant_below": _CONSTANT}
+        return {**SIGMA_CONTRACT, **seen, "windows": self._sampling(), "version": 1}
 
     def watch(self, model: ModelLike, adapter: AdapterLike, total: int) -> Watch:
         """Look at the outputs of the watched modules in the windows that the policy samples."""
-        families = watched_modules(model, adapter)
-        seen = self._observed = Observation({path: _Module(family) for path, family in families.items()})
+        seen = self._observed = {path: Observation(family) for path, family in watched_modules(model, adapter).items()}
         sampling = self._sampling()
         windows = pick_indices(total, sampling["count"], sampling["indices_policy"])
-        return Watch(tuple(families), frozenset(windows), seen.receive)
+        return Watch(tuple(seen), frozenset(windows), lambda path, outputs: seen[path].receive(outputs))
 
     def measure(self, model: ModelLike, adapter: AdapterLike) -> Stats:
-        observed, self._observed = self._observed, None
-        if observed is None:
-            return {"modules": []}
-        return {"modules": [seen.stats(name) for name, seen in observed.modules.items() if seen.features]}
+        observed, self._observed = self._observed or {}, None
+        modules = {name: seen for name, seen in observed.items() if seen.features}
+        return {"modules": [{"name": n, **{key: getattr(m, key) for key in _STATS}} for n, m in modules.items()]}
 
     def pair(self, baseline: Stats, subject: Stats) -> Facts:
-        before = {module["name"]: module for module in baseline["modules"]}
-        after = {module["name"]: module for module in subject["modules"]}
-        keys = ("tokens", "ratio", "features", "constant", "dead_windows")
-        return {
-            "modules": [
-                {"name": name, "family": old["family"], **{key: [old[key], after[name][key]] for key in keys}}
-                for name, old in before.items()
-                if name in after
-            ],
-            "missing": [name for name in before if name not in after],
-            "extra": [name for name in after if name not in before],
-        }
+        both, missing, extra = by_name(baseline["modules"], subject["modules"])
+        modules = [
+            {"name": old["name"], "family": old["family"], **{key: [old[key], new[key]] for key in _STATS[1:]}}
+            for old, new in both
+        ]
+        return {"modules": modules, "missing": missing, "extra": extra}
 
     def judge(self, facts: Facts, policy: Policy) -> Result:
         policy = {**self.defaults, **policy}
@@ -157,13 +125,9 @@ class RMTGuard(StatsGuard):
             for kind, side in (("missing", "baseline"), ("extra", "subject"))
             for name in facts[kind]
         ]
-        usable: list[Mapping[str, Any]] = []
-        for module in facts["modules"]:
-            problem = _problem(module)
-            if problem == "":
-                usable.append(module)
-            elif problem:
-                errors.append(finding("rmt_unusable", module["name"], f"{module['name']}: {problem}"))
+        problems = [(module, _problem(module)) for module in facts["modules"]]
+        errors += [finding("rmt_unusable", m["name"], f"{m['name']}: {problem}") for m, problem in problems if problem]
+        usable = [module for module, problem in problems if problem == ""]
         worst = sorted(usable, key=lambda module: -_change(module))
         families = {}
         for family in dict.fromkeys(module["family"] for module in usable):
@@ -173,11 +137,12 @@ class RMTGuard(StatsGuard):
                 top = members[0]["name"]
                 text = f"{family}: edge ratio changed by {row['change']:+.1%}, worst {top}; expected {row['expected']}"
                 errors.append({**finding("rmt_edge", top, text), "family": family})
-        metrics = {
-            "modules": len(usable),
-            "families": families,
-            "worst": [{"module": m["name"], "change": _signed(m)} for m in worst[:5] if _change(m) > 0],
-        }
+        shown = [
+            {"module": m["name"], "change": float(m["ratio"][1] / m["ratio"][0] - 1)}
+            for m in worst[:5]
+            if _change(m) > 0
+        ]
+        metrics = {"modules": len(usable), "families": families, "worst": shown}
         if not usable and not errors:
             message = "rmt: no activations were seen; expected evaluation windows, so pass calibration data"
             return result(False, message, metrics=metrics, evaluated=False)
@@ -186,7 +151,7 @@ class RMTGuard(StatsGuard):
 
     def _sampling(self) -> dict[str, Any]:
         windows = self.policy["activation"]["sampling"]["windows"]
-        sampling = {"count": 8, "indices_policy": "evenly_spaced", **windows}
+        sampling = {**self.defaults["activation"]["sampling"]["windows"], **windows}
         if sampling["indices_policy"] not in ("evenly_spaced", "first", "last") or not sampling["count"] >= 1:
             raise ConfigError(
                 f"got activation.sampling.windows {windows!r}; expected count >= 1 and indices_policy evenly_spaced, "
@@ -215,14 +180,8 @@ def _judge_family(members: list[Mapping[str, Any]], epsilon: float, two_sided: b
     before, after = (sum(m["tokens"][side] * m["ratio"][side] for m in members) / tokens for side in (0, 1))
     accepted = after <= (1 + epsilon) * before and (not two_sided or after >= before / (1 + epsilon))
     low = f"{1 / (1 + epsilon) - 1:+.1%} to " if two_sided else "at most "
-    return {
-        "baseline": before,
-        "subject": after,
-        "change": after / before - 1,
-        "epsilon": epsilon,
-        "accepted": accepted,
-        "expected": f"{low}{epsilon:+.1%}",
-    }
+    figures = {"baseline": before, "subject": after, "change": after / before - 1, "epsilon": epsilon}
+    return {**figures, "accepted": accepted, "expected": f"{low}{epsilon:+.1%}"}
 
 
 def _epsilon(policy: Policy, family: str) -> float:
@@ -231,10 +190,6 @@ def _epsilon(policy: Policy, family: str) -> float:
     if value is None or value < 0:
         raise ConfigError(f"got rmt.epsilon {table.get(family)!r} for {family}; expected a number of at least 0")
     return value
-
-
-def _signed(module: Mapping[str, Any]) -> float:
-    return float(module["ratio"][1] / module["ratio"][0] - 1)
 
 
 def _change(module: Mapping[str, Any]) -> float:

@@ -78,11 +78,9 @@ def sketch_tensor(tensor: Tensor, name: str) -> str:
 
 def sketch_stack(tensor: Tensor, name: str) -> Iterator[tuple[str, str]]:
     """Yield (name, sketch) of a tensor; of a stack of experts one pair each, named `name[i]`."""
-    if is_expert_stack(name, tensor.ndim):
-        for index in range(tensor.shape[0]):
-            yield f"{name}[{index}]", sketch_tensor(tensor[index], f"{name}[{index}]")
-    else:
-        yield name, sketch_tensor(tensor, name)
+    stacked = is_expert_stack(name, tensor.ndim)
+    parts = {f"{name}[{i}]": tensor[i] for i in range(len(tensor))} if stacked else {name: tensor}
+    yield from ((part, sketch_tensor(matrix, part)) for part, matrix in parts.items())
 
 
 def sketch_model(model: Any) -> dict[str, str]:
@@ -102,7 +100,7 @@ def compare_sketches(before: str, after: str) -> dict[str, float | None]:
     Unchanged zeros give 0, 1 and 1. Sketches of another length, values that are not finite, and a tensor that was
     zero and no longer is give None.
     """
-    return _compare(_values(before), _values(after))
+    return _compare(*(_informative(unpack(sketch)) for sketch in (before, after)))
 
 
 def compare_all(
@@ -157,26 +155,19 @@ def culprits(rows: Sequence[Mapping[str, Any]]) -> Culprits:
         if len(peers) < _MIN_GROUP and row["family"] != "vector":
             peers = [other for other in rows if other["family"] != "vector"]
         excess = _excess(row, peers, changes)
-        if excess is None and _recognised(row):
-            excess = changes[row["name"]]
-        if excess is not None:
-            standing.append((excess, row))
-    standing.sort(key=lambda pair: -pair[0])
-    named = [{**row, "what": _what(row)} for _, row in standing]
-    if named:
+        if excess is not None or _recognised(row):
+            standing.append((changes[row["name"]] if excess is None else excess, {**row, "what": _what(row)}))
+    if named := [row for _, row in sorted(standing, key=lambda pair: -pair[0])]:
         shown = "; ".join(f"{row['name']} ({row['what']})" for row in named[:3])
         more = f" and {len(named) - 3} more" if len(named) > 3 else ""
         return Culprits(named, False, f"stands out: {shown}{more}")
     if not changed:
         return Culprits([], False, "no tensor changed")
-    sizes = sorted(changes[row["name"]] for row in changed)
+    sizes = [changes[row["name"]] for row in changed]
+    low, high = min(sizes), max(sizes)
     families = ", ".join(sorted({row["family"] for row in changed}))
-    text = f"uniform: {len(changed)} of {len(rows)} tensors ({families}), relative change {_range(sizes)}"
-    return Culprits([], True, text)
-
-
-def _values(sketch: str) -> NDArray[np.float64]:
-    return _informative(unpack(sketch))
+    size = f"{low:.2g}" if low == high else f"{low:.2g} to {high:.2g}"
+    return Culprits([], True, f"uniform: {len(changed)} of {len(rows)} tensors ({families}), relative change {size}")
 
 
 def _informative(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -184,12 +175,12 @@ def _informative(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _compare(old: NDArray[np.float64], new: NDArray[np.float64]) -> dict[str, float | None]:
+    nothing = dict.fromkeys(("rel_change", "cosine", "norm_ratio"))
     if old.shape != new.shape or not (np.isfinite(old).all() and np.isfinite(new).all()):
-        return {"rel_change": None, "cosine": None, "norm_ratio": None}
+        return nothing
     before, after = float(np.linalg.norm(old)), float(np.linalg.norm(new))
     if before == 0.0:
-        same = 1.0 if after == 0.0 else None
-        return {"rel_change": 0.0 if same else None, "cosine": same, "norm_ratio": same}
+        return nothing if after else {"rel_change": 0.0, "cosine": 1.0, "norm_ratio": 1.0}
     cosine = float(old @ new) / (before * after) if after else 0.0
     return {
         "rel_change": finite(float(np.linalg.norm(new - old)) / before),
@@ -199,17 +190,14 @@ def _compare(old: NDArray[np.float64], new: NDArray[np.float64]) -> dict[str, fl
 
 
 def _recognise(name: str, new: NDArray[np.float64], old: Mapping[str, NDArray[np.float64]]) -> dict[str, Any]:
-    turned = old[name].reshape(_K, _K).T.ravel()
-    if _cosine(_informative(turned), _informative(new)) > _MATCH:
+    def alike(values: NDArray[np.float64]) -> bool:
+        return (_compare(_informative(values), _informative(new))["cosine"] or 0.0) > _MATCH
+
+    if alike(old[name].reshape(_K, _K).T.ravel()):
         return {"transposed": True}
-    for other, values in old.items():
-        if other != name and len(values) == len(new) and _cosine(_informative(values), _informative(new)) > _MATCH:
-            return {"matches": other}
-    return {}
-
-
-def _cosine(old: NDArray[np.float64], new: NDArray[np.float64]) -> float:
-    return _compare(old, new)["cosine"] or 0.0
+    others = (other for other, values in old.items() if other != name and len(values) == len(new) and alike(values))
+    match = next(others, None)
+    return {} if match is None else {"matches": match}
 
 
 def _size(row: Mapping[str, Any]) -> float:
@@ -263,8 +251,3 @@ def _what(row: Mapping[str, Any]) -> str:
     if abs(cosine) < 0.5:
         return f"shuffled, swapped or re-initialised, cosine {cosine:.2f}"
     return f"changed by {row['rel_change']:.2%}, cosine {cosine:.4f}"
-
-
-def _range(sizes: Sequence[float]) -> str:
-    low, high = sizes[0], sizes[-1]
-    return f"{low:.2g}" if low == high else f"{low:.2g} to {high:.2g}"

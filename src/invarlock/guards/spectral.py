@@ -19,7 +19,7 @@ from invarlock.core.api import AdapterLike, ModelLike
 from invarlock.core.exceptions import ConfigError, DataError
 from invarlock.eval.sources.base import Source
 from invarlock.evidence.windows import Window
-from invarlock.guards.base import Facts, Policy, Result, Stats, StatsGuard, finding, result
+from invarlock.guards.base import Facts, Finding, Policy, Result, Stats, StatsGuard, by_name, finding, result
 from invarlock.guards.families import WeightMatrix, unreadable_weights, weight_matrices
 from invarlock.stats.linalg import (
     SIGMA_CONTRACT,
@@ -71,29 +71,22 @@ class SpectralGuard(StatsGuard):
     }
 
     def contract(self) -> dict[str, Any]:
-        return {
-            **SIGMA_CONTRACT,
-            "norms": f"sorted {_TAILS}+{_MIDDLE}+{_TAILS}; rows of embeddings and heads in order",
-            "version": 1,
-        }
+        kept = f"sorted {_TAILS}+{_MIDDLE}+{_TAILS}; rows of embeddings and heads in order"
+        return {**SIGMA_CONTRACT, "norms": kept, "version": 1}
 
     def measure(self, model: ModelLike, adapter: AdapterLike) -> Stats:
         modules = [_measure(weight) for weight in weight_matrices(model, adapter)]
         return {"modules": modules, "unreadable": unreadable_weights(model)}
 
     def pair(self, baseline: Stats, subject: Stats) -> Facts:
-        before = {module["name"]: module for module in baseline["modules"]}
-        after = {module["name"]: module for module in subject["modules"]}
-        sides = (set(baseline["unreadable"]), set(subject["unreadable"]))
-        packed = sides[0] | sides[1]
-        lonely = [name for name in (*before, *after) if (name in before) != (name in after)]
-        shared = [name for name in before if name in after]
+        both, missing, extra = by_name(baseline["modules"], subject["modules"])
+        packed, packed_now = set(baseline["unreadable"]), set(subject["unreadable"])
         return {
-            "modules": [_pair(before[name], after[name]) for name in shared],
-            "missing": [name for name in lonely if name in before and name not in packed],
-            "extra": [name for name in lonely if name in after and name not in packed],
-            "not_comparable": sorted(packed),
-            "packed_differently": sorted(sides[0] ^ sides[1]),
+            "modules": [_pair(old, new) for old, new in both],
+            "missing": [name for name in missing if name not in packed | packed_now],
+            "extra": [name for name in extra if name not in packed | packed_now],
+            "not_comparable": sorted(packed | packed_now),
+            "packed_differently": sorted(packed ^ packed_now),
         }
 
     def judge(self, facts: Facts, policy: Policy) -> Result:
@@ -104,20 +97,20 @@ class SpectralGuard(StatsGuard):
             for kind in ("missing", "extra")
             for name in facts[kind]
         ]
-        warnings: list[dict[str, Any]] = []
-        severities: dict[str, float] = {name: _MAX_SEVERITY for name in (*facts["missing"], *facts["extra"])}
+        warnings: list[Finding] = []
+        severities = dict.fromkeys((*facts["missing"], *facts["extra"]), _MAX_SEVERITY)
         for module in modules:
-            fatal, mild, severity = _judge_module(module)
-            errors.extend(fatal)
-            warnings.extend(mild)
-            severities[module["name"]] = severity
+            fatal, mild, severities[module["name"]] = _judge_module(module)
+            errors += fatal
+            warnings += mild
         violations = _violations(modules, policy)
         (errors if len(violations) > policy["max_caps"] else warnings).extend(violations)
         order = sorted(severities, key=lambda name: -severities[name])  # stable: the model's order among equals
         for findings in (errors, warnings):
             findings.sort(key=lambda finding: -severities[finding["module"]])
-        if facts["packed_differently"]:
-            warnings.append(_not_comparable(facts["packed_differently"]))
+        if packed := facts["packed_differently"]:
+            text = f"{len(packed)} weights are packed on one side and were not compared, the first {packed[0]}"
+            warnings.append(finding("spectral_not_comparable", packed[0], text))
         growths = [abs(math.exp(x) - 1) for m in modules if (x := _log_ratio(m["sigma"])) is not None]
         metrics = {
             "modules": len(modules),
@@ -127,11 +120,11 @@ class SpectralGuard(StatsGuard):
             "max_caps": policy["max_caps"],
             "worst": [{"module": name, "severity": severities[name]} for name in order[:5] if severities[name] > 0],
         }
+        found: dict[str, Any] = {"metrics": metrics, "warnings": warnings, "errors": errors}
         if not modules:
             message = "spectral: no weight matrix could be compared; expected dense 2-D weights on both sides"
-            return result(False, message, metrics=metrics, warnings=warnings, errors=errors, evaluated=False)
-        message = _message(len(modules), errors, violations)
-        return result(not errors, message, metrics=metrics, warnings=warnings, errors=errors)
+            return result(False, message, **found, evaluated=False)
+        return result(not errors, f"spectral: {_summary(len(modules), errors, violations)}", **found)
 
     def remedy(
         self, model: ModelLike, adapter: AdapterLike, outcome: Result, windows: Sequence[Window], source: Source
@@ -148,18 +141,17 @@ class SpectralGuard(StatsGuard):
         outcome["metrics"]["corrections"] = corrections
         return outcome, True
 
-    def correct(self, model: ModelLike, adapter: AdapterLike, offenders: Iterable[str]) -> list[dict[str, Any]]:
+    def correct(self, model: ModelLike, adapter: AdapterLike, offenders: set[str]) -> list[dict[str, Any]]:
         """Scale down, in place, each offender whose sigma exceeds its family's quantile of the baseline; list them."""
         import torch
 
         assert self.baseline is not None and self.subject is not None  # validate has measured both
-        wanted = set(offenders)
-        after = {module["name"]: module["sigma"] for module in self.subject["modules"]}
+        after = {module["name"]: module["sigma"] for module in self.subject["modules"] if module["name"] in offenders}
         done = []
         for weight in weight_matrices(model, adapter):
             sigma = after.get(weight.name)
             peers = [m["sigma"] for m in self.baseline["modules"] if m["family"] == weight.family and m["sigma"]]
-            if weight.name not in wanted or sigma is None or not peers:
+            if sigma is None or not peers:
                 continue
             cap = float(np.quantile(peers, self.policy["sigma_quantile"]))
             if sigma > cap:
@@ -174,10 +166,7 @@ def _measure(weight: WeightMatrix) -> dict[str, Any]:
     rows, columns = norms(tensor)
     in_order = weight.role != "linear"
     return {
-        "name": weight.name,
-        "family": weight.family,
-        "by": weight.by,
-        "role": weight.role,
+        **{key: getattr(weight, key) for key in ("name", "family", "by", "role")},
         "shape": list(weight.shape),
         "sigma": finite(sigma_max(tensor)),
         "frobenius": finite(math.sqrt(float(np.square(rows).sum()))),
@@ -201,10 +190,9 @@ def _pair(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]
         "name": before["name"],
         "family": before["family"],
         "same_shape": before["shape"] == after["shape"],
-        "sigma": [before["sigma"], after["sigma"]],
-        "frobenius": [before["frobenius"], after["frobenius"]],
-        "row_norm": _extremes(*(_vector_norms(side, "rows") for side in (before, after))),
-        "column_norm": _extremes(*(_vector_norms(side, "columns") for side in (before, after))),
+        **{key: [before[key], after[key]] for key in ("sigma", "frobenius")},
+        "row_norm": _extremes(_vector_norms(before, "rows"), _vector_norms(after, "rows")),
+        "column_norm": _extremes(_vector_norms(before, "columns"), _vector_norms(after, "columns")),
         "by_row": before["role"] != "linear",
     }
 
@@ -214,12 +202,10 @@ def _vector_norms(module: Mapping[str, Any], kind: str) -> NDArray[np.float64]:
 
     Rows of embeddings and heads count one by one, however short.
     """
-    rows, columns = module["shape"]
-    length = rows if kind == "columns" else columns
+    length = module["shape"][0 if kind == "columns" else 1]
     if length >= _FEW or (kind == "rows" and module["role"] != "linear"):
         return unpack(module[kind])
-    whole = finite(module["frobenius"])
-    return np.array([math.nan if whole is None else whole])
+    return np.array([module["frobenius"]], dtype=np.float64)  # None is NaN
 
 
 def _extremes(old: NDArray[np.float64], new: NDArray[np.float64]) -> dict[str, Any]:
@@ -228,13 +214,12 @@ def _extremes(old: NDArray[np.float64], new: NDArray[np.float64]) -> dict[str, A
     A row that is dead in the baseline is left out, unless it rose above the median of the living: then its ratio is
     taken to that median.
     """
-    nothing = {"min": None, "at_min": None, "max": None, "at_max": None}
+    nothing = dict.fromkeys(("min", "at_min", "max", "at_max"))
     if len(old) != len(new) or not len(old) or not (np.isfinite(old).all() and np.isfinite(new).all()):
         return nothing
     living = old[old > 0]
     if not len(living):
-        same = not new.any()
-        return {"min": 1.0, "at_min": 0, "max": 1.0, "at_max": 0} if same else nothing
+        return nothing if new.any() else {"min": 1.0, "at_min": 0, "max": 1.0, "at_max": 0}
     median = float(np.median(living))
     dead = old < _DEAD * median
     ratio = np.where(dead, np.maximum(new / median, 1.0), new / np.where(dead, 1.0, old))
@@ -252,13 +237,13 @@ def _log_ratio(pair: Iterable[float | None]) -> float | None:
     return math.log(after / before) if before > 0 and after > 0 else None
 
 
-def _judge_module(module: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], float]:
+def _judge_module(module: Mapping[str, Any]) -> tuple[list[Finding], list[Finding], float]:
     """Return the fatal findings, the mild ones, and the severity: 1 is at a fatal bound."""
     name = module["name"]
     if problem := _unusable(module):
         return [finding(f"spectral_{problem[0]}", name, f"{name}: {problem[1]}")], [], _MAX_SEVERITY
-    fatal: list[dict[str, Any]] = []
-    mild: list[dict[str, Any]] = []
+    fatal: list[Finding] = []
+    mild: list[Finding] = []
     severity = 0.0
     for kind, ratio, place in _ratios(module):
         fatal_low, warn_low, warn_high, fatal_high = _BOUNDS[kind]
@@ -306,20 +291,19 @@ def _ratios(module: Mapping[str, Any]) -> Iterable[tuple[str, float, str]]:
             yield kind, module[kind][end], place
 
 
-def _violations(modules: list[dict[str, Any]], policy: Policy) -> list[dict[str, Any]]:
+def _violations(modules: list[dict[str, Any]], policy: Policy) -> list[Finding]:
     """List the modules whose growth violates; a module without a ratio counts as tested with p = 1, being fatal."""
     testing = policy["multiple_testing"]
     if testing["method"] not in _TESTS:
         raise ConfigError(f"got multiple_testing.method {testing['method']!r}; expected one of {sorted(_TESTS)}")
-    scope = policy["scope"]
-    judged = []
-    for module in modules:
-        log_ratio = _log_ratio(module["sigma"])
-        if log_ratio is not None and (scope == "all" or module["family"] in scope):
-            judged.append((module, log_ratio, log_ratio / _by_family(policy, "tau", module["family"])))
-    survives = _TESTS[testing["method"]](
-        [math.erfc(abs(z) / math.sqrt(2)) for _, _, z in judged], testing["alpha"], m=len(modules)
-    )
+    in_scope = [m for m in modules if policy["scope"] == "all" or m["family"] in policy["scope"]]
+    judged = [
+        (module, log_ratio, log_ratio / _by_family(policy, "tau", module["family"]))
+        for module in in_scope
+        if (log_ratio := _log_ratio(module["sigma"])) is not None
+    ]
+    p_values = [math.erfc(abs(z) / math.sqrt(2)) for _, _, z in judged]
+    survives = _TESTS[testing["method"]](p_values, testing["alpha"], m=len(modules))
     found = []
     for (module, log_ratio, z), rejected in zip(judged, survives, strict=True):
         growth = math.exp(log_ratio) - 1
@@ -337,14 +321,9 @@ def _by_family(policy: Policy, key: str, family: str) -> float:
     return value
 
 
-def _not_comparable(names: list[str]) -> dict[str, Any]:
-    text = f"{len(names)} weights are packed on one side and were not compared, the first {names[0]}"
-    return finding("spectral_not_comparable", names[0], text)
-
-
-def _message(count: int, errors: list[dict[str, Any]], violations: list[dict[str, Any]]) -> str:
+def _summary(count: int, errors: list[Finding], violations: list[Finding]) -> str:
     if errors:
-        return f"spectral: {errors[0]['message']}" + (f" and {len(errors) - 1} more" if len(errors) > 1 else "")
+        return f"{errors[0]['message']}" + (f" and {len(errors) - 1} more" if len(errors) > 1 else "")
     if violations:
-        return f"spectral: {len(violations)} of {count} matrices changed beyond the deadband, within the allowance"
-    return f"spectral: {count} matrices within bounds"
+        return f"{len(violations)} of {count} matrices changed beyond the deadband, within the allowance"
+    return f"{count} matrices within bounds"

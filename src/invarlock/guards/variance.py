@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -21,7 +22,7 @@ from invarlock.core.api import AdapterLike, ModelLike
 from invarlock.core.exceptions import ConfigError, DataError
 from invarlock.eval.sources.base import Source, Watch, score_all
 from invarlock.evidence.windows import Window, pick_indices
-from invarlock.guards.base import Facts, Policy, Result, Stats, StatsGuard, finding, result
+from invarlock.guards.base import Facts, Policy, Result, Stats, StatsGuard, by_name, finding, result
 from invarlock.stats.intervals import weighted_mean_interval
 from invarlock.stats.linalg import finite
 
@@ -31,19 +32,16 @@ if TYPE_CHECKING:
 __all__ = ["VarianceGuard", "propose"]
 
 _TAPS = {
-    "ffn": re.compile(
-        r"(mlp\.(c_proj|fc_out|fc2|down_proj|dense_4h_to_h)|down_proj|dense_4h_to_h|(^|\.)fc2|feed_forward\.w2"
-        r"|(?<!attention\.)output\.dense|DenseReluDense\.wo|ffn\.lin2)$"
-    ),
-    "attn": re.compile(
-        r"(attn\.(c_proj|out_proj|o_proj)|attention\.(output\.)?dense|(Self|EncDec)Attention\.o|attention\.out_lin"
-        r"|self_attention\.dense)$"
-    ),
+    "ffn": r"(mlp\.(c_proj|fc_out|fc2|down_proj|dense_4h_to_h)|down_proj|dense_4h_to_h|(^|\.)fc2|feed_forward\.w2"
+    r"|(?<!attention\.)output\.dense|DenseReluDense\.wo|ffn\.lin2)$",
+    "attn": r"(attn\.(c_proj|out_proj|o_proj)|attention\.(output\.)?dense|(Self|EncDec)Attention\.o|attention\.out_lin"
+    r"|self_attention\.dense)$",
 }
+_TAPS["both"] = "|".join(_TAPS.values())
 _CODE = "variance_tap"
 _SAMPLED = 8  # windows in which the spread is measured, evenly spaced
 _TRIED = 64  # windows on which a proposal is tried
-_REPLICATES, _SEED = 1200, 42
+_BOOTSTRAP = {"replicates": 1200, "seed": 42}
 
 
 class VarianceGuard(StatsGuard):
@@ -80,39 +78,19 @@ class VarianceGuard(StatsGuard):
 
     def measure(self, model: ModelLike, adapter: AdapterLike) -> Stats:
         observed, self._observed = self._observed or {}, None
-        return {
-            "taps": [
-                {"name": n, "tokens": seen.tokens, "spread": seen.spread(), "scalable": _scalable(model, n)}
-                for n, seen in observed.items()
-                if seen.tokens
-            ]
-        }
+        taps = {name: seen for name, seen in observed.items() if seen.tokens}
+        return {"taps": [{"name": n, **tap.stats(), "scalable": _scalable(model, n)} for n, tap in taps.items()]}
 
     def pair(self, baseline: Stats, subject: Stats) -> Facts:
-        before = {tap["name"]: tap for tap in baseline["taps"]}
-        after = {tap["name"]: tap for tap in subject["taps"]}
-        return {
-            "taps": [
-                {
-                    "name": name,
-                    "tokens": [old["tokens"], after[name]["tokens"]],
-                    "spread": [old["spread"], after[name]["spread"]],
-                    "scalable": after[name]["scalable"],
-                }
-                for name, old in before.items()
-                if name in after
-            ],
-            "unpaired": [name for name in (*before, *after) if (name in before) != (name in after)],
-            "trial": None,
-        }
+        both, missing, extra = by_name(baseline["taps"], subject["taps"])
+        taps = [{**new, **{key: [old[key], new[key]] for key in ("tokens", "spread")}} for old, new in both]
+        return {"taps": taps, "unpaired": missing + extra, "trial": None}
 
     def judge(self, facts: Facts, policy: Policy) -> Result:
         policy = {**self.defaults, **policy}
         taps = facts["taps"]
-        errors = [
-            finding(_CODE, name, f"{name} was seen on one side only; expected the same taps")
-            for name in facts["unpaired"]
-        ]
+        alone = "was seen on one side only; expected the same taps"
+        errors = [finding(_CODE, name, f"{name} {alone}") for name in facts["unpaired"]]
         errors += [finding(_CODE, tap["name"], f"{tap['name']}: {why}") for tap in taps if (why := _problem(tap))]
         metrics: dict[str, Any] = {"enabled": False, "taps": len(taps), "proposed": {}, "reason": "", "interval": None}
         if errors:
@@ -182,12 +160,10 @@ def _scaled(model: ModelLike, scales: Mapping[str, float]) -> Iterator[list[bool
 
 def propose(taps: list[Mapping[str, Any]], policy: Policy) -> dict[str, float]:
     """Map taps to scales, the largest adjustment first. Pure; `taps` as in the facts."""
-    wanted = []
-    for tap in taps:
-        before, after = tap["spread"]
-        if tap["scalable"] and before > 0 and after > 0:
-            wanted.append((tap["name"], before / after - 1))
-    wanted.sort(key=lambda pair: -abs(pair[1]))
+    usable = [tap for tap in taps if tap["scalable"] and min(tap["spread"]) > 0]
+    wanted = sorted(
+        ((tap["name"], tap["spread"][0] / tap["spread"][1] - 1) for tap in usable), key=lambda p: -abs(p[1])
+    )
     outside = [pair for pair in wanted if abs(pair[1]) > policy["deadband"]]
     chosen = outside or wanted[: policy["topk_backstop"]]
     step = math.inf if policy["max_scale_step"] is None else policy["max_scale_step"]
@@ -196,13 +172,13 @@ def propose(taps: list[Mapping[str, Any]], policy: Policy) -> dict[str, float]:
     return {name: 1 + change for name, change in large[: policy["max_adjusted_modules"]] if change}
 
 
+@dataclass
 class _Spread:
     """Running sums of the outputs of one tap, in double precision."""
 
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.total: Any = 0.0
-        self.squares: Any = 0.0
+    tokens: int = 0
+    total: Any = 0.0
+    squares: Any = 0.0
 
     def add(self, outputs: Tensor) -> None:
         values = outputs.detach().double() if outputs.device.type != "mps" else outputs.detach().cpu().double()
@@ -210,24 +186,20 @@ class _Spread:
         self.total = self.total + values.sum(dim=0).cpu().numpy()
         self.squares = self.squares + values.square().sum(dim=0).cpu().numpy()
 
-    def spread(self) -> float | None:
+    def stats(self) -> dict[str, Any]:
         mean = self.total / self.tokens
         with np.errstate(invalid="ignore"):
             variance = np.maximum(self.squares / self.tokens - np.square(mean), 0.0)
-        return finite(float(np.sqrt(variance.mean())))
+        return {"tokens": self.tokens, "spread": finite(float(np.sqrt(variance.mean())))}
 
 
 def _taps(model: ModelLike, tap: str) -> list[str]:
-    patterns = list(_TAPS.values()) if tap == "both" else [_TAPS[tap]] if tap in _TAPS else [_custom(tap)]
-    modules = model.named_modules() if hasattr(model, "named_modules") else ()
-    return [path for path, _ in modules if any(pattern.search(path) for pattern in patterns)]
-
-
-def _custom(tap: str) -> re.Pattern[str]:
     try:
-        return re.compile(tap)
+        pattern = re.compile(_TAPS.get(tap, tap))
     except (re.error, TypeError) as error:
         raise ConfigError(f"got variance.tap {tap!r}; expected ffn, attn, both or a pattern of module names") from error
+    modules = model.named_modules() if hasattr(model, "named_modules") else ()
+    return [path for path, _ in modules if pattern.search(path)]
 
 
 def _scalable(model: ModelLike, path: str) -> bool:
@@ -239,8 +211,7 @@ def _scalable(model: ModelLike, path: str) -> bool:
 
 
 def _tensors(model: ModelLike, path: str) -> list[Tensor]:
-    module = model.get_submodule(path)
-    found: list[Any] = [module.weight, getattr(module, "bias", None)]
+    found = (getattr(model.get_submodule(path), name, None) for name in ("weight", "bias"))
     return [tensor.data for tensor in found if tensor is not None]
 
 
@@ -257,20 +228,14 @@ def _problem(tap: Mapping[str, Any]) -> str | None:
 
 def _verdict(trial: Mapping[str, Any], policy: Policy) -> dict[str, Any]:
     """Decide from the paired differences of log-loss, scaled minus plain."""
-    level = 0.90 if policy["predictive_one_sided"] else 0.95
+    options: dict[str, Any] = {"level": 0.90 if policy["predictive_one_sided"] else 0.95, **_BOOTSTRAP}
     delta = [math.nan if finite(value) is None else float(value) for value in trial["delta"]]
-    interval = weighted_mean_interval(
-        delta, trial["tokens"], trial["documents"], level=level, replicates=_REPLICATES, seed=_SEED
-    )
+    interval = weighted_mean_interval(delta, trial["tokens"], trial["documents"], **options)
     limit = -float(policy["min_effect_lognll"])
-    enabled = bool(interval.hi < limit)  # False for NaN
-    figures = {"estimate": interval.estimate, "lo": interval.lo, "hi": interval.hi}
+    figures = {key: finite(getattr(interval, key)) for key in ("estimate", "lo", "hi")}
     reason = (
         f"scaling changes log-loss by {interval.estimate:+.5f} nats, interval up to {interval.hi:+.5f}; "
         f"expected below {limit:+.5f}"
     )
-    return {
-        "enabled": enabled,
-        "reason": reason,
-        "interval": {**{k: finite(v) for k, v in figures.items()}, "level": level, "method": interval.method},
-    }
+    shown = {**figures, "level": options["level"], "method": interval.method}
+    return {"enabled": bool(interval.hi < limit), "reason": reason, "interval": shown}  # False for NaN
