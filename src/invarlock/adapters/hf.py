@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,7 +13,9 @@ from packaging.version import Version
 from invarlock.adapters import state
 from invarlock.checkpoints.behaviour import load_config
 from invarlock.checkpoints.files import open_checkpoint, resolve_folder
+from invarlock.checkpoints.lora import adapter_facts
 from invarlock.checkpoints.packed import PackedFolder, packing_facts
+from invarlock.checkpoints.quiet import quiet_transformers
 from invarlock.checkpoints.side import Loading, Origin
 from invarlock.core import settings
 from invarlock.core.api import ModelAdapter, ModelLike
@@ -69,7 +69,7 @@ class HF_Adapter(ModelAdapter):
             "vocab_size": read("vocab_size"),
             "max_position_embeddings": read("max_position_embeddings", "n_positions"),
             "parameters": sum(p.numel() for p in model.parameters()),
-            **(packing_facts(origin.folder) if origin else {}),
+            **({**packing_facts(origin.folder), **adapter_facts(origin.folder)} if origin else {}),
         }
 
     def snapshot(self, model: ModelLike) -> bytes:
@@ -96,7 +96,7 @@ class HF_Adapter(ModelAdapter):
         if not any(any(folder.glob(pattern)) for pattern in _TOKENIZER):
             return None
         try:
-            with _quiet_transformers():
+            with quiet_transformers():
                 return AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # as in load_model: whatever went wrong, the tokenizer cannot be used
             raise ModelLoadError(f"the tokenizer of {model_id} cannot be read: {first_line(error)}") from error
@@ -105,7 +105,7 @@ class HF_Adapter(ModelAdapter):
         """Write the model with `save_pretrained` (safetensors)."""
         if not hasattr(model, "save_pretrained"):
             raise AdapterError(f"{type(model).__name__} has no save_pretrained; expected a transformers model")
-        with _quiet_transformers():
+        with quiet_transformers():
             model.save_pretrained(folder)
 
 
@@ -181,7 +181,7 @@ class HF_Causal_Adapter(HF_Adapter):
         if isinstance(weights, PackedFolder):
             dense = {"state_dict": {name: _in_type(tensor, wanted) for name, tensor in weights.tensors()}}
         try:
-            with _quiet_transformers():
+            with quiet_transformers():
                 model, info = (self._class_of(config, trust) if dense else self.auto_class).from_pretrained(
                     None if dense else folder,
                     config=config,
@@ -255,20 +255,3 @@ def _refuse_made_up(model_id: str, info: Mapping[str, Any]) -> None:
             f"{model_id} lacks {len(findings)} tensor(s) that its architecture needs ({named}); copy the checkpoint again",
             findings,
         )
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep the library's notices and progress bars off the terminal; what matters of them we check ourselves."""
-    from transformers.utils import logging as hf_logging
-
-    level = hf_logging.get_verbosity()
-    bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity(logging.ERROR)
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()

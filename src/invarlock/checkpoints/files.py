@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from invarlock.checkpoints import lora
 from invarlock.checkpoints.base import Checkpoint, Format
 from invarlock.checkpoints.packed import PackedFolder
 from invarlock.checkpoints.shards import SafetensorsFolder
@@ -24,7 +25,13 @@ _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.jinja"]
 
 
 def resolve_folder(model_id: str, revision: str | None = None) -> Path:
-    """Return the local folder of a checkpoint: the path itself, or the hub's cached (or downloaded) copy."""
+    """Return the local folder of a checkpoint: the path itself, or the hub's cached (or downloaded) copy. That of an
+    adapter is the one in which it is merged into its base."""
+    folder = _local_folder(model_id, revision)
+    return lora.merged(folder, resolve_folder) if lora.is_adapter(folder) else folder
+
+
+def _local_folder(model_id: str, revision: str | None) -> Path:
     model_id = str(model_id)
     path = Path(model_id).expanduser()
     if not model_id.strip():

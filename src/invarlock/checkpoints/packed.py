@@ -121,10 +121,10 @@ def _ct_packed(parts: Parts, settings: Settings) -> Tensor:
     rows, columns = (int(size) for size in parts["weight_shape"])
     packed, scale, zeros = parts["weight_packed"], parts["weight_scale"], parts.get("weight_zero_point")
     bits = packed.shape[1] * 32 // columns
-    codes = _unpack(packed, bits)[:, :columns].float() - 2 ** (bits - 1)
+    codes = _unpack(packed, bits)[:, :columns].float() - (1 << bits - 1)
     if zeros is not None:
         if zeros.shape != scale.shape:
-            zeros = _unpack(zeros.T.contiguous(), bits)[:, :rows].T.float() - 2 ** (bits - 1)
+            zeros = _unpack(zeros.T.contiguous(), bits)[:, :rows].T.float() - (1 << bits - 1)
         codes -= _grouped(zeros, parts, codes.shape)
     return codes * _grouped(scale, parts, codes.shape)
 
@@ -283,21 +283,22 @@ def _schemes(folder: Path, settings: Settings, types: set[str]) -> tuple[_Scheme
     return variants[variant]
 
 
-def packing_facts(folder: Path) -> dict[str, str]:
-    """Return what a report says of how the weights are stored and executed; {} for a folder of plain weights.
-
-    `activations` says that a server quantizes these too, which dequantized weights do not show.
-    """
+def packing_facts(folder: Path) -> dict[str, Any]:
+    """Return what a report says of how the weights are stored and executed, with notes in words; {} for a folder of plain
+    weights."""
     settings = _settings(folder)
     if settings is None:
         return {}
     method = str(settings.get("quant_method"))
     if not PackedFolder.recognises(folder):
-        return {"executed": "native", "quantization_config_unused": method}
+        note = (
+            f"the file holds plain float weights beside a quantization_config ({method}); they were used as they stand"
+        )
+        return {"executed": "native", "quantization_config_unused": method, "notes": [note]}
     groups = (settings.get("config_groups") or {}).values()
     served = settings.get("activation_scheme") or any(group.get("input_activations") for group in groups)
-    facts = {"executed": "dequantized", "quant_method": method}
-    return {**facts, "activations": "quantized in service, not here"} if served else facts
+    note = "a server that runs this format quantizes activations too; here weights alone were quantized"
+    return {"executed": "dequantized", "quant_method": method, "notes": [note] if served else []}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,134 @@
+"""Adapter folders (LoRA, DoRA and what else peft merges): the base and the adapter merged into one checkpoint.
+
+peft itself merges, since it alone knows every kind; the result stands in a private folder until the program ends.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
+
+from invarlock.checkpoints.behaviour import load_config
+from invarlock.checkpoints.packed import PackedFolder
+from invarlock.checkpoints.quiet import quiet_transformers
+from invarlock.checkpoints.structure import live_structure
+from invarlock.core.device import require_extra
+from invarlock.core.exceptions import ModelLoadError
+from invarlock.core.files import first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["adapter_facts", "is_adapter", "merged"]
+
+_CONFIG, _WEIGHTS, _FACTS = "adapter_config.json", "adapter_model.safetensors", "merged_adapter.json"
+_BASE_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
+_TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+)
+_done: dict[Path, Path] = {}
+
+
+def is_adapter(folder: Path) -> bool:
+    """Say whether a folder holds an adapter. Raises ModelLoadError where it holds base weights too: some tools read them
+    with the adapter and some without."""
+    if not (folder / _CONFIG).is_file():
+        return False
+    beside = sorted(path.name for pattern in _BASE_WEIGHTS for path in folder.glob(pattern))
+    if beside:
+        raise ModelLoadError(
+            f"{folder} holds base weights ({beside[0]}) and an adapter ({_CONFIG}), and tools differ in which they use; "
+            "merge the two, or keep the adapter in a folder of its own"
+        )
+    return True
+
+
+def merged(folder: Path, find_base: Callable[[str], Path]) -> Path:
+    """Return a folder with the adapter merged into its base, in float32; it is made once and removed at exit.
+
+    `find_base` returns the folder of a hub id or path. Raises ModelLoadError where the base is not there, where the two
+    do not fit, and for tensors of the adapter that match nothing in the base.
+    """
+    key = folder.resolve()
+    if key not in _done:
+        require_extra(f"the adapter {folder}", "adapters", "torch", "transformers", "peft")
+        base = _base_of(folder, find_base)
+        target = Path(tempfile.mkdtemp(prefix="invarlock-"))  # only this user can read it
+        atexit.register(shutil.rmtree, target, ignore_errors=True)
+        with quiet_transformers():
+            _merge(folder, base, target)
+        _done[key] = target
+    return _done[key]
+
+
+def adapter_facts(folder: Path) -> dict[str, Any]:
+    """Return what a report says of a merged adapter: its kind, its base and the tensors that it changed."""
+    path = folder / _FACTS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _base_of(folder: Path, find_base: Callable[[str], Path]) -> Path:
+    try:
+        name = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelLoadError(f"{folder}/{_CONFIG} names no base_model_name_or_path ({first_line(error)})") from None
+    if not (folder / _WEIGHTS).is_file():
+        raise ModelLoadError(f"{folder} has no {_WEIGHTS}; save the adapter with `save_pretrained`")
+    beside = folder / str(name)
+    try:
+        return find_base(str(beside) if beside.is_dir() else str(name))
+    except ModelLoadError as error:
+        raise ModelLoadError(
+            f"the base of the adapter {folder} cannot be found: {error}; set base_model_name_or_path in {_CONFIG}"
+        ) from None
+
+
+def _merge(folder: Path, base: Path, target: Path) -> None:
+    from peft import PeftModel, get_peft_model_state_dict
+
+    model = _load_base(base)
+    before = {tensor.name: tensor.digest for tensor in live_structure(model).tensors}
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder))
+        with safe_open(folder / _WEIGHTS, framework="pt") as file:
+            odd = sorted(set(file.keys()) ^ set(get_peft_model_state_dict(adapted)))
+        if odd:
+            raise ModelLoadError(f"{len(odd)} of its tensors match nothing in the base or are missing, first {odd[0]}")
+        model = adapted.merge_and_unload()
+    except Exception as error:  # peft's errors have many roots; each is an adapter that cannot be merged
+        raise ModelLoadError(f"the adapter {folder} cannot be merged into {base}: {first_line(error)}") from error
+    touched = [t.name for t in live_structure(model).tensors if before.get(t.name) != t.digest]
+    for source, patterns in ((base, _TOKENIZER), (folder, _TOKENIZER)):
+        for path in (path for pattern in patterns for path in source.glob(pattern) if path.suffix != ".safetensors"):
+            shutil.copyfile(path, target / path.name)
+    model.save_pretrained(target)
+    notes = [] if touched else [f"merging the adapter {folder.name} changed no tensor of {base.name}"]
+    kind = json.loads((folder / _CONFIG).read_text(encoding="utf-8")).get("peft_type")
+    facts = {"executed": "merged", "adapter": {"kind": kind, "base": base.name, "touched": touched}, "notes": notes}
+    (target / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _load_base(base: Path) -> PreTrainedModel:
+    import transformers
+
+    config = load_config(base)
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    if kind is None:
+        raise ModelLoadError(f"the base {base} is a {config.architectures}, which transformers does not have")
+    state = {"state_dict": dict(PackedFolder(base, None).tensors())} if PackedFolder.recognises(base) else {}
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return kind.from_pretrained(None if state else base, config=config, **state).float()
