@@ -68,9 +68,8 @@ class CertifyRequest:
 
     def __post_init__(self) -> None:
         if self.intent not in INTENTS:
-            raise ConfigError(
-                f"intent is {self.intent!r}{nearest(self.intent, INTENTS)}; expected {' or '.join(INTENTS)}"
-            )
+            known = f"{nearest(self.intent, INTENTS)}; expected {' or '.join(INTENTS)}"
+            raise ConfigError(f"intent is {self.intent!r}{known}")
         if (self.baseline is None) == (self.baseline_report is None):
             got = "neither" if self.baseline is None else "both"
             raise ConfigError(f"got {got} of --baseline and --baseline-report; expected exactly one of the two")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -57,7 +58,7 @@ CODES: dict[str, tuple[Level, str]] = {
     "D031": ("ERROR", "the reports were not measured on the same windows"),
 }
 
-_MINIMUM_PYTHON = (3, 11)
+_MINIMUM_PYTHON = "3.11"
 _MINIMUM = {"torch": ("2.6", "adapters"), "transformers": ("4.48", "adapters"), "datasets": ("3.0", "eval")}
 _FREE_BYTES = 1_000_000_000
 _WEAKENING = ("INVARLOCK_SKIP_OVERHEAD_CHECK", "INVARLOCK_TINY_RELAX", "INVARLOCK_PM_ACCEPTANCE_MAX")
@@ -121,8 +122,7 @@ def _environment_variables(request: Request) -> Iterator[Finding]:
             except ConfigError as error:
                 yield Finding("D006", str(error))
         elif name.startswith("INVARLOCK_"):
-            stranger = f"environment variable {name} is not one of InvarLock's{nearest(name, known)}"
-            yield Finding("D007", f"{stranger}; unset it")
+            yield Finding("D007", f"{name} is no variable of InvarLock's{nearest(name, known)}; unset it")
     for name in _WEAKENING:
         if name in os.environ and settings.get(name):
             yield Finding("D008", f"{name} is set: it weakens or skips a check, and certificates record it")
@@ -132,9 +132,8 @@ def _environment_variables(request: Request) -> Iterator[Finding]:
 
 
 def _libraries(request: Request) -> Iterator[Finding]:
-    if sys.version_info < _MINIMUM_PYTHON:
-        expected = f"expected {'.'.join(map(str, _MINIMUM_PYTHON))} or later"
-        yield Finding("D001", f"Python is {sys.version.split()[0]}; {expected}")
+    if Version(platform.python_version()) < Version(_MINIMUM_PYTHON):
+        yield Finding("D001", f"Python is {platform.python_version()}; expected {_MINIMUM_PYTHON} or later")
     for package, (minimum, extra) in _MINIMUM.items():
         try:
             version, install = metadata.version(package), f'"invarlock[{extra}]"'
@@ -146,8 +145,7 @@ def _libraries(request: Request) -> Iterator[Finding]:
     if _has_torch() and not _accelerators():
         yield Finding("D004", "neither CUDA nor MPS is available; models are measured on the CPU")
     if request.config is None and not (network_allowed() or Wikitext2Provider.is_cached()):
-        stands_in = "without a preset, python_docs stands in"
-        yield Finding("D005", f"the network is off and wikitext2 is not cached; {stands_in}")
+        yield Finding("D005", "the network is off, wikitext2 is not cached: without a preset, python_docs stands in")
 
 
 def _has_torch() -> bool:
@@ -216,8 +214,7 @@ def _places(resolved: RunSettings) -> Iterator[Finding]:
         if identifier.startswith((".", "/", "~")):
             yield Finding("D021", f"model.id {identifier!r} does not exist; expected a folder, or a hub id")
         elif not network_allowed() and not _is_cached(identifier):
-            nowhere = f"model.id {identifier!r} is neither a folder nor cached"
-            yield Finding("D022", f"{nowhere}; set INVARLOCK_ALLOW_NETWORK=1")
+            yield Finding("D022", f"model.id {identifier!r} is no folder and not cached; set INVARLOCK_ALLOW_NETWORK=1")
     for key in _LOCAL_KEYS:
         value = dataset.provider_options.get(key)
         if isinstance(value, str) and not any(c in value for c in "*?[") and not Path(value).exists():

@@ -281,10 +281,9 @@ class _Run:
             self.warn(message)
 
     def eval(self) -> None:
-        report = self.report
-        if self.job.windows is None:
-            metric = synthetic_metric(self.model, self.job.adapter, self.job.device, self.seed)
-            report.metrics["primary_metric"] = metric
+        report, job = self.report, self.job
+        if job.windows is None:
+            report.metrics["primary_metric"] = metric = synthetic_metric(self.model, job.adapter, job.device, self.seed)
             if metric["final"] is None:
                 self.warn(f"no synthetic metric: {metric['reason']}")
             return
@@ -295,7 +294,7 @@ class _Run:
             self.warn(f"evaluation failed and no metric was measured: {oneline(self.evaluation_error)}")
             return
         report.evidence = self.subject.evidence.model_dump(mode="json")
-        report.meta["guard_overhead"] = steps.measure_overhead(self.job, self.model, self.subject)
+        report.meta["guard_overhead"] = steps.measure_overhead(job, self.model, self.subject)
         certificate = make_certificate(report, self.held_to.report)
         metric = {**certificate["primary_metric"], "source": "calibration_data", "mock": False}
         report.metrics |= {"primary_metric": metric, "verdict": certificate["verdict"]}

@@ -41,14 +41,9 @@ def model_facts(model: ModelLike, adapter: AdapterLike, side: Side) -> ModelFact
     """Return who the model is. A plugin's `describe` may lack any key."""
     described = dict(adapter.describe(model))
     parameters = list(model.parameters()) if hasattr(model, "parameters") else []
-    return _identity(
-        side,
-        adapter,
-        model_class=described.get("model_class"),
-        parameters=sum(p.numel() for p in parameters),
-        dtype=str(parameters[0].dtype).removeprefix("torch.") if parameters else None,
-        describe=described,
-    )
+    kind, count = described.get("model_class"), sum(p.numel() for p in parameters)
+    dtype = str(parameters[0].dtype).removeprefix("torch.") if parameters else None
+    return _identity(side, adapter, model_class=kind, parameters=count, dtype=dtype, describe=described)
 
 
 def _identity(side: Side, adapter: AdapterLike, **found: Any) -> ModelFacts:

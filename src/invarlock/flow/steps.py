@@ -156,10 +156,9 @@ def text_facts(job: Job) -> dict[str, Any]:
     """Return what a report says of the text: the windows, where they are kept, and its facts with those of the pairing."""
     if job.windows is None:
         return {}
-    return {
-        "evaluation_windows": job.windows.to_dict() if settings.flag("INVARLOCK_STORE_EVAL_WINDOWS") else {},
-        "dataset": {**job.windows.facts().model_dump(mode="json"), "windows": {"stats": job.windows.stats()}},
-    }
+    windows = job.windows.to_dict() if settings.flag("INVARLOCK_STORE_EVAL_WINDOWS") else {}
+    dataset = {**job.windows.facts().model_dump(mode="json"), "windows": {"stats": job.windows.stats()}}
+    return {"evaluation_windows": windows, "dataset": dataset}
 
 
 def stored_baseline(path: Path) -> tuple[dict[str, Any], Evidence, Path]:
