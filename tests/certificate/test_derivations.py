@@ -57,7 +57,7 @@ def _by_release(document: Document, version: str) -> Document:
 
 def test_new_certificates_name_their_derivation_and_the_first_ones_none(made: Document) -> None:
     assert made["derivation"] == CURRENT == max(DERIVATIONS)
-    assert made["policy_provenance"]["tiers_version"] == 3
+    assert made["policy_provenance"]["tiers_version"] == 4
     assert "derivation" not in _frozen("pass_8bit")
 
 
@@ -133,7 +133,7 @@ def test_tiers_of_ones_own_are_embedded_and_said(tmp_path: Path, monkeypatch: py
 
 
 def test_more_than_was_used_cannot_be_embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _own(tmp_path, lambda tiers: tiers.replace("version: 3", "version: 77"))
+    _own(tmp_path, lambda tiers: tiers.replace("version: 4", "version: 77"))
     with monkeypatch.context() as inside:
         inside.setenv("INVARLOCK_CONFIG_ROOT", str(tmp_path))
         document = reread(make_cert("pass"))
@@ -152,15 +152,17 @@ def test_a_certificate_of_tiers_that_no_release_issued_does_not_verify(made: Doc
 def test_earlier_tiers_resolve_by_their_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Document
 ) -> None:
-    """As in the next release that changes a limit: its own tiers, and those of version 3 as they were."""
+    """As in the next release that changes a limit: its own tiers, and those of this version as they were."""
     packaged = resources.files("invarlock.data")
-    for folder in (tmp_path, tmp_path / "tiers" / "3"):
+    for folder in (tmp_path, tmp_path / "tiers" / "4"):
         (folder / "profiles").mkdir(parents=True)
         for name in ("tiers.yaml", *(f"profiles/{name}.yaml" for name in resolve.PROFILES)):
             with resources.as_file(packaged.joinpath(name)) as path:
                 shutil.copyfile(path, folder / name)
+    with resources.as_file(packaged.joinpath("tiers/3")) as path:
+        shutil.copytree(path, tmp_path / "tiers" / "3")
     text = (tmp_path / "tiers.yaml").read_text(encoding="utf-8")
-    changed = text.replace("version: 3", "version: 4").replace("limit: 1.10", "limit: 1.07")
+    changed = text.replace("version: 4", "version: 5").replace("limit: 1.10", "limit: 1.07")
     (tmp_path / "tiers.yaml").write_text(changed, encoding="utf-8")
     monkeypatch.setattr(resolve, "_PACKAGE", tmp_path)
     resolve._packaged.cache_clear()
@@ -168,7 +170,7 @@ def test_earlier_tiers_resolve_by_their_version(
         assert verify_certificate(made).intact
         assert verify_certificate(_frozen("pass_8bit")).intact
         new = reread(certify(make_evidence(), make_evidence(kl=0.001)))
-        assert (new["policy_provenance"]["tiers_version"], new["primary_metric"]["limit"]) == (4, 1.07)
+        assert (new["policy_provenance"]["tiers_version"], new["primary_metric"]["limit"]) == (5, 1.07)
     finally:
         resolve._packaged.cache_clear()
 

@@ -38,7 +38,9 @@ def test_the_ratio_is_judged_by_its_interval(shift: float, spread: float, decisi
     metric = certificate["primary_metric"]
     assert (metric["decision"], certificate["verdict"]["status"]) == (decision, status)
     assert certificate["validation"]["primary_metric_acceptable"] is (decision == "pass")
-    assert (metric["windows_needed"] is not None) is (decision == "inconclusive")
+    assert metric["windows_needed"] is None
+    if decision == "inconclusive":
+        assert metric["documents_needed"] > metric["clusters"]
 
 
 @pytest.mark.parametrize(
@@ -59,9 +61,9 @@ def test_divergence_fails_where_the_ratio_sees_nothing(kl: float, flips: float, 
 
 @pytest.mark.parametrize(
     ("limit", "decision"),
-    [(0.98, "fail"), (1.002, "inconclusive"), (1.05, "pass"), (1.2, "pass")],  # relative to the estimate
+    [(0.9, "fail"), (0.98, "inconclusive"), (1.002, "inconclusive"), (1.05, "pass"), (1.2, "pass")],  # times the estimate
 )
-def test_an_estimate_just_under_its_limit_passes_only_if_its_interval_does(limit: float, decision: str) -> None:
+def test_flips_are_decided_by_their_interval_on_both_sides_of_the_limit(limit: float, decision: str) -> None:
     rate = _certificate(flips=0.1)["divergence"]["flip_rate"]
     certificate = _certificate({"metrics": {"divergence": {"flip_max": rate * limit}}}, flips=0.1)
     assert gates(certificate)["token_flips"] == decision

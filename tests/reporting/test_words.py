@@ -43,13 +43,13 @@ def test_every_gate_has_words_and_every_bad_one_a_next_step(each: dict[str, Any]
         assert bool(item.next_step) == (item.decision not in ("pass", "off"))
 
 
-def test_inconclusive_names_the_detectable_effect_and_the_windows_needed(cert: Cert) -> None:
+def test_inconclusive_names_the_detectable_effect_and_the_documents_needed(cert: Cert) -> None:
     undecided = cert("inconclusive")
     pm = undecided["primary_metric"]
-    assert pm["decision"] == "inconclusive" and pm["windows_needed"] > 120
+    assert pm["decision"] == "inconclusive" and pm["documents_needed"] > 120
     step = _by_gate(undecided)["primary_metric"].next_step
     assert f"a factor of {pm['minimum_detectable_effect']:.4f}" in step
-    assert f"{pm['windows_needed']:,}" in step and "dataset.preview_n" in step
+    assert f"{pm['documents_needed']:,}" in step and "dataset.preview_n" in step
 
 
 def test_inconclusive_accuracy_speaks_in_points(cert: Cert) -> None:
@@ -60,7 +60,7 @@ def test_inconclusive_accuracy_speaks_in_points(cert: Cert) -> None:
 
 def test_inconclusive_without_a_number_that_decides_says_so(cert: Cert) -> None:
     undecided = cert("inconclusive")
-    undecided["primary_metric"]["windows_needed"] = None
+    del undecided["primary_metric"]["documents_needed"]
     assert "no number of windows" in _by_gate(undecided)["primary_metric"].next_step
 
 

@@ -25,6 +25,7 @@ from invarlock.certificate.schema import (
     Weights,
     Windows,
 )
+from invarlock.certificate.second import SECOND_ESTIMATORS, SECOND_GATES, confidence_of
 from invarlock.core.exceptions import CertificateError
 from invarlock.eval.metrics import metric_of
 from invarlock.evidence.plain import canonical_digest
@@ -51,6 +52,7 @@ class Rules:
     estimators: Estimators
     gates: tuple[GateKind, ...]
     judges: Mapping[str, StatsGuard]
+    confidence: Callable[[Measured, Interval], Confidence]
     diagnose: Callable[[list[dict[str, Any]]], Culprits]
     notes: Callable[[Mapping[str, GuardSection], Recorded, Figures], dict[str, GuardSection]]
     run_id: Callable[[Recorded], str]
@@ -76,6 +78,14 @@ def _run_id(r: Recorded) -> str:
     return canonical_digest([data, r.refused])[:16]
 
 
+def _first_confidence(m: Measured, interval: Interval) -> Confidence:
+    metric, drift = m.figures.metric, m.figures.drift
+    stable = drift is None or abs(drift.estimate) <= 0.05
+    room = {} if metric.direction == "lower" else {"scale": abs(metric.limit or 1.0)}
+    basis = "width of the interval and drift between preview and final"
+    return Confidence(label=confidence_label(interval, stable, **room), basis=basis)
+
+
 #: version of the tiers -> the first 16 hex digits of SHA-256 over the text of its file, as the first release issued it
 _TIERS_TEXT = {3: "6e383ec49b026dc1"}
 
@@ -84,6 +94,7 @@ DERIVATIONS: Mapping[int, Rules] = {
         FIRST_ESTIMATORS,
         GATES,
         GUARDS,
+        _first_confidence,
         culprits,
         notes=lambda sections, r, found: dict(sections),
         run_id=_first_run_id,
@@ -91,9 +102,10 @@ DERIVATIONS: Mapping[int, Rules] = {
         one_spelling=False,
     ),
     2: Rules(
-        FIRST_ESTIMATORS,
-        GATES,
+        SECOND_ESTIMATORS,
+        SECOND_GATES,
         GUARDS,
+        confidence_of,
         diagnose,
         notes=with_notes,
         run_id=_run_id,
@@ -161,7 +173,7 @@ def derive(r: Recorded) -> Certificate:
         ],
         weights=_weights(r, changed),
         verdict=verdict_of(gates, measured, rules.gates),
-        confidence=_confidence(found),
+        confidence=rules.confidence(measured, _interval(found)),
     )
 
 
@@ -223,11 +235,7 @@ def _weights(r: Recorded, changed: Culprits | None) -> Weights:
     )
 
 
-def _confidence(found: Figures) -> Confidence:
-    metric, drift = found.metric, found.drift
+def _interval(found: Figures) -> Interval:
+    metric = found.metric
     lo, hi = (_NAN if end is None else end for end in metric.ci)
-    interval = Interval(_NAN, lo, hi, metric.ci_level, "none", metric.replicates, metric.seed, 0, False, _NAN)
-    stable = drift is None or abs(drift.estimate) <= 0.05
-    room = {} if metric.direction == "lower" else {"scale": abs(metric.limit or 1.0)}
-    basis = "width of the interval and drift between preview and final"
-    return Confidence(label=confidence_label(interval, stable, **room), basis=basis)
+    return Interval(_NAN, lo, hi, metric.ci_level, "none", metric.replicates, metric.seed, 0, False, _NAN)

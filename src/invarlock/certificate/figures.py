@@ -154,6 +154,7 @@ def _metric(metric: Metric, limits: Limits, interval: Interval, decided: Decisio
         "hysteresis_applied": decided.hysteresis_applied,
         "minimum_detectable_effect": decided.mde,
         "windows_needed": decided.windows_needed,
+        "documents_needed": decided.documents_needed,
     }
     return PrimaryMetric(**{**common, **figures})
 
@@ -252,6 +253,7 @@ def _identity(metric: PrimaryMetric, c: Comparison, unit: _Unit) -> PrimaryMetri
             "std_error": 0.0,
             "minimum_detectable_effect": None,
             "windows_needed": None,
+            "documents_needed": None,
             "decision": "pass",
             "reason": f"the weights are the baseline's and every one of {len(c.rows.tokens)} windows gave the same value",
         }

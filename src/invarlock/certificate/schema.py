@@ -159,6 +159,7 @@ class PrimaryMetric(MetricChoice):
     hysteresis_applied: bool
     minimum_detectable_effect: float | None = None
     windows_needed: int | None = None
+    documents_needed: Annotated[int | None, ABSENT] = None  # in all, of this kind
     mcnemar_p: float | None = None
     right_to_wrong: int | None = None
     wrong_to_right: int | None = None

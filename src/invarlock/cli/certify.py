@@ -48,7 +48,7 @@ def certify(
     profile: ProfileOption = None,
     tier: TierOption = None,
     intent: Annotated[
-        str, Option(help="preserve; or finetune: meant to differ, so divergence only warns.")
+        str, Option(help="preserve; finetune: meant to differ; restructure: built differently, meant to do the same.")
     ] = "preserve",
     preset: Annotated[Path | None, Option(help="YAML with data, metric and guards.")] = None,
     out: Annotated[Path | None, Option(help="Folder of the two runs; default: runs.")] = None,

@@ -76,6 +76,7 @@ class Sample(_Section):
     preview: int
     final: int
     min_tokens: int
+    min_documents: int = 0  # effective ones; the first versions of the tiers had no floor
     shortfall: Literal["stop", "warn"]
 
 

@@ -177,7 +177,8 @@ def _resolve(
         _known(key, tuple(sorted(base)), "policy section")
     values = copy.deepcopy(base)
     measured = {key: value for key, value in given.items() if key not in _PROFILE_ONLY}
-    for layer in (measured, _TINY if relaxed else {}, edit_adjustments, overrides):
+    tiny = merge(_TINY, {"sample": {"min_documents": 1}}) if "min_documents" in base["sample"] else _TINY
+    for layer in (measured, tiny if relaxed else {}, edit_adjustments, overrides):
         values = merge(values, layer)
     _typed(values)
     return Policy(

@@ -30,7 +30,6 @@ __all__ = [
     "decide_upper",
     "drift",
     "flip_rate_interval",
-    "is_accuracy",
     "paired_log_ratio",
     "perplexity",
     "safe_exp",
@@ -58,6 +57,7 @@ class Decision:
     hysteresis_applied: bool
     mde: float | None
     windows_needed: int | None
+    documents_needed: int | None = None  # in the place of windows, by the rules of the second derivation
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,6 @@ class AccuracyComparison:
     wrong_to_right: int
     n: int
     design_effect: float | None = None
-
-
-def is_accuracy(kind: str) -> bool:
-    """Say whether the metric is an accuracy (higher is better, judged in percentage points)."""
-    return kind.endswith("accuracy")
 
 
 def paired_log_ratio(
