@@ -97,6 +97,9 @@ def _gptq(parts: Parts, settings: Settings) -> Tensor:
     codes, zeros = _unpack(parts["qweight"].T.contiguous(), bits), _unpack(parts["qzeros"], bits)
     if settings.get("checkpoint_format", settings.get("packing_format")) not in _ZEROS_AS_THEY_ARE:
         zeros = (zeros + 1) & (2**bits - 1)
+    odd = zeros[:, :columns] != 1 << bits - 1
+    if settings.get("sym") and bool(odd.any()):
+        raise ValueError(f"{int(odd.sum())} zero points are not {1 << bits - 1}, as those of a symmetric file are")
     rows = codes.shape[1]
     index = parts["g_idx"] if settings.get("desc_act") else parts.get("g_idx")
     index = torch.arange(rows) // -(-rows // groups) if index is None else index.long()
