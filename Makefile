@@ -26,7 +26,7 @@ check: $(READY)  ## lint and types
 	$(BIN)/mypy
 
 bench: $(READY)  ## measure cost, as ratios in one run
-	$(BIN)/python benchmarks/cost.py
+	$(BIN)/python -m benchmarks.cost
 
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)

@@ -1,7 +1,7 @@
 """What certification costs, as ratios in one run (SPEC §11).
 
-    python benchmarks/cost.py            the contract's conditions: 124M parameters, over 50,000 tokens (about 15 minutes)
-    python benchmarks/cost.py --small    27M parameters and 13,000 tokens, about two minutes
+    python -m benchmarks.cost            the contract's conditions: 124M parameters, over 50,000 tokens (about 15 minutes)
+    python -m benchmarks.cost --small    27M parameters and 13,000 tokens, about two minutes
 
 Prints a table and exits 0 whether or not a goal is met: it measures, it does not judge. Each figure is a ratio of two
 measurements on the same machine, taken in turn, each job in a process of its own and without its imports; absolute
@@ -142,7 +142,7 @@ def plain_job(folder: Path, report: str) -> dict[str, Any]:
 
 def in_child(job: str, *arguments: Any) -> dict[str, Any]:
     """Run one job in a process of its own; adds the peak of its resident memory above the imports, in bytes."""
-    command = [sys.executable, __file__, "--child", json.dumps([job, *arguments])]
+    command = [sys.executable, "-P", __file__, "--child", json.dumps([job, *arguments])]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 

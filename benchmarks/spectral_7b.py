@@ -5,7 +5,7 @@ spectrum is Gaussian, the slowest case for the estimator, with a few stronger di
 --outliers is given. Prints seconds per layer, the sum over all 32 layers with embedding and head, and the peak memory
 above the start. Budget: 15 minutes and 2 GB.
 
-    python benchmarks/spectral_7b.py --layers 2
+    python -m benchmarks.spectral_7b --layers 2
 """
 
 from __future__ import annotations

@@ -226,11 +226,11 @@ def test_an_interval_is_frozen() -> None:
 FROZEN_INTERVAL = (0.13489623187505098, 0.0898225908028624, 0.18519314995194908)
 
 
-def test_3200_replicates_of_400_documents_take_a_third_of_a_second() -> None:
+def test_3200_replicates_of_400_documents_take_less_than_a_third_of_a_second() -> None:
     data = skewed(400)
     best = math.inf
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         studentised_interval(*data, replicates=3200)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.process_time() - start)
     assert best <= 0.3

@@ -9,8 +9,8 @@ over clusters (Efron & Tibshirani 1993, eqs. 14.9, 14.10, 14.15), or a percentil
 has no jackknife variance to work with. Clusters count by their weight: t has K - 1 degrees of freedom, K = (sum w)**2 /
 sum(w_c**2) the effective number of clusters (Kish; K = G for equal ones), and BCa also needs K >= 50.
 
-Coverage measured by `benchmarks/coverage.py` (nominal 0.95, 1000 samples, documents of geometric length); in brackets
-the share of intervals that end below the truth (nominal 0.025), a damage judged too small:
+Coverage measured by `benchmarks/statistics/coverage.py` (nominal 0.95, 1000 samples, documents of geometric length); in
+brackets the share of intervals that end below the truth (nominal 0.025), a damage judged too small:
 
     values per document            10, cluster-t   40, cluster-t   100, BCa        400, BCa
     Student, 3 degrees of freedom  0.946 (0.025)   0.954 (0.019)   0.903 (0.052)   0.915 (0.040)
@@ -48,6 +48,7 @@ __all__ = [
     "BCA_MIN_CLUSTERS",
     "BCA_MIN_EFFECTIVE",
     "Interval",
+    "Method",
     "checked_sample",
     "cluster_codes",
     "cluster_sums",

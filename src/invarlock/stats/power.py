@@ -7,6 +7,11 @@ noncentrality effect / standard error, and power is its chance to exceed c. The 
 with `POWER` is `minimum_detectable_effect`. More windows of the same documents would not help (the documents' own
 differences stay), so that what would decide is said in documents of the same kind.
 
+Measured by `python -m benchmarks.statistics` from 40 documents on: at the effect stated 75 to 80 % of samples pass where
+documents' values are normal, 72 to 78 % of heavy tails, 67 to 78 % where skewness is 2 and 59 to 74 % where it is 6 and
+more, as a skewed sample with a high estimate has a high standard error as well. The number of documents is for a truth
+that is the estimate; undecided samples lie too near the limit by chance more often than not (69 to 99 % decided).
+
 Both figures are finite or absent: with fewer than two effective documents (one outweighs all others) nothing is said.
 """
 

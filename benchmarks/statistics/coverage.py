@@ -1,4 +1,4 @@
-"""Coverage of the confidence intervals, by simulation: `python benchmarks/coverage.py [--simulations 1000]`.
+"""Coverage of the confidence intervals, by simulation: `python -m benchmarks.statistics.coverage [--simulations 1000]`.
 
 For each kind of data and number of clusters, and for each method, the table gives the share of intervals that hold the
 truth (nominal 0.95), the share that end below it (a true damage judged too small: the risk of a false PASS, nominal
