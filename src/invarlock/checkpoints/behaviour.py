@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from invarlock.checkpoints.tokenizer import tokenizer_usage
 from invarlock.core.exceptions import ModelLoadError
 from invarlock.core.files import first_line
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-__all__ = ["behaviour", "load_config"]
+__all__ = ["behaviour", "load_config", "usable_length", "usage"]
 
 _INERT = re.compile(
     r"^(_.*|architectures|dtype|torch_dtype|transformers_version|use_cache|.*dropout.*|.*_pdrop|initializer_.*|"
@@ -23,6 +25,19 @@ _INERT = re.compile(
     r"classifier_.*|layerdrop|.*_layerdrop|auto_map|custom_pipelines|name_or_path|"
     r"n_inner_default|reorder_and_upcast_attn|is_encoder_decoder_default|tokenizer_class|prefix|max_length|min_length)$"
 )
+#: architectures whose positions count from the padding token's id, and whose first row is the one after it
+_PADDED_POSITIONS = re.compile(
+    r"roberta|camembert|xmod|longformer|luke|mpnet|data2vec-text|ibert|^esm$|layoutlmv3|lilt|markuplm"
+)
+#: those whose positions are computed from it, without a table that they fill
+_PADDED = re.compile(_PADDED_POSITIONS.pattern + r"|m2m_100|nllb|fsmt|speech_to_text|xglm")
+_ROLES = re.compile(r"(bos|eos|pad|unk|sep|cls|mask|decoder_start|forced_bos|forced_eos)_token_id$")
+#: what a generation configuration leaves out, and what the library then takes
+_SAMPLING: dict[str, Any] = {
+    "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "num_beams": 1,
+    "repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": None,
+    "begin_suppress_tokens": None, "forced_decoder_ids": None, "bad_words_ids": None, "max_new_tokens": None,
+}  # fmt: skip
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -39,7 +54,100 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
 
 def behaviour(config: PretrainedConfig) -> dict[str, Any]:
     """Return the configuration values that change what the network computes, with the library's defaults filled in."""
-    return _without_inert(json.loads(json.dumps(config.to_dict(), default=str)))
+    found = _without_inert(_values(config))
+    if _PADDED.search(str(config.model_type)):
+        found["pad_token_id"] = config.pad_token_id
+    return found
+
+
+def usable_length(config: PretrainedConfig) -> int | None:
+    """Return how many tokens a window may have; None where positions are relative and set no limit."""
+    text = config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None)
+    if longest is None and not hasattr(text, "relative_attention_num_buckets"):
+        longest = getattr(text, "n_positions", None)
+    if not isinstance(longest, int) or longest < 1:
+        return None
+    offset = (text.pad_token_id or 0) + 1 if _PADDED_POSITIONS.search(str(text.model_type)) else 0
+    return longest - offset
+
+
+def usage(folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """Return how the checkpoint's files say that the model is used, beside what it computes.
+
+    `config` and `generation` map roles of tokens to ids, by the file that says so: a checkpoint without
+    generation_config.json generates with the roles of config.json. `at_default` names the keys of `behaviour` that have
+    their class's default. `tokenizer` and `chat_template` are absent where there is nothing to read them from.
+    """
+    values, path = _values(config), folder / "generation_config.json"
+    roles = {key: value for key, value in values.items() if _ROLES.match(key)}
+    generation = _read(path)
+    said = generation if path.is_file() else roles
+    found: dict[str, Any] = {
+        "architecture": next(iter(config.architectures or ()), None) or config.model_type,
+        "config": {key: _one(value) for key, value in roles.items()},
+        "generation": {key: _one(said.get(key)) for key in roles.keys() | said.keys() if _ROLES.match(key)},
+        "sampling": {key: generation.get(key, default) for key, default in _SAMPLING.items()},
+        "at_default": _at_default(config),
+    }
+    template = _chat_template(folder)
+    if tokenizer is not None:
+        found["tokenizer"] = tokenizer_usage(tokenizer)
+    if tokenizer is not None or template:
+        found["chat_template"] = _summary(template)
+    return found
+
+
+def _at_default(config: PretrainedConfig) -> list[str]:
+    try:
+        default = behaviour(type(config)())
+    except (TypeError, ValueError, AttributeError):  # code that ships with a checkpoint may have no defaults
+        return []
+    return [key for key, value in behaviour(config).items() if key in default and default[key] == value]
+
+
+def _values(config: PretrainedConfig) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=str))
+    return values
+
+
+def _one(value: object) -> object:
+    """Return a token id; a list of one says the same, and the order of several says nothing."""
+    if isinstance(value, list):
+        return value[0] if len(value) == 1 else sorted(value)
+    return value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return what a JSON file beside the weights says; {} where there is none. ModelLoadError where it is broken."""
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelLoadError(f"{path} cannot be read ({first_line(error)}); copy the checkpoint again") from None
+
+
+def _chat_template(folder: Path) -> dict[str, str]:
+    """Return the chat templates by name, from whichever file has them."""
+    beside = [*folder.glob("chat_template.jinja"), *folder.glob("additional_chat_templates/*.jinja")]
+    if beside:
+        names = {path: "default" if path.parent == folder else path.stem for path in beside}
+        return {name: path.read_text(encoding="utf-8") for path, name in names.items()}
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        given = _read(folder / name).get("chat_template")
+        if given:
+            return {"default": given} if isinstance(given, str) else {t["name"]: t["template"] for t in given}
+    return {}
+
+
+def _summary(templates: dict[str, str]) -> dict[str, str] | None:
+    """Return the digest and the first line of chat templates; None where there is none."""
+    if not templates:
+        return None
+    text = json.dumps({name: template.rstrip("\n") for name, template in templates.items()}, sort_keys=True)
+    first = next(iter(templates.values())).strip().splitlines()
+    return {"digest": hashlib.sha256(text.encode()).hexdigest()[:16], "first_line": first[0][:60] if first else ""}
 
 
 def _without_inert(values: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from invarlock.checkpoints.behaviour import behaviour, load_config
+from invarlock.checkpoints.behaviour import behaviour, load_config, usable_length, usage
 from invarlock.checkpoints.files import read_structure, resolve_folder
 from invarlock.checkpoints.structure import layout_of
 from invarlock.checkpoints.tokenizer import tokenizer_facts
@@ -70,18 +70,31 @@ class Side:
     tokenizer: PreTrainedTokenizerBase | None
     tokenizer_facts: tuple[str | None, int | None]
     max_length: int | None = None
+    usage: dict[str, Any] | None = (
+        None  # see `behaviour.usage`; {} where no file says anything, None where none was read
+    )
 
 
 def read_side(adapter: AdapterLike, model_id: str, loading: Loading) -> Side:
     """Read a checkpoint as files. A plugin adapter's checkpoint is measured live instead."""
     if not hasattr(adapter, "auto_class"):
         tokenizer = adapter.tokenizer(model_id) if hasattr(adapter, "tokenizer") else None
-        return Side(model_id, None, Structure(source="model", tensors=[]), {}, tokenizer, tokenizer_facts(tokenizer))
+        return Side(
+            model_id, None, Structure(source="model", tensors=[]), {}, tokenizer, tokenizer_facts(tokenizer), usage={}
+        )
     folder = resolve_folder(model_id, loading.revision)
     if hasattr(adapter, "select"):
         adapter.select(str(folder), trust_remote_code=loading.trusts)
     tokenizer = adapter.tokenizer(str(folder)) if hasattr(adapter, "tokenizer") else None
     config = load_config(folder, trust_remote_code=loading.trusts)
     structure = read_structure(folder, layout_of(config, adapter.auto_class))
-    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return Side(model_id, folder, structure, behaviour(config), tokenizer, tokenizer_facts(tokenizer), longest)
+    return Side(
+        model_id,
+        folder,
+        structure,
+        behaviour(config),
+        tokenizer,
+        tokenizer_facts(tokenizer),
+        usable_length(config),
+        usage(folder, config, tokenizer),
+    )

@@ -4,23 +4,93 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["tokenizer_facts"]
+__all__ = ["encodes_alike", "tokenizer_facts", "tokenizer_usage"]
 
 _PROBE = "The quick brown fox — 1,234.5 naïve cafés; def f(x):\n\treturn x**2  # ok?"
+_PER_CALL = ("version", "truncation", "padding")  # in the serialised state, and no part of what a checkpoint says
+_NO_IDS = ("trim_offsets", "special")  # settings that change no id
+_BATCH = 64
 
 
-def tokenizer_facts(tokenizer: PreTrainedTokenizerBase | None) -> tuple[str | None, int | None]:
-    """Return (digest, number of tokens). The digest covers the vocabulary, the special tokens and how a probe text is
-    encoded, and not the form of the files, which re-saving changes."""
+def tokenizer_facts(tokenizer: PreTrainedTokenizerBase | None, version: int = 2) -> tuple[str | None, int | None]:
+    """Return (digest, number of tokens).
+
+    The digest covers everything that encodes and decodes, the added tokens with their flags and the roles of special
+    tokens. Version 1, which stored baselines of the first release have, covers the vocabulary, the special tokens and one
+    probe text.
+    """
     if tokenizer is None:
         return None, None
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    specials = sorted({str(token) for token in tokenizer.all_special_tokens})
-    encoded = tokenizer(_PROBE)["input_ids"]
-    text = json.dumps([vocabulary, specials, encoded], ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32], len(tokenizer)
+    if version == 1:
+        specials = sorted({str(token) for token in tokenizer.all_special_tokens})
+        covered: object = [sorted(tokenizer.get_vocab().items()), specials, tokenizer(_PROBE)["input_ids"]]
+    else:
+        covered = [_state(tokenizer), _roles(tokenizer), _special(tokenizer)]
+    return _digest(covered), len(tokenizer)
+
+
+def tokenizer_usage(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return what tells a tokenizer that encodes otherwise from one whose special tokens have other roles.
+
+    `encoding` is the digest without the roles, `first_digest` the one of version 1.
+    """
+    first, _ = tokenizer_facts(tokenizer, version=1)
+    return {"roles": _roles(tokenizer), "encoding": _digest(_state(tokenizer)), "first_digest": first}
+
+
+def encodes_alike(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, texts: Sequence[str]) -> str | None:
+    """Return the first text that the two encode differently, special tokens included; None where there is none."""
+    for start in range(0, len(texts), _BATCH):
+        batch: list[str] = list(texts[start : start + _BATCH])
+        sides = (tokenizer(batch, verbose=False)["input_ids"] for tokenizer in (ours, theirs))
+        for text, here, there in zip(batch, next(sides), next(sides), strict=True):
+            if here != there:
+                return text
+    return None
+
+
+def _state(tokenizer: PreTrainedTokenizerBase) -> list[object]:
+    """Return all that decides ids and text. A slow tokenizer has no serialised state: its vocabulary and flags stand in."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        added = [
+            [number, token.content, token.lstrip, token.rstrip, token.single_word, token.normalized]
+            for number, token in sorted(tokenizer.added_tokens_decoder.items())
+        ]
+        state: object = [sorted(tokenizer.get_vocab().items()), added]
+    else:
+        serialised = json.loads(backend.to_str())
+        state = {key: _plain(value) for key, value in serialised.items() if key not in _PER_CALL}
+    return [state, tokenizer(_PROBE, verbose=False)["input_ids"]]
+
+
+def _plain(value: object) -> object:
+    """Return serialised state without what releases write in several ways: null for a default, a merge as one text."""
+    if isinstance(value, dict):
+        kept = {key: entry for key, entry in value.items() if entry is not None and key not in _NO_IDS}
+        return {key: entry if key == "vocab" else _plain(entry) for key, entry in kept.items()} | (
+            {"merges": [merge if isinstance(merge, list) else merge.split(" ") for merge in kept["merges"]]}
+            if "merges" in kept
+            else {}
+        )
+    return [_plain(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _roles(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    named = tokenizer.special_tokens_map.items()
+    return {role: str(token) for role, token in sorted(named) if not isinstance(token, (list, tuple, dict))}
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    flagged = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(flagged | {str(token) for token in tokenizer.all_special_tokens})
+
+
+def _digest(covered: object) -> str:
+    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()[:32]

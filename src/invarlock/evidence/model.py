@@ -5,11 +5,11 @@ A number that was measured and is not finite is stored as None: JSON has no NaN,
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from invarlock.evidence.plain import Plain, canonical_digest, finite_or_none
+from invarlock.evidence.plain import ABSENT, Plain, canonical_digest, finite_or_none
 from invarlock.evidence.rows import WindowRows
 
 __all__ = [
@@ -57,7 +57,8 @@ class Structure(Plain):
 
 
 class ModelFacts(Plain):
-    """Which model this is. `behaviour` holds the configuration values that change what it computes."""
+    """Which model this is. `behaviour` holds the configuration values that change what it computes, `usage` what its
+    files say of how it is used; evidence of earlier releases has none."""
 
     id: str
     adapter: str
@@ -68,6 +69,7 @@ class ModelFacts(Plain):
     behaviour: dict[str, Any] = Field(default_factory=dict)
     tokenizer_digest: str | None = None
     tokenizer_size: int | None = None
+    usage: Annotated[dict[str, Any] | None, ABSENT] = None
 
 
 class DataFacts(Plain):
@@ -118,6 +120,7 @@ class Evidence(Plain):
     contracts: dict[str, str] = Field(default_factory=dict)
     reference_digest: str | None = None  # of the baseline's token file: this side's own, or the one it was held against
     token_file: TokenFile | None = None
+    peaks: Annotated[dict[str, float | None] | None, ABSENT] = None  # largest |output| of each block, over all windows
     runtime: Runtime
 
     def digest(self) -> str:

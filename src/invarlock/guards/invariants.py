@@ -15,10 +15,12 @@ from invarlock.checkpoints.structure import live_structure
 from invarlock.core.api import AdapterLike, ModelLike
 from invarlock.evidence.model import Evidence, Structure
 from invarlock.guards.base import Facts, Finding, Policy, Result, Stats, StatsGuard, result
+from invarlock.guards.usage import config_findings, said_once, tokenizer_findings, usage_findings
 
 __all__ = ["InvariantsGuard", "baseline_damage", "behaviour_of", "stats_of"]
 
 _MOST_NAMED = 20
+_MEANT = ("config", "usage")  # groups that a fine-tune may change on purpose
 
 
 def _finding(code: str, tensor: str | None, message: str, group: str = "structure") -> Finding:
@@ -71,34 +73,12 @@ def _dtypes(old: Structure, new: Structure) -> Iterator[Finding]:
             yield _finding("dtype_mixed", names[0], message, "dtype")
 
 
-def _config_findings(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Finding]:
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            message = f"configuration {key} is {new.get(key)!r}; the baseline has {old.get(key)!r}"
-            yield {**_finding("config_changed", None, message, "config"), "key": key}
-
-
 def _misfits(old: Structure, new: Structure, named: set[str | None]) -> Iterator[Finding]:
     """Tensors that do not fit the subject's own configuration, so that it cannot be loaded."""
     for line in new.misshapen:
         name = line.split(":")[0]
         if line not in old.misshapen and name not in named:
             yield _finding("tensor_shape", name, f"{line} by the subject's own configuration")
-
-
-def _tokenizer_findings(old: Stats, new: Stats, structure: Structure) -> Iterator[Finding]:
-    ours, theirs = new.get("tokenizer_digest"), old.get("tokenizer_digest")
-    if ours and theirs and ours != theirs:
-        message = (
-            f"the tokenizer differs from the baseline's: {new.get('tokenizer_size')} tokens, digest {ours[:8]}; "
-            f"expected {old.get('tokenizer_size')}, {theirs[:8]}"
-        )
-        yield _finding("E002", None, message, "tokenizer")
-    size = new.get("tokenizer_size")
-    for what, rows in (("embedding", structure.embedding_rows), ("output layer", structure.output_rows)):
-        if size is not None and rows is not None and rows < size:
-            message = f"the {what} has {rows} rows for {size} tokens; expected at least one a token"
-            yield _finding("vocabulary_size", None, message, "tokenizer")
 
 
 def baseline_damage(structure: Structure) -> list[Finding]:
@@ -120,15 +100,16 @@ def behaviour_of(model: ModelLike) -> dict[str, Any]:
 def stats_of(evidence: Evidence) -> Stats:
     """Return what the guard measured on the model of a piece of evidence."""
     model = evidence.model
-    return InvariantsGuard.stats_from(evidence.structure, model.behaviour, model.tokenizer_digest, model.tokenizer_size)
+    tokenizer = (model.tokenizer_digest, model.tokenizer_size)
+    return InvariantsGuard.stats_from(evidence.structure, model.behaviour, *tokenizer, model.usage)
 
 
 class InvariantsGuard(StatsGuard):
     """Compare structure. Knobs:
 
     strict_mode: warnings fail too. on_fail: `warn`, `rollback` or `abort`. profile_checks: which of the optional groups
-    of checks run (`norms`, `dtype`, `config`, `tokenizer`; structure always does). intent: under `finetune` a changed
-    configuration warns.
+    of checks run (`norms`, `dtype`, `config` with how the model is used, `tokenizer`; structure always does). intent:
+    under `finetune` changed configuration and usage warn.
     """
 
     name = "invariants"
@@ -154,25 +135,33 @@ class InvariantsGuard(StatsGuard):
 
     @staticmethod
     def stats_from(
-        structure: Structure, behaviour: Mapping[str, Any], tokenizer_digest: str | None, tokenizer_size: int | None
+        structure: Structure,
+        behaviour: Mapping[str, Any],
+        tokenizer_digest: str | None,
+        tokenizer_size: int | None,
+        usage: Mapping[str, Any] | None = None,
     ) -> Stats:
-        """Return the measurement made of parts that were read elsewhere."""
+        """Return the measurement made of parts that were read elsewhere; the first releases recorded no `usage`."""
         tokenizer = {"tokenizer_digest": tokenizer_digest, "tokenizer_size": tokenizer_size}
-        return {"structure": structure.model_dump(mode="json"), "behaviour": dict(behaviour), **tokenizer}
+        how = {"behaviour": dict(behaviour), "usage": None if usage is None else dict(usage)}
+        return {"structure": structure.model_dump(mode="json"), **how, **tokenizer}
 
     def pair(self, baseline: Stats, subject: Stats) -> Facts:
         """List every difference, each with the check group that it belongs to."""
         old, new = (Structure.model_validate(side["structure"]) for side in (baseline, subject))
         findings = [finding for check in (_tensors, _ties, _norms, _dtypes) for finding in check(old, new)]
-        findings += _config_findings(baseline["behaviour"], subject["behaviour"])
+        findings += config_findings(baseline, subject)
         findings += _misfits(old, new, {finding["tensor"] for finding in findings})
-        findings += _tokenizer_findings(baseline, subject, new)
-        return {"findings": findings, "tensors_compared": len(new.tensors)}
+        findings += tokenizer_findings(baseline, subject, new)
+        findings += usage_findings(baseline, subject)
+        return {"findings": said_once(baseline, subject, findings), "tensors_compared": len(new.tensors)}
 
     def judge(self, facts: Facts, policy: Policy) -> Result:
         """Fail on any finding, but for the groups that only warn."""
         enabled = {"structure", *policy.get("profile_checks", self.defaults["profile_checks"])}
-        soft = {"dtype", "config"} if policy.get("intent") == "finetune" else {"dtype"}
+        if "config" in enabled:
+            enabled |= {"usage", "note"}
+        soft = {"dtype", "note", *(_MEANT if policy.get("intent") == "finetune" else ())}
         if policy.get("strict_mode"):
             soft = set()
         kept = [f for f in facts["findings"] if f["group"] in enabled]
@@ -181,10 +170,14 @@ class InvariantsGuard(StatsGuard):
         compared = facts["tensors_compared"]
         if not compared:
             return result(False, "no tensors to compare", evaluated=False)
-        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        shown = errors or warnings
+        message = str(shown[0]["message"]) if shown else f"{compared} tensors agree"
+        message += f" (and {len(shown) - 1} more)" if len(shown) > 1 else ""
+        if warnings and not errors:  # what was demoted stands here itself, and no success
+            message += " (only warns under intent finetune)" if warnings[0]["group"] in _MEANT else " (only warns)"
         return result(
             not errors,
-            f"{errors[0]['message']}{more}" if errors else f"{compared} tensors agree",
+            message,
             action=str(policy.get("on_fail", "rollback")) if errors else None,
             metrics={"tensors_compared": compared, "findings": len(kept)},
             warnings=warnings[:_MOST_NAMED],
