@@ -33,6 +33,7 @@ from invarlock.evidence.rows import Rows
 from invarlock.guards.base import StatsGuard
 from invarlock.guards.boundary import BUILT_IN_GUARDS
 from invarlock.guards.diagnosis import diagnose
+from invarlock.guards.peaks import shipped_type
 from invarlock.guards.sketch import Culprits, culprits
 from invarlock.policy.limits import Limits
 from invarlock.policy.resolve import Policy
@@ -151,6 +152,8 @@ def derive(r: Recorded) -> Certificate:
         counts=counts,
         contracts=r.provenance.contracts,
         culprits=changed,
+        peaks=r.activation_peaks,
+        types=(shipped_type(r.structure.baseline), shipped_type(r.structure.subject)),
     )
     gates = all_gates(measured, rules.gates)
     provenance = r.policy_provenance

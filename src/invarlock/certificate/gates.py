@@ -17,6 +17,7 @@ from invarlock.certificate.schema import (
     GateDecision,
     GuardSection,
     Overhead,
+    PeaksRecord,
     PluginGuardSection,
     Reason,
     Validation,
@@ -31,7 +32,6 @@ from invarlock.stats.paired import safe_exp
 
 __all__ = [
     "GATES",
-    "GATE_NAMES",
     "PLUGINS",
     "GateKind",
     "Measured",
@@ -56,6 +56,8 @@ class Measured:
     counts: Mapping[str, float | int]
     contracts: Mapping[str, Mapping[str, str]]
     culprits: Culprits | None  # which weights changed most
+    peaks: PeaksRecord | None = None
+    types: tuple[str | None, str | None] = (None, None)  # that the two sides ship in
 
     def named(self, reason: str) -> str:
         """Add the weights at fault to a behavioural failure."""
@@ -232,8 +234,6 @@ GATES: tuple[GateKind, ...] = (
     GateKind("guard_overhead", _overhead, "guard_overhead_acceptable"),
     GateKind("measurement_contracts", _contracts),
 )
-#: what a gate may be called; that of a plugin guard is `plugin:<its name>`
-GATE_NAMES = tuple(kind.name for kind in GATES if kind.name != PLUGINS)
 
 
 def all_gates(m: Measured, kinds: Sequence[GateKind] = GATES) -> list[Gate]:

@@ -18,6 +18,7 @@ from invarlock.certificate.schema import (
     Meta,
     MetricChoice,
     Overhead,
+    PeaksRecord,
     PluginGuardSection,
     Provenance,
     Recorded,
@@ -90,6 +91,7 @@ def record(report: Report, baseline: Report) -> Recorded:
         provenance=_provenance(meta, reference, subject),
         data=subject.data,
         weights=WeightsRecord(changes=[] if refused else _changes(reference, subject, families)),
+        activation_peaks=_peaks(reference, subject),
         evaluation_windows={
             split: pair_rows(getattr(subject if refused else reference, split), getattr(subject, split), split)
             for split in ("preview", "final")
@@ -197,6 +199,12 @@ def _structure(baseline: Evidence, subject: Evidence) -> StructureSection:
         baseline_tokenizer=(old.tokenizer_digest, old.tokenizer_size),
         subject_tokenizer=(new.tokenizer_digest, new.tokenizer_size),
     )
+
+
+def _peaks(baseline: Evidence, subject: Evidence) -> PeaksRecord | None:
+    if baseline.peaks is None or subject.peaks is None:
+        return None
+    return PeaksRecord(baseline=baseline.peaks, subject=subject.peaks)
 
 
 def _divergence(baseline: Evidence, subject: Evidence) -> DivergenceRecord | None:

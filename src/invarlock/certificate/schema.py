@@ -298,6 +298,13 @@ class Meta(Plain):
     subject_model: ModelFacts
 
 
+class PeaksRecord(Plain):
+    """The largest magnitude of each block's output on the two sides, in the type that they were computed in."""
+
+    baseline: dict[str, float | None]
+    subject: dict[str, float | None]
+
+
 class BaselineRecord(Plain):
     model_config = _RECORD
 
@@ -354,6 +361,7 @@ class Recorded(Plain):
     data: DataFacts
     weights: WeightsRecord
     evaluation_windows: dict[Split, PairedRows]
+    activation_peaks: Annotated[PeaksRecord | None, ABSENT] = None
 
     @property
     def refused(self) -> str | None:

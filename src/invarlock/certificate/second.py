@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,16 +16,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from invarlock.certificate.figures import FIRST_ESTIMATORS
-from invarlock.certificate.gates import GATES, GateKind, Measured, Outcome
+from invarlock.certificate.gates import GATES, PLUGINS, GateKind, Measured, Outcome
 from invarlock.certificate.schema import Confidence, GateDecision
 from invarlock.eval.metrics import metric_of
+from invarlock.guards.peaks import LARGEST
 from invarlock.stats.intervals import Interval, cluster_codes, cluster_sums, effective_clusters
 from invarlock.stats.judgement import Judgement, judge, mirrored
 from invarlock.stats.paired import AccuracyComparison, Decision, confidence_label, safe_exp
 from invarlock.stats.proportions import accuracy_score_paired
 from invarlock.stats.studentised import studentised_interval
 
-__all__ = ["SECOND_ESTIMATORS", "SECOND_GATES", "confidence_of", "effective_documents"]
+__all__ = ["GATE_NAMES", "SECOND_ESTIMATORS", "SECOND_GATES", "confidence_of", "effective_documents"]
 
 Labels = Sequence[Hashable]
 
@@ -63,14 +64,14 @@ def _decide_ratio(interval: Interval, limit: float, hysteresis: float, *, n_wind
     detectable = None if found.detectable is None else safe_exp(found.detectable)
     if not math.isfinite(interval.estimate):
         return _decision(found, f"the ratio is not finite, limit {limit:g}", None)
-    shown = f"ratio {safe_exp(interval.estimate):.6g}, {_range(safe_exp(interval.lo), safe_exp(interval.hi))}"
+    shown = f"ratio {safe_exp(interval.estimate):.6g}, {_interval(safe_exp(interval.lo), safe_exp(interval.hi))}"
     withheld = found.status == "inconclusive" and interval.lo > math.log(limit)
     return _decision(found, f"{shown}, limit {limit:g}, hysteresis {hysteresis:g}", detectable, withheld)
 
 
 def _decide_points(interval: Interval, floor_pp: float, *, n_windows: int, min_examples: int) -> Decision:
     found = judge(mirrored(interval), -floor_pp, -floor_pp + 0.2)
-    text = f"change {interval.estimate:.4g} pp, {_range(interval.lo, interval.hi)}, floor {floor_pp:g}"
+    text = f"change {interval.estimate:.4g} pp, {_interval(interval.lo, interval.hi)}, floor {floor_pp:g}"
     if found.status == "pass" and not n_windows >= min_examples:
         return Decision(
             "inconclusive", f"{text}; {n_windows} examples, {min_examples} needed", False, found.detectable, None
@@ -78,7 +79,7 @@ def _decide_points(interval: Interval, floor_pp: float, *, n_windows: int, min_e
     return _decision(found, text, found.detectable)
 
 
-def _range(lo: float, hi: float) -> str:
+def _interval(lo: float, hi: float) -> str:
     return f"interval [{lo:.6g}, {hi:.6g}]" if math.isfinite(lo + hi) else "no interval: too few documents"
 
 
@@ -154,13 +155,41 @@ def _first(name: str) -> GateKind:
     return next(kind for kind in GATES if kind.name == name)
 
 
+def _range(m: Measured) -> Outcome | None:
+    """Hold the largest output of every block to the type that the subject ships in."""
+    old, new = m.types
+    if m.peaks is None or new is None:
+        return None
+    limit = LARGEST[new]
+
+    def beyond(peaks: Mapping[str, float | None], largest: float) -> list[str]:
+        return [block for block, peak in peaks.items() if peak is None or not peak <= largest]
+
+    blocks = beyond(m.peaks.subject, limit)
+    alike = old == new and set(blocks) <= set(beyond(m.peaks.baseline, limit))
+    top = max((peak or 0.0 for peak in m.peaks.subject.values()), default=0.0)
+    reason = f"the largest output of a block is {top:.4g}; {_TYPES[new]} holds up to {limit:.5g}"
+    if blocks:
+        reached = m.peaks.subject[blocks[0]] or math.inf
+        reason = f"{blocks[0]} reaches {reached:.4g}, beyond {limit:.5g}, the largest value of {_TYPES[new]}"
+        reason += ", which the subject ships in: it would compute NaN there"
+    decision: GateDecision = "pass" if not blocks else "warn" if alike else "fail"
+    return Outcome(top, limit, "largest value of the type", decision, reason)
+
+
+_TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _OTHERS = {
     "sample_size": replace(_first("sample_size"), check=_sample),
     "preview_final_drift": replace(_first("preview_final_drift"), check=_drift),
     "divergence_kl": _three_way("divergence_kl", "kl_ci"),
     "token_flips": _three_way("token_flips", "flip_ci"),
 }
-SECOND_GATES: tuple[GateKind, ...] = tuple(_OTHERS.get(kind.name, kind) for kind in GATES)
+SECOND_GATES: tuple[GateKind, ...] = (
+    *(_OTHERS.get(kind.name, kind) for kind in GATES),
+    GateKind("activation_range", _range),
+)
+#: what a gate may be called; that of a plugin guard is `plugin:<its name>`
+GATE_NAMES = tuple(kind.name for kind in SECOND_GATES if kind.name != PLUGINS)
 
 
 def confidence_of(m: Measured, interval: Interval) -> Confidence:

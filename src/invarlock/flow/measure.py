@@ -19,6 +19,7 @@ from invarlock.evidence.windows import Windows
 from invarlock.flow.job import Job
 from invarlock.guards.base import StatsGuard
 from invarlock.guards.invariants import stats_of
+from invarlock.guards.peaks import BlockPeaks
 from invarlock.guards.sketch import sketch_model
 
 __all__ = ["Measurement", "files_only", "measure", "model_facts"]
@@ -63,7 +64,8 @@ def measure(
     windows = job.windows
     guards = {g.name: g for g in job.guards if isinstance(g, StatsGuard) and g.name != "invariants"}
     watching = [guard.watch(model, job.adapter, len(windows.all)) for guard in guards.values()]
-    watch = [one for one in watching if one is not None]
+    peaks = BlockPeaks(model)
+    watch = [*(one for one in watching if one is not None), peaks.watch(len(windows.all))]
     source, keep = job.source(model), reference is None and job.policy.limits.divergence.mode != "off"
     scored = source.score(
         windows.all, reference=reference, keep_reference=keep, correct=job.metric.is_accuracy, watch=watch
@@ -82,6 +84,7 @@ def measure(
         kl_histogram=scores.kl_histogram,
         contracts=_contracts(job, guards.values()),
         reference_digest=reference_digest(used) if used is not None else None,
+        peaks=peaks.peaks() or None,
         runtime=_runtime(job, facts.dtype or "unknown", source.batch_tokens, thread_count()),
     )
     return Measurement(evidence, scores.reference)
