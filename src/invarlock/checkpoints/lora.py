@@ -9,6 +9,7 @@ import atexit
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,7 @@ def merged(folder: Path, find_base: Callable[[str], Path]) -> Path:
         base = _base_of(folder, find_base)
         target = Path(tempfile.mkdtemp(prefix="invarlock-"))  # only this user can read it
         atexit.register(shutil.rmtree, target, ignore_errors=True)
-        with quiet_transformers():
+        with quiet_transformers(), warnings.catch_warnings(action="ignore"):  # what matters of it is checked here
             _merge(folder, base, target)
         _done[key] = target
     return _done[key]
