@@ -32,6 +32,8 @@ def shelf(
     documents["altered"]["primary_metric"]["ratio_vs_baseline"] *= 0.99
     documents["flattered"] = reread(failed.certificate)
     documents["flattered"]["verdict"] = {"status": "PASS", "reasons": []}
+    frozen = Path(__file__).parents[1] / "assets" / "certificates" / "pass_8bit.json"
+    documents["earlier"] = json.loads(frozen.read_text(encoding="utf-8"))
     documents["foreign"] = {"hello": "world"}
     for name, document in documents.items():
         (folder / name).mkdir()
@@ -45,6 +47,7 @@ def shelf(
     [
         ("pass", 0, "INTACT"),
         (f"pass/{NAME}", 0, "verdict PASS"),
+        ("earlier", 0, "  note: made by release"),
         ("fail", 1, "verdict FAIL"),
         ("refused", 1, "verdict FAIL"),
         ("inconclusive", 4, "verdict INCONCLUSIVE"),
@@ -79,7 +82,7 @@ def test_the_json_envelope(cli: Cli, shelf: Path) -> None:
     assert shown["resolution"]["exit_code"] == result.exit_code == 1
     assert [entry["exit_code"] for entry in shown["results"]] == [0, 4, 1]
     assert [entry["intact"] for entry in shown["results"]] == [True] * 3
-    assert shown["results"][0]["not_checked"]
+    assert shown["results"][0]["not_checked"] and shown["results"][0]["notes"] == []
     assert shown["results"][2]["reasons"]
 
 

@@ -89,7 +89,7 @@ def _check(
         "problems": problems,
         "steps": outcome.steps,
         "not_checked": list(outcome.not_checked),
-        "notes": list(getattr(outcome, "notes", ())),
+        "notes": outcome.notes,
         "reasons": [reason["message"] for reason in certificate["verdict"]["reasons"]],
         "exit_code": VERDICT_CODES.get(outcome.verdict, 1) if intact else 1,
     }
