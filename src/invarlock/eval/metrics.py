@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from invarlock.core.exceptions import DataError
 
@@ -32,15 +32,9 @@ class Metric:
         return self.unit == "accuracy"
 
 
-METRICS: dict[str, Metric] = {
-    metric.kind: metric
-    for metric in (
-        Metric("ppl_causal", "causal"),
-        Metric("ppl_mlm", "mlm"),
-        Metric("ppl_seq2seq", "seq2seq"),
-        Metric("accuracy", "causal", "accuracy", "higher", "accuracy"),
-    )
-}
+_PERPLEXITIES = (Metric(f"ppl_{task}", task) for task in get_args(Task))
+_ACCURACY = Metric("accuracy", "causal", "accuracy", "higher", "accuracy")
+METRICS: dict[str, Metric] = {metric.kind: metric for metric in (*_PERPLEXITIES, _ACCURACY)}
 
 
 def metric_of(kind: str) -> Metric:

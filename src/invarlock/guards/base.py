@@ -41,9 +41,7 @@ Stats: TypeAlias = dict[str, Any]  # JSON-ready: what `measure` saw on one model
 Facts: TypeAlias = dict[str, Any]  # JSON-ready: two Stats side by side, all that `judge` needs
 
 
-def by_name(
-    baseline: Iterable[dict[str, Any]], subject: Iterable[dict[str, Any]]
-) -> tuple[list[tuple[dict[str, Any], dict[str, Any]]], list[str], list[str]]:
+def by_name(baseline: list[Stats], subject: list[Stats]) -> tuple[list[tuple[Stats, Stats]], list[str], list[str]]:
     """Pair the entries of two measurements: (those of one name, the names on the baseline's side alone, the subject's)."""
     before, after = ({entry["name"]: entry for entry in side} for side in (baseline, subject))
     both = [(entry, after[name]) for name, entry in before.items() if name in after]

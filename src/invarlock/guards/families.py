@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -117,12 +117,8 @@ def weight_matrices(model: Any, adapter: Any = None) -> list[WeightMatrix]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases[id(parameter)].append(name)
     modules = dict(model.named_modules())
-    found: list[WeightMatrix] = []
-    for name, parameter in model.named_parameters():
-        owner = modules[name.rpartition(".")[0]]
-        if _is_dense(parameter) and _is_matrix(name, owner, parameter):
-            found.extend(_entries(aliases[id(parameter)], owner, parameter, overrides))
-    return found
+    dense = ((modules[name.rpartition(".")[0]], p) for name, p in model.named_parameters() if _is_dense(p))
+    return [entry for owner, p in dense for entry in _entries(aliases[id(p)], owner, p, overrides)]
 
 
 def unreadable_weights(model: Any) -> list[str]:
@@ -145,27 +141,20 @@ def _is_dense(parameter: Any) -> bool:
     return plain and parameter.is_floating_point() and parameter.element_size() >= 2
 
 
-def _is_matrix(name: str, owner: object, parameter: Tensor) -> bool:
-    kernel = "Conv" in type(owner).__name__ and not _is_conv1d(owner)
-    return not kernel and parameter.numel() > 0 and (parameter.ndim == 2 or is_expert_stack(name, parameter.ndim))
-
-
-def _is_conv1d(owner: object) -> bool:
-    return type(owner).__name__ == "Conv1D"  # GPT-2's linear layer, stored [in, out]
-
-
-def _entries(
-    names: list[str], owner: object, parameter: Tensor, overrides: Mapping[str, Family]
-) -> Iterator[WeightMatrix]:
+def _entries(names: list[str], owner: object, parameter: Tensor, chosen: dict[str, Family]) -> Iterator[WeightMatrix]:
     name, module = names[0], names[0].rpartition(".")[0]
-    transposed = _is_conv1d(owner) and parameter.ndim == 2
+    linear = type(owner).__name__ == "Conv1D"  # GPT-2's linear layer, stored [in, out]
+    stacked = is_expert_stack(name, parameter.ndim)
+    if ("Conv" in type(owner).__name__ and not linear) or not parameter.numel() or not (parameter.ndim == 2 or stacked):
+        return
     rows, columns = parameter.shape[-2:]
+    transposed = linear and not stacked
     shape = (columns, rows) if transposed else (rows, columns)
     layer, role, tied = layer_index(name), _role(names, owner), len(names) > 1
-    for expert in range(parameter.shape[0]) if parameter.ndim == 3 else (None,):
+    for expert in range(parameter.shape[0]) if stacked else (None,):
         entry = name if expert is None else f"{name}[{expert}]"
-        chosen = overrides.get(entry) or overrides.get(name) or overrides.get(module)
-        family, by = (chosen, "adapter") if chosen else classify(name, shape)
+        told = chosen.get(entry) or chosen.get(name) or chosen.get(module)
+        family, by = (told, "adapter") if told else classify(name, shape)
         yield WeightMatrix(entry, module, family, by, layer, role, shape, tied, parameter, expert, transposed)
 
 

@@ -112,10 +112,7 @@ class RMTGuard(StatsGuard):
 
     def pair(self, baseline: Stats, subject: Stats) -> Facts:
         both, missing, extra = by_name(baseline["modules"], subject["modules"])
-        modules = [
-            {"name": old["name"], "family": old["family"], **{key: [old[key], new[key]] for key in _STATS[1:]}}
-            for old, new in both
-        ]
+        modules = [{**old, **{key: [old[key], new[key]] for key in _STATS[1:]}} for old, new in both]
         return {"modules": modules, "missing": missing, "extra": extra}
 
     def judge(self, facts: Facts, policy: Policy) -> Result:
@@ -137,11 +134,8 @@ class RMTGuard(StatsGuard):
                 top = members[0]["name"]
                 text = f"{family}: edge ratio changed by {row['change']:+.1%}, worst {top}; expected {row['expected']}"
                 errors.append({**finding("rmt_edge", top, text), "family": family})
-        shown = [
-            {"module": m["name"], "change": float(m["ratio"][1] / m["ratio"][0] - 1)}
-            for m in worst[:5]
-            if _change(m) > 0
-        ]
+        changes = {m["name"]: float(m["ratio"][1] / m["ratio"][0] - 1) for m in worst[:5] if _change(m) > 0}
+        shown = [{"module": name, "change": change} for name, change in changes.items()]
         metrics = {"modules": len(usable), "families": families, "worst": shown}
         if not usable and not errors:
             message = "rmt: no activations were seen; expected evaluation windows, so pass calibration data"

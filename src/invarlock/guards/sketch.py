@@ -87,11 +87,8 @@ def sketch_model(model: Any) -> dict[str, str]:
     """Sketch every parameter of a model that is plain numbers, tied ones once."""
     import torch
 
-    found: dict[str, str] = {}
-    for name, parameter in model.named_parameters():
-        if type(parameter) in (torch.nn.Parameter, torch.Tensor) and not parameter.is_meta:
-            found.update(sketch_stack(parameter, name))
-    return found
+    plain = ((n, p) for n, p in model.named_parameters() if type(p) in (torch.nn.Parameter, torch.Tensor))
+    return dict(pair for name, p in plain if not p.is_meta for pair in sketch_stack(p, name))
 
 
 def compare_sketches(before: str, after: str) -> dict[str, float | None]:
@@ -118,9 +115,9 @@ def compare_all(
         new = unpack(subject[name])
         family = (families or {}).get(name) or classify(name, ())[0]
         row: dict[str, Any] = {"name": name, "family": family if len(new) == _K * _K else "vector"}
-        row.update(_compare(_informative(old[name]), _informative(new)))
+        row |= _compare(_informative(old[name]), _informative(new))
         if row["cosine"] is not None and row["cosine"] < _MATCH and len(new) == _K * _K:
-            row.update(_recognise(name, new, old))
+            row |= _recognise(name, new, old)
         elif row["cosine"] is None and old[name].shape == new.shape and not old[name].any():
             row["was_zero"] = True
         rows.append(row)

@@ -129,36 +129,29 @@ class SpectralGuard(StatsGuard):
     def remedy(
         self, model: ModelLike, adapter: AdapterLike, outcome: Result, windows: Sequence[Window], source: Source
     ) -> tuple[Result, bool]:
-        """Correct the offenders where the policy asks for it, and judge the corrected weights."""
+        """Scale down, in place, each offender whose sigma exceeds its family's quantile of the baseline, where the policy
+        asks for it, and judge the corrected weights."""
+        import torch
+
         if not self.policy["correction_enabled"] or self.baseline is None or self.subject is None:
             return outcome, False
         offenders = {f["module"] for f in (*outcome["errors"], *outcome["warnings"]) if f["code"] == "spectral_growth"}
-        corrections = self.correct(model, adapter, offenders)
+        sigmas = {module["name"]: module["sigma"] for module in self.subject["modules"] if module["name"] in offenders}
+        corrections = []
+        for weight in weight_matrices(model, adapter) if sigmas else ():
+            peers = [m["sigma"] for m in self.baseline["modules"] if m["family"] == weight.family and m["sigma"]]
+            cap = float(np.quantile(peers, self.policy["sigma_quantile"])) if peers else math.inf
+            sigma = sigmas.get(weight.name)
+            if sigma is not None and sigma > cap:
+                with torch.no_grad():
+                    weight.tensor().mul_(cap / sigma)
+                corrections.append({"module": weight.name, "sigma": sigma, "scaled_to": cap})
         if not corrections:
             return outcome, False
         self.subject = self.measure(model, adapter)
         outcome = self.judge(self.pair(self.baseline, self.subject), self.policy)
         outcome["metrics"]["corrections"] = corrections
         return outcome, True
-
-    def correct(self, model: ModelLike, adapter: AdapterLike, offenders: set[str]) -> list[dict[str, Any]]:
-        """Scale down, in place, each offender whose sigma exceeds its family's quantile of the baseline; list them."""
-        import torch
-
-        assert self.baseline is not None and self.subject is not None  # validate has measured both
-        after = {module["name"]: module["sigma"] for module in self.subject["modules"] if module["name"] in offenders}
-        done = []
-        for weight in weight_matrices(model, adapter):
-            sigma = after.get(weight.name)
-            peers = [m["sigma"] for m in self.baseline["modules"] if m["family"] == weight.family and m["sigma"]]
-            if sigma is None or not peers:
-                continue
-            cap = float(np.quantile(peers, self.policy["sigma_quantile"]))
-            if sigma > cap:
-                with torch.no_grad():
-                    weight.tensor().mul_(cap / sigma)
-                done.append({"module": weight.name, "sigma": sigma, "scaled_to": cap})
-        return done
 
 
 def _measure(weight: WeightMatrix) -> dict[str, Any]:
@@ -297,18 +290,15 @@ def _violations(modules: list[dict[str, Any]], policy: Policy) -> list[Finding]:
     if testing["method"] not in _TESTS:
         raise ConfigError(f"got multiple_testing.method {testing['method']!r}; expected one of {sorted(_TESTS)}")
     in_scope = [m for m in modules if policy["scope"] == "all" or m["family"] in policy["scope"]]
-    judged = [
-        (module, log_ratio, log_ratio / _by_family(policy, "tau", module["family"]))
-        for module in in_scope
-        if (log_ratio := _log_ratio(module["sigma"])) is not None
-    ]
-    p_values = [math.erfc(abs(z) / math.sqrt(2)) for _, _, z in judged]
+    judged = [(m, log_ratio) for m in in_scope if (log_ratio := _log_ratio(m["sigma"])) is not None]
+    scores = [log_ratio / _by_family(policy, "tau", m["family"]) for m, log_ratio in judged]
+    p_values = [math.erfc(abs(z) / math.sqrt(2)) for z in scores]
     survives = _TESTS[testing["method"]](p_values, testing["alpha"], m=len(modules))
     found = []
-    for (module, log_ratio, z), rejected in zip(judged, survives, strict=True):
-        growth = math.exp(log_ratio) - 1
-        if rejected and abs(growth) > policy["deadband"] and abs(z) > _by_family(policy, "kappa", module["family"]):
-            text = f"{module['name']}: sigma changed by {growth:+.1%} (z = {z:.1f}, family {module['family']})"
+    for (module, log_ratio), z, rejected in zip(judged, scores, survives, strict=True):
+        growth, family = math.exp(log_ratio) - 1, module["family"]
+        if rejected and abs(growth) > policy["deadband"] and abs(z) > _by_family(policy, "kappa", family):
+            text = f"{module['name']}: sigma changed by {growth:+.1%} (z = {z:.1f}, family {family})"
             found.append(finding("spectral_growth", module["name"], text))
     return found
 

@@ -130,12 +130,9 @@ class VarianceGuard(StatsGuard):
             return outcome, False
         with _scaled(model, scales) as keep:
             scaled = score_all(source.score(chosen), len(chosen))
-            facts["trial"] = {
-                "scales": scales,
-                "delta": [finite(after - before) for before, after in zip(plain.loss, scaled.loss, strict=True)],
-                "tokens": plain.tokens,
-                "documents": [window.document for window in chosen],
-            }
+            delta = [finite(after - before) for before, after in zip(plain.loss, scaled.loss, strict=True)]
+            documents = [window.document for window in chosen]
+            facts["trial"] = {"scales": scales, "delta": delta, "tokens": plain.tokens, "documents": documents}
             outcome = self.judge(facts, self.policy)
             if outcome["metrics"]["enabled"]:
                 keep.append(True)
@@ -153,17 +150,15 @@ def _scaled(model: ModelLike, scales: Mapping[str, float]) -> Iterator[list[bool
             tensor.mul_(scale)
         yield keep
     finally:
-        for (tensor, _), copy in zip(tensors, saved, strict=True):
-            if not keep:
-                tensor.copy_(copy)
+        for (tensor, _), copy in () if keep else zip(tensors, saved, strict=True):
+            tensor.copy_(copy)
 
 
 def propose(taps: list[Mapping[str, Any]], policy: Policy) -> dict[str, float]:
     """Map taps to scales, the largest adjustment first. Pure; `taps` as in the facts."""
     usable = [tap for tap in taps if tap["scalable"] and min(tap["spread"]) > 0]
-    wanted = sorted(
-        ((tap["name"], tap["spread"][0] / tap["spread"][1] - 1) for tap in usable), key=lambda p: -abs(p[1])
-    )
+    changes = {tap["name"]: tap["spread"][0] / tap["spread"][1] - 1 for tap in usable}
+    wanted = sorted(changes.items(), key=lambda pair: -abs(pair[1]))
     outside = [pair for pair in wanted if abs(pair[1]) > policy["deadband"]]
     chosen = outside or wanted[: policy["topk_backstop"]]
     step = math.inf if policy["max_scale_step"] is None else policy["max_scale_step"]

@@ -59,10 +59,9 @@ def get_provider(spec: str | Mapping[str, object], **options: object) -> Provide
         raise ConfigError(f"got {name!r} as data provider, expected a name or a mapping with 'kind': name one")
     provider: type[Provider] = registry.providers.load(name)
     valid = provider.options()
-    for option in options:
-        if option not in valid:
-            raise ConfigError(
-                f"unknown option {option!r} of data provider {name!r}{nearest(option, valid)}; "
-                f"expected one of: {', '.join(valid)}"
-            )
+    if unknown := [option for option in options if option not in valid]:
+        raise ConfigError(
+            f"unknown option {unknown[0]!r} of data provider {name!r}{nearest(unknown[0], valid)}; "
+            f"expected one of: {', '.join(valid)}"
+        )
     return provider(**options)  # type: ignore[arg-type]  # a provider checks the values of its own options

@@ -33,6 +33,9 @@ __all__ = [
     "MIN_SCORED_TOKENS",
     "Document",
     "EvaluationWindow",
+    "FieldPairsProvider",
+    "FieldTextProvider",
+    "FieldsProvider",
     "Pair",
     "PairProvider",
     "Provider",
@@ -67,12 +70,12 @@ class Pair(NamedTuple):
 
 
 class _Window(NamedTuple):
-    rank: int  # how many windows of the same document come before this one
+    rank: int  # how many windows of the same document come before this one, as `_rank` says
     key: bytes  # its place in the seeded permutation
     window_id: str
     document_id: str
     input_ids: list[int]
-    labels: list[int] | None = None
+    labels: list[int] | None
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,12 @@ class _Request:
 
     def key(self, name: str) -> bytes:
         return hashlib.sha256(f"{self.seed}\x1f{name}".encode("utf-8", "surrogatepass")).digest()
+
+    def window(self, document_id: str, place: object, ids: Sequence[int], labels: Sequence[int] | None) -> _Window:
+        head = f"{document_id}\x1f{place}\x1f".encode("utf-8", "surrogatepass")
+        content = head + _token_bytes(ids) + b"\x1f" + _token_bytes(labels or ())
+        window_id, target = hashlib.sha256(content).hexdigest()[:16], None if labels is None else list(labels)
+        return _Window(0, self.key(window_id), window_id, document_id, list(ids), target)
 
 
 @dataclass(frozen=True)
@@ -204,13 +213,39 @@ class PairProvider(Provider):
             limits = {"truncation": True, "max_length": request.seq_len, "verbose": False}
             sources = tokenizer([pair.source for pair in flat], **limits)["input_ids"]
             targets = tokenizer(text_target=[pair.target for pair in flat], **limits)["input_ids"]
-            rows: dict[str, list[_Window]] = {document_id: [] for document_id in batch}
+            rows: dict[str, list[_Window]] = defaultdict(list)
             for pair, source, target in zip(flat, sources, targets, strict=True):
-                window_id = _window_id(pair.document_id, pair.pair_id, source, target)
-                row = _Window(0, request.key(window_id), window_id, pair.document_id, list(source), list(target))
-                rows[pair.document_id].append(row)
-            for group in rows.values():
-                yield _rank(group)
+                rows[pair.document_id].append(request.window(pair.document_id, pair.pair_id, source, target))
+            yield from map(_rank, rows.values())
+
+
+class FieldsProvider(Provider):
+    """A provider whose rows have named fields; a subclass only says how they are read."""
+
+    @abstractmethod
+    def texts(self, split: str | None, *names: str) -> Iterable[Sequence[str]]:
+        """Give, row by row, a unique id and the texts under the fields `names`."""
+
+
+@dataclass(frozen=True)
+class FieldTextProvider(TextProvider, FieldsProvider):
+    """One row is one document, its text under `text_field`."""
+
+    text_field: str = "text"
+
+    def documents(self, split: str | None = None) -> list[Document]:
+        return [Document(*row) for row in self.texts(split, self.text_field)]
+
+
+@dataclass(frozen=True)
+class FieldPairsProvider(PairProvider, FieldsProvider):
+    """One row is one pair, under `src_field` and `tgt_field`."""
+
+    src_field: str = "source"
+    tgt_field: str = "target"
+
+    def pairs(self, split: str | None = None) -> list[Pair]:
+        return [Pair(row[0], *row) for row in self.texts(split, self.src_field, self.tgt_field)]
 
 
 def provider_digest(preview: EvaluationWindow, final: EvaluationWindow) -> str:
@@ -229,11 +264,6 @@ def _token_bytes(ids: Sequence[int]) -> bytes:
     return np.asarray(ids, dtype="<i8").tobytes()
 
 
-def _window_id(document_id: str, place: int | str, ids: Sequence[int], labels: Sequence[int] = ()) -> str:
-    head = f"{document_id}\x1f{place}\x1f".encode("utf-8", "surrogatepass")
-    return hashlib.sha256(head + _token_bytes(ids) + b"\x1f" + _token_bytes(labels)).hexdigest()[:16]
-
-
 def _batches(items: Sequence[_T]) -> Iterator[list[_T]]:
     rest = iter(items)
     while batch := list(islice(rest, _BATCH)):
@@ -245,10 +275,9 @@ def _cut(document_id: str, ids: Sequence[int], request: _Request) -> list[_Windo
     shortest = min(MIN_SCORED_TOKENS + 1, request.seq_len)
     rows = []
     for start in range(0, len(ids), request.stride):
-        piece = list(ids[start : start + request.seq_len])
+        piece = ids[start : start + request.seq_len]
         if len(piece) >= shortest:
-            window_id = _window_id(document_id, start, piece)
-            rows.append(_Window(0, request.key(window_id), window_id, document_id, piece))
+            rows.append(request.window(document_id, start, piece, None))
         if start + request.seq_len >= len(ids):  # what follows lies within this window
             break
     return _rank(rows, request.seq_len)

@@ -6,14 +6,14 @@ Nothing is downloaded unless the network is allowed; local folders and data sets
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from invarlock.core.exceptions import ConfigError, DataError, DependencyError, NetworkError
 from invarlock.core.network import network_allowed
-from invarlock.eval.data.base import Document, Pair, PairProvider, Provider, TextProvider
+from invarlock.eval.data.base import FieldPairsProvider, FieldsProvider, FieldTextProvider
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,46 +24,33 @@ _PREFERRED_SPLITS = ("validation", "test", "train")
 
 
 @dataclass(frozen=True)
-class _HubData(Provider):
+class _HubData(FieldsProvider):
     """`dataset_name` is a hub id or a local folder; without `split` the first of validation, test, train is read."""
 
     dataset_name: str | None = None
     config_name: str | None = None
 
-    def _texts(self, split: str | None, *fields: str) -> Iterator[tuple[str, ...]]:
-        """Yield, row by row, its id and the texts under `fields`."""
+    def texts(self, split: str | None, *names: str) -> Iterable[Sequence[str]]:
         if not self.dataset_name:
             raise ConfigError(f"dataset provider '{self.name}' needs 'dataset_name': give a hub id or a local folder")
         found, rows = load_split(self.dataset_name, self.config_name, split or self.split)
         name = f"{Path(self.dataset_name).name}:{found}"
         ids = (f"{name}:{i}" for i in range(len(rows)))
-        return zip(ids, *(_column(rows, field, name) for field in fields), strict=True)
+        return zip(ids, *(_column(rows, field, name) for field in names), strict=True)
 
 
 @dataclass(frozen=True)
-class HFTextProvider(_HubData, TextProvider):
+class HFTextProvider(FieldTextProvider, _HubData):
     """One row is one document, its text under `text_field`."""
 
     name: ClassVar[str] = "hf_text"
 
-    text_field: str = "text"
-
-    def documents(self, split: str | None = None) -> list[Document]:
-        return [Document(where, text) for where, text in self._texts(split, self.text_field)]
-
 
 @dataclass(frozen=True)
-class HFSeq2SeqProvider(_HubData, PairProvider):
+class HFSeq2SeqProvider(FieldPairsProvider, _HubData):
     """One row is one pair. A dotted field reaches into a nested one, as in `translation.en`."""
 
     name: ClassVar[str] = "hf_seq2seq"
-
-    src_field: str = "source"
-    tgt_field: str = "target"
-
-    def pairs(self, split: str | None = None) -> list[Pair]:
-        texts = self._texts(split, self.src_field, self.tgt_field)
-        return [Pair(where, where, source, target) for where, source, target in texts]
 
 
 def load_split(dataset_name: str, config_name: str | None, split: str | None) -> tuple[str, Dataset]:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from invarlock.core.exceptions import DataError
-from invarlock.eval.data.base import Document, Pair, PairProvider, Provider, TextProvider
+from invarlock.eval.data.base import FieldPairsProvider, FieldsProvider, FieldTextProvider
 
 __all__ = ["LocalJsonlPairsProvider", "LocalJsonlProvider"]
 
 
 @dataclass(frozen=True)
-class _LocalFiles(Provider):
+class _LocalFiles(FieldsProvider):
     """`file`, `path` and `data_files` mean the same: a path, a list of paths, or a pattern with `*`.
 
     Files have no splits: `split` is accepted and has no effect.
@@ -45,40 +45,26 @@ class _LocalFiles(Provider):
         common = Path(os.path.commonpath([path.absolute() for path in found]))
         return {path.absolute().relative_to(common).as_posix(): path for path in found}
 
+    def texts(self, split: str | None, *names: str) -> Iterator[Sequence[str]]:
+        for name, path in self._files().items():
+            if path.suffix == ".txt" and len(names) == 1:
+                yield name, "".join(text for _, text in _lines(name, path))
+            else:
+                yield from _records(name, path, names)
+
 
 @dataclass(frozen=True)
-class LocalJsonlProvider(_LocalFiles, TextProvider):
+class LocalJsonlProvider(FieldTextProvider, _LocalFiles):
     """One line is one document, its text under `text_field`."""
 
     name: ClassVar[str] = "local_jsonl"
 
-    text_field: str = "text"
-
-    def documents(self, split: str | None = None) -> list[Document]:
-        documents = []
-        for name, path in self._files().items():
-            if path.suffix == ".txt":
-                documents.append(Document(name, "".join(text for _, text in _lines(name, path))))
-            else:
-                documents += [Document(where, text) for where, text in _records(name, path, self.text_field)]
-        return documents
-
 
 @dataclass(frozen=True)
-class LocalJsonlPairsProvider(_LocalFiles, PairProvider):
+class LocalJsonlPairsProvider(FieldPairsProvider, _LocalFiles):
     """One line is one pair, under `src_field` and `tgt_field`."""
 
     name: ClassVar[str] = "local_jsonl_pairs"
-
-    src_field: str = "source"
-    tgt_field: str = "target"
-
-    def pairs(self, split: str | None = None) -> list[Pair]:
-        return [
-            Pair(where, where, source, target)
-            for name, path in self._files().items()
-            for where, source, target in _records(name, path, self.src_field, self.tgt_field)
-        ]
 
 
 def _lines(name: str, path: Path) -> Iterator[tuple[int, str]]:
@@ -95,7 +81,7 @@ def _lines(name: str, path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"cannot read {name}: {error.strerror or error}") from error
 
 
-def _records(name: str, path: Path, *fields: str) -> Iterator[list[str]]:
+def _records(name: str, path: Path, fields: Sequence[str]) -> Iterator[Sequence[str]]:
     """Yield `name:line` and the texts under `fields` of every line that is not blank."""
     for number, line in _lines(name, path):
         if not line.strip():

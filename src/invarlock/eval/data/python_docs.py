@@ -28,9 +28,7 @@ _TEST_SHARE = 0.4
 _SPLITS = ("train", "test", "all")
 # Tests are no documentation; codecs are a hundred generated files of one sentence, which would count as a hundred
 # independent documents.
-_LEFT_OUT = {
-    "test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "site-packages", "dist-packages",
-}  # fmt: skip
+_LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "site-packages", "dist-packages"}
 
 
 def split_of(document_id: str) -> str:

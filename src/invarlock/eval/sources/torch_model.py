@@ -64,7 +64,8 @@ class TorchSource:
     ) -> None:
         self.model = model
         self.task = task
-        self.device = device if device is not None else _device_of(model)
+        parameters = model.parameters() if hasattr(model, "parameters") else ()
+        self.device = device or next((str(parameter.device) for parameter in parameters), "cpu")
         self.batch_tokens = batch_tokens
         self.used_shortcut = False
 
@@ -154,11 +155,6 @@ def _by_window(output: object, count: int) -> Tensor | None:
     if tensor.ndim == 2 and tensor.shape[0] % count == 0 and tensor.shape[0] > count:
         tensor = tensor.reshape(count, -1, tensor.shape[-1])  # tokens of a batch in one row, as experts see them
     return tensor if tensor.ndim == 3 and tensor.shape[0] == count else None
-
-
-def _device_of(model: ModelLike) -> str:
-    parameters = model.parameters() if hasattr(model, "parameters") else iter(())
-    return next((str(parameter.device) for parameter in parameters), "cpu")
 
 
 def _trimmed(window: Window, task: Task) -> Window:
@@ -268,10 +264,9 @@ def _check_vocabulary(model: ModelLike, windows: Sequence[Window]) -> None:
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     rows = getattr(getattr(embedding, "weight", None), "shape", (0,))[0]
     for window in windows if rows else ():
-        low, high = min(window.input_ids), max(window.input_ids)
-        if low < 0 or high >= rows:
+        if bad := [token for token in (min(window.input_ids), max(window.input_ids)) if not 0 <= token < rows]:
             raise DataError(
-                f"window {window.id!r} has token id {low if low < 0 else high}, but the model knows 0 to {rows - 1}; "
+                f"window {window.id!r} has token id {bad[0]}, but the model knows 0 to {rows - 1}; "
                 "expected windows made with the model's own tokenizer"
             )
 
@@ -327,15 +322,14 @@ class _Whole:
         import torch
 
         for index, first, last in self.spans:
-            low, high = max(first, start), min(last, start + len(log_probs))
-            if low >= high:
-                continue
-            rows = log_probs[low - start : high - start]
-            if index not in self.theirs:
+            rows = log_probs[max(first - start, 0) : max(last - start, 0)]
+            if len(rows) and index in self.theirs:
+                old = self.theirs[index][max(start - first, 0) :][: len(rows)].to(rows.device).double()
+                if old.shape != rows.shape:
+                    continue  # a subject with another vocabulary has no exact divergence
+                self.kl[index] += float(torch.where(old.exp() > 0, old.exp() * (old - rows.double()), 0.0).sum())
+            elif len(rows):
                 self.kept[index].append(rows.cpu())
-                continue
-            old = self.theirs[index][low - first : high - first].to(rows.device).double()
-            self.kl[index] += float(torch.where(old.exp() > 0, old.exp() * (old - rows.double()), 0.0).sum())
 
 
 def _cut(indices: list[int], sizes: list[int], pieces: dict[str, list[Any]], whole: _Whole) -> Scored:
