@@ -6,12 +6,14 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from certification import Certify
+from certification import Certify, reread
+from invarlock.certificate.verify import verify_certificate
 from invarlock.core.exceptions import ModelLoadError
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -128,3 +130,57 @@ def test_a_padding_id_that_moves_every_position_fails_by_name(
     certificate = certify_models(subject, baseline, dataset={"seq_len": 128}).certificate
     assert certificate["verdict"]["status"] == "FAIL"
     assert "pad_token_id is 0; the baseline has 1" in certificate["verdict"]["reasons"][0]["message"]
+
+
+def _usage_codes(certificate: Mapping[str, Any]) -> set[str]:
+    return {finding["code"] for finding in certificate["invariants"]["warnings"]}
+
+
+@pytest.mark.parametrize("intent", ["preserve", "finetune"])
+def test_a_longer_limit_on_rotary_positions_is_a_note(
+    intent: str, llama_model: Path, tmp_path: Path, certify_models: Certify
+) -> None:
+    subject = _copy(llama_model, tmp_path / "subject", max_position_embeddings=2048)
+    certificate = certify_models(subject, llama_model, intent=intent).certificate
+    assert certificate["verdict"]["status"] == "PASS"
+    message = "configuration max_position_embeddings is 2048; the baseline has 256 (only warns)"
+    assert certificate["invariants"]["message"] == message
+    assert verify_certificate(reread(certificate)).passed
+
+
+def test_the_same_weights_under_another_class_are_two_architectures_and_pass(
+    llama_model: Path, tmp_path: Path, certify_models: Certify
+) -> None:
+    kind = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    certificate = certify_models(_copy(llama_model, tmp_path / "subject", **kind), llama_model).certificate
+    assert certificate["verdict"]["status"] == "PASS"
+    said = [finding["message"] for finding in certificate["invariants"]["warnings"]]
+    assert said == ["two different architectures: LlamaForCausalLM and MistralForCausalLM"]
+
+
+@pytest.mark.parametrize(("intent", "status"), [("preserve", "FAIL"), ("finetune", "PASS")])
+def test_a_lost_stop_token_is_in_the_certificate_and_follows_again(
+    intent: str, status: str, llama_model: Path, tmp_path: Path, certify_models: Certify
+) -> None:
+    baseline, subject = (_copy(llama_model, tmp_path / name) for name in ("baseline", "subject"))
+    for folder, stops in ((baseline, [0, 5]), (subject, [0])):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}), encoding="utf-8")
+    certificate = certify_models(subject, baseline, intent=intent).certificate
+    said = "eos_token_id is 0 (generation_config.json); the baseline has [0, 5]"
+    assert certificate["verdict"]["status"] == status
+    assert certificate["invariants"]["message"].startswith(said)
+    assert verify_certificate(reread(certificate)).intact
+    forged = reread(certificate)
+    forged["structure"]["subject_usage"]["generation"]["eos_token_id"] = [0, 5]
+    assert not verify_certificate(forged).intact
+
+
+def test_a_subject_without_a_tokenizer_is_not_shown_as_checked(
+    llama_model: Path, tmp_path: Path, certify_models: Certify
+) -> None:
+    subject = _copy(llama_model, tmp_path / "subject")
+    for path in subject.glob("tokenizer*"):
+        path.unlink()
+    certificate = certify_models(subject, llama_model).certificate
+    assert _usage_codes(certificate) == {"tokenizer_not_evaluated"}
+    assert "not evaluated" in certificate["invariants"]["message"]

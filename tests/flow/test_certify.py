@@ -150,7 +150,8 @@ def test_one_document_decides_about_the_same_weights_and_about_no_others(
     _is_perfect(same)
     other = certify_models(harmless, baseline_report=same.source_report, **few)
     assert other.status == "INCONCLUSIVE"
-    assert reasons(other.certificate) == [("PRIMARY_METRIC", None)]
+    undecided = ["PRIMARY_METRIC", "DIVERGENCE_KL", "TOKEN_FLIPS"]
+    assert reasons(other.certificate) == [(code, None) for code in undecided]
     assert other.certificate["primary_metric"]["display_ci"] == [None, None]
 
 
@@ -185,7 +186,7 @@ def test_a_limit_inside_the_interval_is_inconclusive_and_says_what_would_decide(
     assert outcome.status == "INCONCLUSIVE"
     assert reasons(outcome.certificate) == [("PRIMARY_METRIC", None)]
     assert metric["minimum_detectable_effect"] > 1.0
-    assert metric["windows_needed"] > 2 * FEW["sample"]["final"]
+    assert "the estimate lies at the limit" in metric["reason"] or metric["documents_needed"] > metric["clusters"]
     assert verify_certificate(reread(outcome.certificate)).verdict == "INCONCLUSIVE"
 
 
@@ -570,7 +571,7 @@ def test_two_runs_differ_in_times_and_run_ids_only(
 def test_accuracy_is_judged_in_percentage_points(
     demo_model: Path, wrecked: Path, certify_models: Certify, tmp_path: Path
 ) -> None:
-    few = {"metric_kind": "accuracy"}
+    few = {"metric_kind": "accuracy", "overrides": {"sample": {"preview": 110, "final": 110}}}
     same = certify_models(demo_model, demo_model, **few)
     metric = same.certificate["primary_metric"]
     assert (metric["kind"], metric["unit"], metric["direction"]) == ("accuracy", "accuracy", "higher")
@@ -598,5 +599,5 @@ def test_the_environment_becomes_part_of_the_recorded_policy(
     assert verify_certificate(certificate).intact
 
 
-def test_few_replicates_were_asked_for_and_recorded(passed: CertifyOutcome) -> None:
-    assert passed.certificate["primary_metric"]["replicates"] == FEW["bootstrap"]["replicates"]
+def test_as_many_replicates_as_the_level_needs_are_drawn_and_recorded(passed: CertifyOutcome) -> None:
+    assert FEW["bootstrap"]["replicates"] < 200 == passed.certificate["primary_metric"]["replicates"]

@@ -60,8 +60,8 @@ def not_measured(name: str, policy: Policy) -> GuardSection:
 
 def _structures(r: Recorded) -> Facts:
     s, guard = r.structure, InvariantsGuard()
-    old = guard.stats_from(s.baseline, s.baseline_behaviour, *s.baseline_tokenizer)
-    new = guard.stats_from(s.subject, s.subject_behaviour, *s.subject_tokenizer)
+    old = guard.stats_from(s.baseline, s.baseline_behaviour, *s.baseline_tokenizer, s.baseline_usage)
+    new = guard.stats_from(s.subject, s.subject_behaviour, *s.subject_tokenizer, s.subject_usage)
     return guard.pair(old, new)
 
 

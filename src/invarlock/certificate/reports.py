@@ -198,6 +198,8 @@ def _structure(baseline: Evidence, subject: Evidence) -> StructureSection:
         subject_behaviour=new.behaviour,
         baseline_tokenizer=(old.tokenizer_digest, old.tokenizer_size),
         subject_tokenizer=(new.tokenizer_digest, new.tokenizer_size),
+        baseline_usage=old.usage,
+        subject_usage=new.usage,
     )
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "Overhead",
     "Pair",
     "PairedRows",
+    "PeaksRecord",
     "PluginGuardSection",
     "PrimaryMetric",
     "Provenance",
@@ -209,6 +210,8 @@ class StructureSection(Plain):
     subject_behaviour: dict[str, Any]
     baseline_tokenizer: tuple[str | None, int | None]
     subject_tokenizer: tuple[str | None, int | None]
+    baseline_usage: Annotated[dict[str, Any] | None, ABSENT] = None
+    subject_usage: Annotated[dict[str, Any] | None, ABSENT] = None
 
 
 class DivergenceRecord(Plain):

@@ -28,26 +28,26 @@ from invarlock.stats.studentised import studentised_interval
 
 __all__ = ["GATE_NAMES", "SECOND_ESTIMATORS", "SECOND_GATES", "confidence_of", "effective_documents"]
 
-Labels = Sequence[Hashable]
+_Labels = Sequence[Hashable]
 
 
-def _ratio(baseline: ArrayLike, subject: ArrayLike, tokens: ArrayLike, documents: Labels, **settings: Any) -> Interval:
+def _ratio(baseline: ArrayLike, subject: ArrayLike, tokens: ArrayLike, documents: _Labels, **settings: Any) -> Interval:
     with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is judged by the caller
         delta = np.asarray(subject, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
     return _mean(delta, tokens, documents, **settings)
 
 
-def _mean(values: ArrayLike, tokens: ArrayLike, documents: Labels, *, bca: bool = True, **settings: Any) -> Interval:
+def _mean(values: ArrayLike, tokens: ArrayLike, documents: _Labels, *, bca: bool = True, **settings: Any) -> Interval:
     return studentised_interval(values, tokens, documents, **settings)
 
 
-def _share(counts: ArrayLike, tokens: ArrayLike, documents: Labels, **settings: Any) -> Interval:
+def _share(counts: ArrayLike, tokens: ArrayLike, documents: _Labels, **settings: Any) -> Interval:
     found = _mean(np.asarray(counts, dtype=np.float64) / np.asarray(tokens), tokens, documents, **settings)
     return found if found.method == "none" else replace(found, lo=max(found.lo, 0.0), hi=min(found.hi, 1.0))
 
 
 def _score(
-    before: ArrayLike, after: ArrayLike, documents: Labels, *, level: float, **settings: Any
+    before: ArrayLike, after: ArrayLike, documents: _Labels, *, level: float, **settings: Any
 ) -> AccuracyComparison:
     return accuracy_score_paired(before, after, documents, level=level)
 

@@ -312,6 +312,7 @@ def _names(case: _Case) -> Iterator[str]:
         facts = (model.tokenizer_digest, model.tokenizer_size)
         behaviour = getattr(c.structure, f"{side}_behaviour")
         doubles.append((f"meta.{side}_model.behaviour", model.behaviour, behaviour))
+        doubles.append((f"meta.{side}_model.usage", model.usage, getattr(c.structure, f"{side}_usage")))
         doubles.append((f"structure.{side}_tokenizer", tuple(getattr(c.structure, f"{side}_tokenizer")), facts))
         if side in c.provenance.runtime:
             doubles.append((f"provenance.runtime.{side}.device", c.provenance.runtime[side].device, c.meta.device))

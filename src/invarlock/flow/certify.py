@@ -149,7 +149,12 @@ def _read_baseline(job: Job, request: CertifyRequest) -> _Source:
         report, evidence, path = steps.stored_baseline(request.baseline_report)
         model, measured = evidence.model, steps.stored_measurement(evidence, path)
         facts = (model.tokenizer_digest, model.tokenizer_size)
-        return _Source(Side(model.id, None, evidence.structure, model.behaviour, None, facts), report, path, measured)
+        return _Source(
+            Side(model.id, None, evidence.structure, model.behaviour, None, facts, usage=model.usage),
+            report,
+            path,
+            measured,
+        )
     side = steps.read(job, str(request.baseline))
     damage = baseline_damage(side.structure)
     if damage:
@@ -168,7 +173,7 @@ def _refuse(job: Job, request: CertifyRequest, source: _Source, subject: Side) -
     if any(side.structure.source != "file" for side in sides) or request.edit is not None:
         return None
     guard = InvariantsGuard()
-    old, new = (guard.stats_from(side.structure, side.behaviour, *side.tokenizer_facts) for side in sides)
+    old, new = (guard.stats_from(side.structure, side.behaviour, *side.tokenizer_facts, side.usage) for side in sides)
     findings = guard.pair(old, new)["findings"]
     foreign = [f for f in findings if f["code"] == "E002"]
     if foreign and job.policy.limits.sample.shortfall == "stop" and job.intent != "restructure":
