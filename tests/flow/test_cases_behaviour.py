@@ -1,0 +1,179 @@
+"""Weights may differ while the function is the same, and the function may break while the weights look alike."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from certification import Certify, gates, reread
+from invarlock.certificate.verify import verify_certificate
+from invarlock.core.exceptions import ConfigError
+from invarlock.flow.certify import CertifyRequest
+
+Tensors = dict[str, torch.Tensor]
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """Copy a checkpoint, change its tensors and its configuration, and store it in a type."""
+
+    def _make(
+        source: Path, change: Callable[[Tensors], Any], stored_as: torch.dtype = torch.float32, **config: Any
+    ) -> Path:
+        folder = tmp_path / f"made-{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(source, folder)
+        tensors = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+        change(tensors)
+        stored = {name: tensor.to(stored_as).contiguous() for name, tensor in tensors.items()}
+        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | config), encoding="utf-8")
+        return folder
+
+    return _make
+
+
+def _nothing(tensors: Tensors) -> None:
+    pass
+
+
+def _smooth(tensors: Tensors) -> None:
+    """Divide norm gains by a scale a channel and multiply the columns that read them: the same function."""
+    generator = torch.Generator().manual_seed(3)
+    for layer in range(4):
+        at = f"model.layers.{layer}."
+        for norm, readers in (("input_layernorm", "qkv"), ("post_attention_layernorm", ("gate", "up"))):
+            scale = torch.exp(torch.randn(tensors[f"{at}{norm}.weight"].shape, generator=generator))
+            tensors[f"{at}{norm}.weight"] /= scale
+            block = "self_attn" if norm == "input_layernorm" else "mlp"
+            for reader in readers:
+                tensors[f"{at}{block}.{reader}_proj.weight"] *= scale
+
+
+def _store_head(tensors: Tensors) -> None:
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "noted"),
+    [
+        (_smooth, {}, "spectral"),
+        (_store_head, {"tie_word_embeddings": False}, "invariants"),
+    ],
+    ids=["smoothing", "head stored beside its embedding"],
+)
+def test_what_changes_weights_and_nothing_else_is_noted(
+    make: Make, llama_model: Path, certify_models: Certify, change: Any, config: dict[str, Any], noted: str
+) -> None:
+    baseline = make(llama_model, _nothing)
+    outcome = certify_models(make(baseline, change, **config), baseline)
+    section = outcome.certificate[noted]
+    assert outcome.status == "PASS", outcome.certificate["verdict"]["reasons"]
+    assert section["passed"] and section["warnings"] and not section["errors"]
+    assert "behaviour is preserved" in section["message"]
+    assert verify_certificate(reread(outcome.certificate)).intact
+
+
+def test_the_same_findings_stay_failures_where_the_behaviour_changed(
+    make: Make, llama_model: Path, certify_models: Certify
+) -> None:
+    def one_sided(tensors: Tensors) -> None:
+        gains = {name: tensor.clone() for name, tensor in tensors.items() if "layernorm" in name}
+        _smooth(tensors)
+        tensors.update(gains)  # the other half was forgotten
+
+    baseline = make(llama_model, _nothing)
+    outcome = certify_models(make(baseline, one_sided), baseline)
+    assert outcome.status == "FAIL"
+    assert outcome.certificate["spectral"]["errors"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda t: [t[n].add_(1) for n in t if "layernorm" in n],
+            r"all (input|post)\S*layernorm.weight.*shifted by \+1",
+        ),
+        (
+            lambda t: [t[n].neg_() for n in t if n.endswith("o_proj.weight")],
+            r"all self_attn.o_proj.weight.*sign flipped",
+        ),
+        (lambda t: [t[n].mul_(3) for n in t if "v_proj" in n], r"all self_attn.v_proj.weight.*scaled by 3"),
+    ],
+    ids=["gains shifted", "sign flipped", "scaled"],
+)
+def test_an_operation_on_a_role_is_named_as_such(
+    make: Make, llama_model: Path, certify_models: Certify, change: Any, words: str
+) -> None:
+    baseline = make(llama_model, _nothing)
+    outcome = certify_models(make(baseline, change), baseline)
+    reasons = [r for r in outcome.certificate["verdict"]["reasons"] if r["gate"] in ("divergence_kl", "token_flips")]
+    assert outcome.status == "FAIL" and reasons
+    for reason in reasons:
+        assert re.search(words, reason["message"]), reason["message"]
+        assert "uniform" not in reason["message"]
+
+
+def test_a_subject_whose_activations_do_not_fit_its_type_fails_by_block_and_type(
+    make: Make, llama_model: Path, certify_models: Certify
+) -> None:
+    """The residual stream is 30,000 times as large: the norms undo it, but float16 cannot hold it."""
+
+    def large(tensors: Tensors) -> None:
+        _store_head(tensors)
+        for name in tensors:
+            if name == "model.embed_tokens.weight" or "o_proj" in name or "down_proj" in name:
+                tensors[name] *= 3.0e4
+
+    baseline = make(llama_model, large, torch.bfloat16, tie_word_embeddings=False)
+    outcome = certify_models(make(baseline, _nothing, torch.float16, dtype="float16"), baseline)
+    assert outcome.status == "FAIL"
+    (reason,) = [r for r in outcome.certificate["verdict"]["reasons"] if r["gate"] == "activation_range"]
+    assert "model.layers.0" in reason["message"] and "float16" in reason["message"]
+    assert verify_certificate(reread(outcome.certificate)).intact
+    assert certify_models(baseline, baseline).status == "PASS"
+
+
+@pytest.mark.parametrize("rows", [64, -8], ids=["padded", "cut"])
+def test_another_vocabulary_is_judged_by_behaviour_where_that_is_asked_for(
+    make: Make, llama_model: Path, certify_models: Certify, rows: int
+) -> None:
+    def resize(tensors: Tensors) -> None:
+        table = tensors["model.embed_tokens.weight"]
+        more = table.mean(0, keepdim=True).expand(max(rows, 0), -1)
+        tensors["model.embed_tokens.weight"] = torch.cat([table, more])[: len(table) + rows]
+
+    size = json.loads((llama_model / "config.json").read_text())["vocab_size"] + rows
+    subject = make(llama_model, resize, vocab_size=size)
+    refused = certify_models(subject, llama_model)
+    assert refused.status == "FAIL"
+    assert "--intent restructure" in refused.certificate["primary_metric"]["reason"]
+    outcome = certify_models(subject, llama_model, intent="restructure")
+    assert outcome.certificate["divergence"]["kl_mean"] is not None
+    assert gates(outcome.certificate)["divergence_kl"] == gates(outcome.certificate)["primary_metric"] == "pass"
+    assert "under intent restructure" in outcome.certificate["invariants"]["message"] or rows < 0
+    assert verify_certificate(reread(outcome.certificate)).intact
+
+
+def test_restructuring_excuses_no_damage(make: Make, llama_model: Path, certify_models: Certify) -> None:
+    def lost(tensors: Tensors) -> None:
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+
+    outcome = certify_models(make(llama_model, lost), llama_model, intent="restructure")
+    assert outcome.status == "FAIL"
+    assert outcome.certificate["verdict"]["reasons"][0]["code"] == "tensor_missing"
+
+
+def test_an_unknown_intent_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="restructure"):
+        CertifyRequest(subject="a", baseline="b", intent="restucture")
