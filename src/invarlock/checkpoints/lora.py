@@ -40,7 +40,7 @@ _TOKENIZER = (
     "*.model",
     "*.jinja",
 )
-_done: dict[Path, Path] = {}
+_done: dict[tuple[Path, int], Path] = {}  # by folder and age of the adapter
 
 
 def is_adapter(folder: Path) -> bool:
@@ -63,7 +63,7 @@ def merged(folder: Path, find_base: Callable[[str], Path]) -> Path:
     `find_base` returns the folder of a hub id or path. Raises ModelLoadError where the base is not there, where the two
     do not fit, and for tensors of the adapter that match nothing in the base.
     """
-    key = folder.resolve()
+    key = folder.resolve(), (folder / _CONFIG).stat().st_mtime_ns
     if key not in _done:
         require_extra(f"the adapter {folder}", "adapters", "torch", "transformers", "peft")
         base = _base_of(folder, find_base)
