@@ -152,6 +152,7 @@ def derive(r: Recorded) -> Certificate:
         counts=counts,
         contracts=r.provenance.contracts,
         culprits=changed,
+        same_weights=_same_weights(r),
         peaks=r.activation_peaks,
         types=(shipped_type(r.structure.baseline), shipped_type(r.structure.subject)),
     )

@@ -56,6 +56,7 @@ class Measured:
     counts: Mapping[str, float | int]
     contracts: Mapping[str, Mapping[str, str]]
     culprits: Culprits | None  # which weights changed most
+    same_weights: bool = False
     peaks: PeaksRecord | None = None
     types: tuple[str | None, str | None] = (None, None)  # that the two sides ship in
 

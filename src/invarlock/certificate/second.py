@@ -177,6 +177,14 @@ def _range(m: Measured) -> Outcome | None:
     return Outcome(top, limit, "largest value of the type", decision, reason)
 
 
+def _change(m: Measured) -> Outcome | None:
+    """Remark on a subject that was meant to differ and does not."""
+    if m.intent != "finetune" or not m.same_weights:
+        return None
+    reason = "the subject's tensors are the baseline's, bit for bit: nothing was changed, so a merge or a training did nothing"
+    return Outcome("identical", "changed", "digests of the weights", "warn", reason)
+
+
 _TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _OTHERS = {
     "sample_size": replace(_first("sample_size"), check=_sample),
@@ -187,6 +195,7 @@ _OTHERS = {
 SECOND_GATES: tuple[GateKind, ...] = (
     *(_OTHERS.get(kind.name, kind) for kind in GATES),
     GateKind("activation_range", _range),
+    GateKind("intended_change", _change),
 )
 #: what a gate may be called; that of a plugin guard is `plugin:<its name>`
 GATE_NAMES = tuple(kind.name for kind in SECOND_GATES if kind.name != PLUGINS)
