@@ -181,7 +181,7 @@ def _change(m: Measured) -> Outcome | None:
     """Remark on a subject that was meant to differ and does not."""
     if m.intent != "finetune" or not m.same_weights:
         return None
-    reason = "the subject's tensors are the baseline's, bit for bit: nothing was changed, so a merge or a training did nothing"
+    reason = "the subject's tensors are the baseline's, bit for bit: the merge or training did nothing"
     return Outcome("identical", "changed", "digests of the weights", "warn", reason)
 
 
