@@ -20,6 +20,9 @@ demo: $(READY)  ## certify a good and a bad edit of the packaged model
 test: $(READY)  ## run the tests
 	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
+test-fast: $(READY)  ## run the tests that take no time, in a minute
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile -m "not slow"
+
 check: $(READY)  ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
