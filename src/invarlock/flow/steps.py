@@ -62,9 +62,12 @@ def read(job: Job, model_id: str) -> Side:
 
 
 def load(job: Job, side: Side, what: str) -> ModelLike:
-    """Load the model of a checkpoint."""
+    """Load the model of a checkpoint; what a reader should know of how it was read becomes a note."""
     job.tick(f"loading {what}", 0, 1)
-    return job.loading.load(job.adapter, side, job.device)
+    model = job.loading.load(job.adapter, side, job.device)
+    told = job.adapter.describe(model).get("notes") if hasattr(job.adapter, "auto_class") else None
+    job.notes += [f"{side.id}: {note}" for note in told or ()]
+    return model
 
 
 def side_in_memory(job: Job, model: ModelLike, context: Context) -> Side:
