@@ -213,7 +213,9 @@ def _more_windows(c: Certificate, advice: str) -> str:
     parts = []
     if pm.minimum_detectable_effect is not None:
         parts.append(f"These {count(have)} windows settle a value {effect(pm)} or more from the limit (80 % power).")
-    needed, of = (pm.documents_needed, "documents of this kind") if pm.documents_needed else (pm.windows_needed, "windows")
+    needed, of = (
+        (pm.documents_needed, "documents of this kind") if pm.documents_needed else (pm.windows_needed, "windows")
+    )
     if needed is not None:
         parts.append(f"About {count(needed)} {of} would decide at the value seen.")
     elif pm.minimum_detectable_effect is not None:
