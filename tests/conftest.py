@@ -20,7 +20,20 @@ ROOT = Path(__file__).parents[1]
 pytest_plugins = ["certification", "distributions", "executions", "runs"]
 SEQ_LEN = 64
 
+#: fixtures that certify, run an edit, execute pages or start the command line: a test that asks for one is slow
+SLOW = {
+    "certify_models", "passed", "failed", "refused", "run_small", "noop_run", "edited_run", "quick_start", "page_folder",
+    "installed", "shell", "script", "run",
+}  # fmt: skip
+
 CopyModel = Callable[..., Path]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SLOW.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -33,6 +33,7 @@ ARCHITECTURES = {"hf_mlm": "bert", "hf_seq2seq": "t5"}
 # --- what is ours
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILT_IN_GUARDS)
 def test_a_built_in_guard_keeps_its_contract(name: str) -> None:
     check_guard(registry.guards.load(name))
@@ -53,6 +54,7 @@ def test_an_adapter_of_ours_keeps_its_contract(name: str) -> None:
     check_adapter(adapter, model=build(ARCHITECTURES[name]) if name in ARCHITECTURES else None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["python_docs", "synthetic", "seq2seq"])
 def test_a_provider_that_needs_no_file_keeps_its_contract(name: str) -> None:
     check_provider(get_provider(name))
@@ -75,6 +77,7 @@ def test_a_provider_of_files_keeps_its_contract(name: str, tmp_path: Path) -> No
         check_provider(get_provider(name, dataset_name=folder))
 
 
+@pytest.mark.slow
 def test_without_transformers_a_plain_model_stands_in() -> None:
     program = (
         "import sys; sys.modules['transformers'] = None\n"

@@ -26,6 +26,7 @@ Copy = Callable[..., Path]
 BUILT_IN = (HF_Causal_Adapter, HF_MLM_Adapter, Seq2Seq, HF_Auto_Adapter, HF_Causal_Auto_Adapter)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("sharded", [False, True])
 def test_checkpoints_of_any_type_load_single_or_sharded(
@@ -82,6 +83,7 @@ def test_built_in_adapters_are_complete(kind: type[ModelAdapter]) -> None:
     assert adapter.module_families(None) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), [("llama", "hf_causal"), ("bert", "hf_mlm"), ("t5", "hf_seq2seq")])
 def test_the_configuration_chooses_the_adapter(model_folder: Callable[[str], Path], name: str, kind: str) -> None:
     folder = str(model_folder(name))
@@ -113,6 +115,7 @@ def test_a_saved_model_loads_again_bit_for_bit(demo_model: Path, tmp_path: Path)
 # -- where a model came from ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [HF_Causal_Adapter, HF_Auto_Adapter, HF_Causal_Auto_Adapter])
 def test_a_loaded_model_remembers_where_it_came_from(kind: type[HF_Adapter], llama_model: Path, tmp_path: Path) -> None:
     adapter = kind()
@@ -174,6 +177,7 @@ def test_the_tokenizer_digest_ignores_the_form_of_the_files_and_sees_their_conte
 # -- plugins ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_adapter_of_the_plugin_guide_works_as_printed(demo_model: Path) -> None:
     class CustomFormatAdapter(ModelAdapter):
         name = "custom_format"

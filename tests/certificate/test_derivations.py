@@ -178,6 +178,7 @@ def test_earlier_tiers_resolve_by_their_version(
 # --- words and numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PROSE)
 def test_words_are_held_to_this_release_alone(place: str, made: Document) -> None:
     """A later release may word it better; whoever made the certificate by this one wrote these words."""

@@ -59,9 +59,16 @@ def test_divergence_fails_where_the_ratio_sees_nothing(kl: float, flips: float, 
     assert certificate["verdict"]["status"] == ("PASS" if decision == "pass" else "FAIL")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "decision"),
-    [(0.9, "fail"), (0.98, "inconclusive"), (1.002, "inconclusive"), (1.05, "pass"), (1.2, "pass")],  # times the estimate
+    [
+        (0.9, "fail"),
+        (0.98, "inconclusive"),
+        (1.002, "inconclusive"),
+        (1.05, "pass"),
+        (1.2, "pass"),
+    ],  # times the estimate
 )
 def test_flips_are_decided_by_their_interval_on_both_sides_of_the_limit(limit: float, decision: str) -> None:
     rate = _certificate(flips=0.1)["divergence"]["flip_rate"]

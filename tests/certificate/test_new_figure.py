@@ -78,13 +78,13 @@ def test_a_gate_on_a_new_figure_is_one_entry_each_in_three_files(tmp_path: Path)
     package = tmp_path / "invarlock"
     shutil.copytree(ROOT / "src" / "invarlock", package, ignore=shutil.ignore_patterns("demo_model", "__pycache__"))
     data = package / "data"
-    shutil.copytree(data / "profiles", data / "tiers" / "3" / "profiles")  # the version before stays as it was
-    shutil.copyfile(data / "tiers.yaml", data / "tiers" / "3" / "tiers.yaml")
+    shutil.copytree(data / "profiles", data / "tiers" / "4" / "profiles")  # the version before stays as it was
+    shutil.copyfile(data / "tiers.yaml", data / "tiers" / "4" / "tiers.yaml")
     for name, (anchor, addition) in EDITS.items():
         text = (package / name).read_text(encoding="utf-8")
         assert text.count(anchor) == 1, name
         (package / name).write_text(text.replace(anchor, addition + anchor), encoding="utf-8")
-    tiers = (data / "tiers.yaml").read_text(encoding="utf-8").replace("version: 3", "version: 4")
+    tiers = (data / "tiers.yaml").read_text(encoding="utf-8").replace("version: 4", "version: 5")
     tiers = tiers.replace("      accuracy: *accuracy", "      accuracy: *accuracy\n      entropy: *entropy")
     tiers = tiers.replace("      accuracy: {<<", "      entropy: *entropy\n      accuracy: {<<")
     (data / "tiers.yaml").write_text(tiers, encoding="utf-8")

@@ -47,6 +47,7 @@ def test_the_shipped_schema_is_current_and_of_the_2020_draft(shipped: dict[str, 
     assert set(REQUIRED) <= set(shipped["required"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["passed", "failed", "refused"])
 def test_real_certificates_follow_the_shipped_schema(
     kind: str, shipped: dict[str, Any], request: pytest.FixtureRequest

@@ -69,6 +69,7 @@ def _holds(document: Document) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["failed", "refused"])
 def test_no_value_can_be_changed(kind: str, authentic: dict[str, Document]) -> None:
     tried = 0
@@ -159,6 +160,7 @@ FORGERIES_CAUGHT: dict[str, tuple[Callable[[Document], None], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORGERIES_CAUGHT)
 def test_a_forger_who_derives_everything_again_is_still_caught(name: str, authentic: dict[str, Document]) -> None:
     change, step = FORGERIES_CAUGHT[name]
@@ -222,6 +224,7 @@ FORGERIES_OPEN: dict[str, tuple[Callable[[Document], None], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORGERIES_OPEN)
 def test_what_a_forger_can_still_do_is_listed_as_bound_by_a_signature_only(
     name: str, authentic: dict[str, Document]

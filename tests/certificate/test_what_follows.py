@@ -8,6 +8,7 @@ from certificates import certify, make_cert, make_evidence
 from invarlock.assurance import verify_certificate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "status"),
     [

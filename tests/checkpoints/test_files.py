@@ -206,6 +206,7 @@ def test_an_extra_tensor_is_unexpected(llama_model: Path, rewrite_tensors: Copy)
 # -- what is no difference --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_saved_copy_is_the_same_checkpoint(demo_model: Path, llama_model: Path, copy_model: Copy) -> None:
     for source in (demo_model, llama_model):
         for options in ({}, {"max_shard_size": "500KB"}):
@@ -280,6 +281,7 @@ def _set(folder: Path, key: str, value: Any) -> None:
     path.write_text(json.dumps(config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value", "named"),
     [

@@ -94,6 +94,7 @@ def _changed(before: Structure, after: Structure) -> set[str]:
     return {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", _TYPES)
 @pytest.mark.parametrize("architecture", _SMALL)
 def test_a_model_that_nothing_changed_has_exactly_the_structure_of_its_files(
@@ -106,12 +107,14 @@ def test_a_model_that_nothing_changed_has_exactly_the_structure_of_its_files(
     assert live_structure(model, files) is files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _TRAINED)
 def test_so_has_a_trained_one(name: str, demo_model: Path, model_folder: Callable[[str], Path]) -> None:
     model, files = _load(demo_model if name == "gpt2" else model_folder(name))
     assert live_structure(model, files) is files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture", _SMALL)
 def test_an_edited_model_has_the_structure_of_the_files_that_it_is_saved_as(
@@ -135,6 +138,7 @@ def test_an_edited_model_has_the_structure_of_the_files_that_it_is_saved_as(
     assert live.model_copy(update={"source": "file"}) == saved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "head"),
     [

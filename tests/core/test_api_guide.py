@@ -33,6 +33,7 @@ def quick_start(demo_model: Path, calibration: list[dict[str, Any]]) -> dict[str
     return reports
 
 
+@pytest.mark.slow
 def test_the_quick_start_finishes_with_a_marked_metric(quick_start: dict[str, Any]) -> None:
     report = quick_start["bare"]
     metric = report.metrics.get("primary_metric")
@@ -70,6 +71,7 @@ class CustomGuard(Guard):
         return {"passed": True, "action": "warn", "metrics": {"ok": 1}}
 
 
+@pytest.mark.slow
 def test_the_custom_guard_and_the_calibration_format(demo_model: Path) -> None:
     from invarlock.adapters import HF_Causal_Adapter
     from invarlock.core.api import RunConfig

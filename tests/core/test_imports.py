@@ -28,6 +28,7 @@ def _run(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", ["core", "checkpoints", "adapters", "edits"])
 def test_every_module_imports_without_torch(room: str) -> None:
     _run(

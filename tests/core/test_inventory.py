@@ -71,6 +71,7 @@ def test_discovery_switched_off_is_said_in_the_envelope(run, site) -> None:
     assert '"extra"' not in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -89,6 +90,7 @@ def test_mistakes_are_configuration_errors(run, arguments: list[str], message: s
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "command"),
     [

@@ -176,6 +176,7 @@ def test_threads_follow_the_environment(monkeypatch: Environment) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_overhead_is_measured_where_required_unless_skipped(
     monkeypatch: Environment, certify_models: Certify, passed: CertifyOutcome, demo_model: Path
 ) -> None:
@@ -193,6 +194,7 @@ def test_overhead_is_measured_where_required_unless_skipped(
     assert not skipped["evaluated"] and skipped["skipped"] == "INVARLOCK_SKIP_OVERHEAD_CHECK is set"
 
 
+@pytest.mark.slow
 def test_a_run_obeys_what_concerns_its_folder(
     monkeypatch: Environment, run_small: Callable[..., RunOutcome], edited_run: RunOutcome, tmp_path: Path
 ) -> None:

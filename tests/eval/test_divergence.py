@@ -57,6 +57,7 @@ def _exact(model: Any, subject: Any, window: Window) -> tuple[torch.Tensor, torc
     return (p.exp() * (p - q)).sum(-1), p.argmax(-1) != q.argmax(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", BITS)
 def test_coarsened_figures_bound_the_exact_ones_from_below_and_closely(
     model: Any, windows: tuple[Window, ...], baseline: Scores, edited: dict[int, Any], bits: int

@@ -72,12 +72,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     bench.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HARMLESS)
 def test_a_harmless_edit_passes_without_a_failed_gate(run: Run, name: str) -> None:
     row = run(name)
     assert (row["verdict"], row["failed"]) == ("PASS", []), row["reasons"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_fails_and_is_named(run: Run, name: str) -> None:
     row = run(name)

@@ -42,6 +42,7 @@ def test_constant_features_are_dropped_and_counted() -> None:
     assert edge_ratio(torch.ones(50, 4))[1] == 4
 
 
+@pytest.mark.slow
 def test_a_model_against_itself_changes_nothing(model) -> None:
     guard = RMTGuard()
     before, after = guard.look(model, None, batches()), guard.look(model, None, batches())

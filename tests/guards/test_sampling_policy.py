@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from invarlock.flow.certify import CertifyRequest, certify
 
 SAMPLE = {"preview": 6, "final": 6, "min_tokens": 1}
@@ -23,6 +25,7 @@ def _facts(demo_model: Path, tmp_path: Path, guards: dict[str, Any]) -> dict[str
     return certify(request).certificate
 
 
+@pytest.mark.slow
 def test_as_many_windows_are_sampled_as_the_policy_says(demo_model: Path, tmp_path: Path) -> None:
     few = _facts(demo_model, tmp_path, {"rmt": {"activation": {"sampling": {"windows": {"count": 2}}}}})
     more = _facts(demo_model, tmp_path, {"rmt": {"activation": {"sampling": {"windows": {"count": 4}}}}})
@@ -32,6 +35,7 @@ def test_as_many_windows_are_sampled_as_the_policy_says(demo_model: Path, tmp_pa
     assert contracts[0] != contracts[1]
 
 
+@pytest.mark.slow
 def test_variance_watches_the_tap_of_the_policy(demo_model: Path, tmp_path: Path) -> None:
     taps = {
         tap: [

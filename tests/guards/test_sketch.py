@@ -81,6 +81,7 @@ def test_values_that_are_not_finite_have_no_comparison() -> None:
     assert [row["name"] for row in found.named] == ["w"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", faults.FAULTS)
 def test_each_fault_names_its_module(model, fault: str) -> None:
     found, expected = named_after(model, faults.FAULTS[fault])
@@ -110,6 +111,7 @@ def test_what_happened_is_said(make_model, fault: str, words: str) -> None:
     assert words in found.named[0]["what"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edit", ["8 bits", "4 bits", "pruned", "bfloat16"])
 def test_an_edit_of_everything_is_called_uniform(model, edit: str) -> None:
     edits = {

@@ -33,6 +33,7 @@ def test_a_model_against_itself_has_no_findings(model) -> None:
     assert result["metrics"]["max_growth"] == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["zeroed", "scaled x8", "scaled /8", "one head zeroed", "embedding rows zeroed"])
 def test_each_fault_of_magnitude_fails_with_its_module_on_top(model, fault: str) -> None:
     result, expected = compare(model, faults.FAULTS[fault])
@@ -123,6 +124,7 @@ def test_what_leaves_the_function_as_it_was_does_not_fail(make_model, change) ->
     assert result["action"] == ("warn" if moved else "continue")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edit", [lambda m: faults.round_to(m, 8), faults.prune, lambda m: m.bfloat16() and None])
 def test_harmless_edits_have_no_findings(model, edit) -> None:
     result, _ = compare(model, edit)

@@ -60,6 +60,7 @@ HARMLESS = {
 COARSE = {("bert", "8 bits"): {f"bert.encoder.layer.0.attention.self.{part}.weight" for part in ("query", "key")}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("edit", HARMLESS)
 def test_harmless_edits_leave_no_finding(name: str, edit: str) -> None:
@@ -72,6 +73,7 @@ def test_harmless_edits_leave_no_finding(name: str, edit: str) -> None:
     assert found.uniform is (edit != "nothing" and not named)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_rounding_to_two_bits_is_seen_and_called_uniform(name: str) -> None:
     spectral, rmt, found = judged(name, lambda model: faults.round_to(model, 2))
@@ -79,6 +81,7 @@ def test_rounding_to_two_bits_is_seen_and_called_uniform(name: str) -> None:
     assert found.uniform
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("fault", faults.FAULTS)
 def test_faults_are_named(name: str, fault: str) -> None:

@@ -157,6 +157,7 @@ def test_windows_of_one_document_are_one_cluster_of_the_trial() -> None:
     assert not guard.judge(apart, guard.policy)["metrics"]["enabled"]
 
 
+@pytest.mark.slow
 def test_spread_that_an_edit_took_away_is_restored_when_it_helps() -> None:
     model, tokenizer = trained("gpt2")
     data = text_batches(tokenizer)
@@ -173,6 +174,7 @@ def test_spread_that_an_edit_took_away_is_restored_when_it_helps() -> None:
     assert torch.allclose(projection.weight, original, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_scales_that_do_not_help_are_taken_back_bit_for_bit() -> None:
     model, tokenizer = trained("gpt2")
     data = text_batches(tokenizer)

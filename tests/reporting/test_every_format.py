@@ -34,6 +34,7 @@ def _plain(text: str) -> str:
     return " ".join(html.unescape(re.sub(r"\\([\\`*_{}\[\]()#+!|~$])", r"\1", text)).split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("render", RENDERERS)
 def test_verdict_names_and_every_gate_are_shown(render: Callable[..., str], each: dict[str, Any]) -> None:
     text = _plain(render(each))
@@ -52,6 +53,7 @@ def test_no_number_reads_nan_inf_or_none(render: Callable[..., str], each: dict[
     assert not NO_NUMBER.findall(re.sub(r"[\w-]+: none|=\"none\"", "", text))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("render", RENDERERS)
 def test_the_same_certificate_gives_the_same_bytes(render: Callable[..., str], cert: Cert) -> None:
     render = reporting.render_html if render is render_html else render  # drawn anew
@@ -66,6 +68,7 @@ def test_what_is_no_certificate_is_refused(render: Callable[..., Any], cert: Cer
         render(broken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("render", RENDERERS)
 def test_strange_recorded_facts_do_not_break_the_page(render: Callable[..., str], cert: Cert) -> None:
     strange = cert("fail")
@@ -81,6 +84,7 @@ def test_strange_recorded_facts_do_not_break_the_page(render: Callable[..., str]
     assert "FAIL" in render(strange)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "ratio"), [(60.0, 1e20), (700.0, 1e300), (-3.0, 0.06)])
 def test_extreme_ratios_are_drawn(cert: Cert, loss: float, ratio: float) -> None:
     extreme = cert("fail")
@@ -99,6 +103,7 @@ def test_numbers_have_one_form_in_every_format(cert: Cert) -> None:
     assert value in compare([passed])
 
 
+@pytest.mark.slow
 def test_starting_imports_neither_torch_nor_a_plotting_library() -> None:
     code = (
         "import sys, invarlock.reporting\n"

@@ -114,6 +114,7 @@ def test_ci_covers_where_one_document_holds_most_tokens() -> None:
     assert hits / 500 >= 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tails", "clusters", "simulations", "at_least"),
     [(3, 10, 1500, 0.93), (3, 40, 1500, 0.93), (50, 150, 800, 0.905), (3, 150, 800, 0.88)],

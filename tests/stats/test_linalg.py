@@ -79,6 +79,7 @@ FLAT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spectrum", [*SPECTRA, *FLAT])
 def test_bounded_sigma_holds_its_bound_on_any_spectrum(spectrum: str) -> None:
     flat = FLAT.get(spectrum)

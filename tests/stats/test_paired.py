@@ -168,6 +168,7 @@ def test_an_estimate_within_the_hysteresis_band_is_decided_by_no_number_of_windo
     assert (decision.status, decision.windows_needed) == ("inconclusive", None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("true_ratio", [1.05, 1.16])
 def test_windows_needed_decide_with_the_promised_power(true_ratio: float) -> None:
     """Data of a known effect: a sample of the size asked for is decided in 80 % of the cases, and rightly."""

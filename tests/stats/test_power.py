@@ -54,6 +54,7 @@ def test_documents_match_the_sample_size_of_statsmodels() -> None:
         assert mirrored.documents == found.documents
 
 
+@pytest.mark.slow
 def test_the_effect_is_decided_with_the_power_stated() -> None:
     """3000 normal samples whose truth lies the effect inside the limit."""
     rng = np.random.default_rng(0)

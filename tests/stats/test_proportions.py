@@ -211,6 +211,7 @@ def test_wrong_scores_are_refused() -> None:
         accuracy_score_paired([0, 1], [0, 1, 1], range(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("documents", "per_document", "icc"), [(200, 1, 0.0), (100, 10, 0.3), (40, 5, 1.0)])
 def test_at_the_floor_few_pass(documents: int, per_document: int, icc: float) -> None:
     """1500 samples whose true loss is the floor of 2 points; the bound is nominal 2.5 % and three standard errors."""

@@ -65,6 +65,7 @@ def test_answers_of_many_samples_are_judged_as_the_library_judges_one(
 RARE = {40: 0.06, 100: 0.04}
 
 
+@pytest.mark.slow
 def test_false_pass_at_the_limit_keeps_its_bound(tables: ModuleType) -> None:
     samples = tables.FAST.simulations
     rows = tables.limit(tables.FAST, 0.3)
@@ -80,6 +81,7 @@ def test_false_pass_at_the_limit_keeps_its_bound(tables: ModuleType) -> None:
     assert all(row["new passes"] < 0.75 * row["old passes"] for row in rare)
 
 
+@pytest.mark.slow
 def test_the_effect_claimed_is_decided_with_its_power(tables: ModuleType) -> None:
     for row in tables.power(tables.FAST):
         if row["values"] == "normal" and row["sizes"] == "equal":
@@ -92,6 +94,7 @@ def test_documents_decide_where_windows_of_the_same_ones_do_not(tables: ModuleTy
         assert row["new decided"] > 0.55
 
 
+@pytest.mark.slow
 def test_looks_keep_both_errors_and_most_of_the_power(tables: ModuleType) -> None:
     samples = tables.FAST.simulations
     rows = [row for row in tables.sequential(tables.FAST) if row["values"] == "normal"]

@@ -45,6 +45,7 @@ def plain_upper(
     return estimate - error * float(np.quantile(found, (1 - level) / 2, method="weibull"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clusters", [5, 30, 120])
 @pytest.mark.parametrize("level", [0.95, 0.98])
 def test_upper_end_matches_the_textbook(clusters: int, level: float) -> None:

@@ -44,6 +44,7 @@ def test_interval_matches_resampling_spelled_out(quantile: float) -> None:
     assert (found.lo, found.hi) == pytest.approx(tuple(np.quantile(draws, [0.05, 0.95])), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_quantile_interval_covers_at_about_the_nominal_rate() -> None:
     """q95 of 200 exponential windows; the truth is log 20. A percentile bootstrap of a quantile is a little short."""
     rng = np.random.default_rng(3)

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from invarlock.certificate.figures import FIRST_ESTIMATORS
 from invarlock.certificate.gates import GATES, PLUGINS, GateKind, Measured, Outcome
 from invarlock.certificate.schema import Confidence, GateDecision
+from invarlock.core.exceptions import DataError
 from invarlock.eval.metrics import metric_of
 from invarlock.guards.peaks import LARGEST
 from invarlock.stats.intervals import Interval, cluster_codes, cluster_sums, effective_clusters
@@ -42,7 +43,10 @@ def _mean(values: ArrayLike, tokens: ArrayLike, documents: _Labels, *, bca: bool
 
 
 def _share(counts: ArrayLike, tokens: ArrayLike, documents: _Labels, **settings: Any) -> Interval:
-    found = _mean(np.asarray(counts, dtype=np.float64) / np.asarray(tokens), tokens, documents, **settings)
+    flipped, sizes = np.asarray(counts, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
+    if (flipped < 0).any() or (flipped > sizes).any():
+        raise DataError("got a flip count below zero or above the tokens of its window; recount the flips")
+    found = _mean(flipped / sizes, tokens, documents, **settings)
     return found if found.method == "none" else replace(found, lo=max(found.lo, 0.0), hi=min(found.hi, 1.0))
 
 

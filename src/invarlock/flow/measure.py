@@ -50,7 +50,9 @@ def model_facts(model: ModelLike, adapter: AdapterLike, side: Side) -> ModelFact
 def _identity(side: Side, adapter: AdapterLike, **found: Any) -> ModelFacts:
     digest, size = side.tokenizer_facts
     tokenizer = {"tokenizer_digest": digest, "tokenizer_size": size}
-    return ModelFacts(id=side.id, adapter=adapter.name, behaviour=side.behaviour, usage=side.usage, **tokenizer, **found)
+    return ModelFacts(
+        id=side.id, adapter=adapter.name, behaviour=side.behaviour, usage=side.usage, **tokenizer, **found
+    )
 
 
 def measure(

@@ -23,6 +23,7 @@ def test_reversed_pairs_are_reversed() -> None:
     assert all(pair.source.split()[::-1] == pair.target.split() for pair in pairs)
 
 
+@pytest.mark.slow
 def test_continuations_join_up_to_stretches_of_one_document() -> None:
     texts = dict(get_provider("python_docs").documents())
     pairs = get_provider("seq2seq").pairs()
@@ -45,6 +46,7 @@ def test_impossible_options_are_refused(name: str, options: dict[str, object], m
         provider.pairs() if name == "seq2seq" else provider.documents()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["synthetic", "seq2seq"])
 def test_generated_data_serve_the_largest_profile(name: str, byte_tokenizer) -> None:
     preview, final = get_provider(name).windows(byte_tokenizer, preview_n=400, final_n=400, seq_len=512)

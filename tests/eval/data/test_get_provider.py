@@ -39,6 +39,7 @@ def test_wrong_names_and_options_are_refused_with_the_nearest_valid_one(spec, op
         get_provider(spec, **options)
 
 
+@pytest.mark.slow
 def test_importing_the_room_imports_neither_torch_nor_datasets() -> None:
     code = "import sys, invarlock.eval.data as d; d.get_provider('python_docs').documents(); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

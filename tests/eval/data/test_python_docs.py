@@ -9,6 +9,7 @@ from invarlock.eval.data import get_provider, python_docs
 from invarlock.eval.data.python_docs import PythonDocsProvider, split_of
 
 
+@pytest.mark.slow
 def test_train_and_test_are_disjoint_and_make_up_all() -> None:
     ids = {
         split: {document.document_id for document in PythonDocsProvider(split=split).documents()}
@@ -34,6 +35,7 @@ def test_documents_are_docstrings_and_topics_without_their_indentation() -> None
     assert not any(name.startswith(("module:test.", "module:idlelib", "module:encodings")) for name in documents)
 
 
+@pytest.mark.slow
 def test_reading_sources_imports_none_of_them() -> None:
     before = set(sys.modules)
     python_docs._read.cache_clear()
@@ -61,6 +63,7 @@ def test_an_unknown_split_is_refused() -> None:
         get_provider("python_docs", split="validation").documents()
 
 
+@pytest.mark.slow
 def test_the_split_of_the_request_wins(byte_tokenizer) -> None:
     provider = get_provider("python_docs")
     preview, final = provider.windows(byte_tokenizer, preview_n=20, final_n=20, seq_len=64, split="train")

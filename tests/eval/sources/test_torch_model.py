@@ -58,6 +58,7 @@ def trained(
     return {"gpt2": (load_model(demo_model), windows), "llama": (load_model(llama_model), windows)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_losses_equal_the_models_own_on_trained_models(trained: dict[str, Any], name: str) -> None:
     model, windows = trained[name]
