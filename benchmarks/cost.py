@@ -41,9 +41,9 @@ FULL = {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "window
 EXTRAS = (
     ("invarlock.eval.divergence", "reference_rows"),
     ("invarlock.eval.divergence", "coarsened_kl"),
-    ("invarlock.eval.sources.torch_model", "_exact_rows"),
+    ("invarlock.eval.sources.torch_model", "_Whole.add"),
     ("invarlock.flow.measure", "reference_digest"),
-    ("invarlock.flow.measure", "write_reference"),
+    ("invarlock.flow.steps", "write_reference"),
     ("invarlock.guards.spectral", "SpectralGuard.measure"),
     ("invarlock.guards.rmt", "Observation.receive"),
     ("invarlock.guards.variance", "_Spread.add"),
