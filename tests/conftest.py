@@ -42,7 +42,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from invarlock.core.settings import SETTINGS
 
     for setting in SETTINGS:
-        if setting.name.startswith("INVARLOCK"):
+        if setting.name != "HF_HOME":
             monkeypatch.delenv(setting.name, raising=False)
     yield
 

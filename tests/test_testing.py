@@ -90,6 +90,7 @@ def test_without_transformers_a_plain_model_stands_in() -> None:
     assert done.stdout == "Tiny\n", done.stderr
 
 
+@pytest.mark.slow
 def test_importing_the_checks_imports_no_torch() -> None:
     program = "import sys, invarlock.testing; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -60,6 +60,7 @@ def test_a_frozen_certificate_is_intact_with_its_verdict(name: str) -> None:
     assert (outcome.intact, outcome.verdict, outcome.problems) == (True, VERDICTS[name], [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEASURED)
 def test_a_ratio_off_by_a_millionth_is_noticed(name: str) -> None:
     altered = _frozen(name)
@@ -68,6 +69,7 @@ def test_a_ratio_off_by_a_millionth_is_noticed(name: str) -> None:
     assert (outcome.intact, outcome.failed_step) == (False, "ratio, interval and decision")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEASURED)
 def test_a_loss_off_by_a_millionth_is_noticed(name: str) -> None:
     altered = _frozen(name)

@@ -112,6 +112,7 @@ def test_too_small_a_sample_never_passes_outside_dev(shortfall: str, status: str
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ratio", "required", "decision", "status"),
     [

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 #: file -> (anchor, what is put before it)
@@ -74,6 +76,7 @@ print("held")
 """
 
 
+@pytest.mark.slow
 def test_a_gate_on_a_new_figure_is_one_entry_each_in_three_files(tmp_path: Path) -> None:
     package = tmp_path / "invarlock"
     shutil.copytree(ROOT / "src" / "invarlock", package, ignore=shutil.ignore_patterns("demo_model", "__pycache__"))

@@ -60,6 +60,7 @@ def test_real_certificates_follow_the_shipped_schema(
     assert {type(value) for value in certificate["validation"].values()} == {bool}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "hostile"])
 def test_made_certificates_follow_the_shipped_schema(kind: str, shipped: dict[str, Any]) -> None:
     assert list(Draft202012Validator(shipped).iter_errors(reread(make_cert(kind)))) == []

@@ -248,6 +248,7 @@ def test_a_tied_head_stored_with_other_values_is_untied(llama_model: Path, rewri
     assert _findings(llama_model, rewrite_tensors(llama_model, store)) == [("untied", "lm_head.weight")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_another_type_throughout_is_no_structural_finding(llama_model: Path, copy_model: Copy, dtype: Any) -> None:
     folder = copy_model(llama_model, lambda model: model.to(dtype))
@@ -255,6 +256,7 @@ def test_another_type_throughout_is_no_structural_finding(llama_model: Path, cop
     assert _findings(llama_model, folder) == []
 
 
+@pytest.mark.slow
 def test_file_and_live_model_have_the_same_structure(demo_model: Path, llama_model: Path) -> None:
     for folder in (demo_model, llama_model):
         live = live_structure(HF_Causal_Adapter().load_model(str(folder), device="cpu", dtype="float16"))
@@ -300,6 +302,7 @@ def test_configuration_that_bears_on_behaviour_is_a_finding(
     assert ("config_changed", named) in _findings(llama_model, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value"),
     [("use_cache", False), ("transformers_version", "1.0"), ("pad_token_id", 5), ("attention_dropout", 0.3)],

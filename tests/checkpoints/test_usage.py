@@ -54,6 +54,7 @@ def _as_older_releases_wrote(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", MODELS, indirect=True)
 def test_another_form_of_the_same_tokenizer_has_the_same_digest(tokenizer: Any, tmp_path: Path) -> None:
     facts = tokenizer_facts(tokenizer)
@@ -96,6 +97,7 @@ def _one_more_added(data: dict[str, Any]) -> None:
     data["added_tokens"].append({**data["added_tokens"][-1], "id": 300, "content": "Ġa"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [_lowercase, _no_specials, _swapped_ids, _fewer_merges, _other_decoder, _strips, _one_more_added],
@@ -151,6 +153,7 @@ def _copy(chat: Path) -> Path:
     return Path(shutil.copytree(chat, chat.parent / "subject"))
 
 
+@pytest.mark.slow
 def test_what_a_save_rewrites_is_no_finding(chat: Path) -> None:
     from transformers import GenerationConfig
 
@@ -196,6 +199,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_changed_use_fails_by_name_and_warns_by_name_under_finetune(chat: Path, kind: str) -> None:
     subject, (damage, said) = _copy(chat), DAMAGE[kind]
@@ -223,6 +227,7 @@ def test_a_subject_without_a_tokenizer_is_said_not_to_be_evaluated(chat: Path) -
     assert verdict["passed"] and "not evaluated" in verdict["message"]
 
 
+@pytest.mark.slow
 def test_a_baseline_of_an_earlier_release_is_held_to_what_it_recorded(chat: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(chat)
     old = {**_stats(chat), "usage": None, "tokenizer_digest": tokenizer_facts(tokenizer, version=1)[0]}

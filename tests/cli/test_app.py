@@ -26,11 +26,13 @@ def _imported(*arguments: str) -> set[str]:
     return {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("argument", "too_much"), [("--help", HEAVY | {"pydantic"}), ("version", HEAVY)])
 def test_starting_imports_nothing_heavy(argument: str, too_much: set[str]) -> None:
     assert not _imported(argument) & too_much
 
 
+@pytest.mark.slow
 def test_listing_plugins_imports_no_backend() -> None:
     assert not _imported("plugins") & {"torch", "transformers", "datasets", "scipy", "matplotlib"}
 
@@ -110,6 +112,7 @@ def test_network_is_closed_while_a_command_runs(tmp_path: Path) -> None:
     assert "the network is off; set INVARLOCK_ALLOW_NETWORK=1 to allow it" in done.stderr
 
 
+@pytest.mark.slow
 def test_light_import_refuses_torch() -> None:
     program = "from invarlock.cli.app import app\napp(['version'], standalone_mode=False)\nimport torch\n"
     environment = {**os.environ, "INVARLOCK_LIGHT_IMPORT": "1"}
@@ -117,12 +120,14 @@ def test_light_import_refuses_torch() -> None:
     assert "ModuleNotFoundError" in done.stderr
 
 
+@pytest.mark.slow
 def test_closed_pipe_ends_quietly() -> None:
     shell = f"{sys.executable} -m invarlock plugins list --json --show-unsupported | true"
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interruption_cleans_up_and_exits_130(tmp_path: Path, number: int) -> None:
     marker = tmp_path / "marker"

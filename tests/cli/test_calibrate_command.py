@@ -13,6 +13,7 @@ import yaml
 from invarlock.policy.config import load_config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sweep", "arguments", "guards"),
     [("null-sweep", ["--seeds", "2"], {"spectral", "rmt"}), ("ve-sweep", [], {"variance"})],
@@ -31,6 +32,7 @@ def test_a_sweep_prints_thresholds_that_a_configuration_takes(
     assert {name: config.guards.by_name[name] for name in guards} == printed["guards"]
 
 
+@pytest.mark.slow
 def test_too_few_runs_give_no_thresholds(cli: Any, configure: Callable[..., Path], tmp_path: Path) -> None:
     result = cli("calibrate", "null-sweep", "-c", str(configure()), "--out", str(tmp_path), "--seeds", "1")
     assert result.exit_code == 1

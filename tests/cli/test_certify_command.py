@@ -81,6 +81,7 @@ def test_a_fail_exits_with_1_and_names_the_reason(
     assert _files(tmp_path / "cert") == BUNDLE
 
 
+@pytest.mark.slow
 def test_a_refused_subject_exits_with_1_and_names_the_tensor(
     cli: Cli, demo_model: Path, damaged: Path, preset: Path, tmp_path: Path
 ) -> None:
@@ -162,6 +163,7 @@ def test_an_edit_from_a_file_is_applied_to_the_subject(
     assert (certificate["edit"]["name"], certificate["edit"]["plan"]["bitwidth"]) == ("quant_rtn", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize(
     ("number", "moment"),

@@ -18,6 +18,7 @@ from invarlock.policy.config import load_config
 Configure = Callable[..., Path]
 
 
+@pytest.mark.slow
 def test_a_run_is_summed_up_and_ends_with_0(cli: Any, configure: Configure, tmp_path: Path) -> None:
     result = cli("run", "-c", str(configure("mine")), "--out", str(tmp_path), "--timing")
     assert result.exit_code == 0, result.stderr
@@ -31,6 +32,7 @@ def test_a_run_is_summed_up_and_ends_with_0(cli: Any, configure: Configure, tmp_
     assert "TELEMETRY" not in result.stderr
 
 
+@pytest.mark.slow
 def test_flags_stand_above_the_configuration_and_json_is_one_line(
     cli: Any, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,6 +53,7 @@ def test_flags_stand_above_the_configuration_and_json_is_one_line(
     assert " MB; " in line and line.endswith(" tokens/s")
 
 
+@pytest.mark.slow
 def test_minimal_output_is_the_outcome_and_the_paths(
     cli: Any, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,6 +63,7 @@ def test_minimal_output_is_the_outcome_and_the_paths(
     assert result.stderr == ""
 
 
+@pytest.mark.slow
 def test_a_rolled_back_edit_ends_with_1_and_weakened_attempts_are_listed(
     cli: Any, configure: Configure, tmp_path: Path
 ) -> None:
@@ -73,6 +77,7 @@ def test_a_rolled_back_edit_ends_with_1_and_weakened_attempts_are_listed(
     assert "TELEMETRY: " in result.stderr
 
 
+@pytest.mark.slow
 def test_a_run_out_of_time_ends_with_1_and_without_a_verdict(cli: Any, configure: Configure, tmp_path: Path) -> None:
     arguments = ["run", "-c", str(configure()), "--out", str(tmp_path), "--timeout", "0.000001"]
     result = cli(*arguments)
@@ -82,6 +87,7 @@ def test_a_run_out_of_time_ends_with_1_and_without_a_verdict(cli: Any, configure
     assert json.loads(cli(*arguments, "--json").stdout)["verdict"] is None
 
 
+@pytest.mark.slow
 def test_a_gate_that_is_switched_off_is_a_warning(cli: Any, configure: Configure, tmp_path: Path) -> None:
     held = ["primary_metric", "preview_final_drift", "divergence_kl", "token_flips"]
     chosen = {"edit": {"name": "quant_rtn", "plan": {"bitwidth": 2}}, "guards": {"order": ["invariants"]}}

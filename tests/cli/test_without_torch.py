@@ -64,11 +64,13 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Bare:
     return run
 
 
+@pytest.mark.slow
 def test_the_environment_has_no_torch(bare: Bare) -> None:
     shown = bare("doctor", "--json")
     assert shown.returncode in (0, 1) and "torch" in shown.stdout, shown.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [("--help",), ("version",), ("plugins",), ("plugins", "list", "--json"), ("doctor",)], ids=" ".join
 )
@@ -88,6 +90,7 @@ def test_certificates_are_verified_and_shown(bare: Bare, passed: CertifyOutcome,
     assert bare("report", "explain", str(tmp_path)).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [("certify", "--baseline", "a", "--subject", "b"), ("demo",)], ids=lambda arguments: arguments[0]
 )

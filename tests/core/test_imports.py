@@ -41,6 +41,7 @@ def test_every_module_imports_without_torch(room: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("room", "name", "extra"), [("adapters", "HF_Auto_Adapter", "adapters"), ("edits", "RTNQuantEdit", "edits")]
 )

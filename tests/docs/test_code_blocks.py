@@ -147,6 +147,7 @@ def api_guide_names(demo_model: Path, calibration: list[Mapping[str, Any]]) -> d
     }
 
 
+@pytest.mark.slow
 def test_the_blocks_of_the_api_guide_run_as_printed(
     demo_model: Path, calibration: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,7 @@ def test_an_edit_configuration_stands_alone(path: Path) -> None:
     assert load_edit_config(path).name == "quant_rtn"
 
 
+@pytest.mark.slow
 def test_the_causal_preset_certifies(
     demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ from .pages import DOCS, ROOT, blocks
 ERRORS = (DOCS / "reference" / "errors.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_generated_parts_are_up_to_date() -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "tools" / "build_docs.py"), "--check"], cwd=ROOT, capture_output=True, text=True
@@ -23,6 +24,7 @@ def test_generated_parts_are_up_to_date() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_site_builds_and_no_link_is_broken(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)],

@@ -73,6 +73,7 @@ def test_coarsened_figures_bound_the_exact_ones_from_below_and_closely(
     assert sum(result["kl_sum"]) > 0.5 * total, "a bound that says nothing would do no good"
 
 
+@pytest.mark.slow
 def test_damage_orders_the_figures(windows: tuple[Window, ...], baseline: Scores, edited: dict[int, Any]) -> None:
     results = [_scores(edited[bits], windows, reference=baseline.reference) for bits in BITS]
     kl = [sum(r["kl_sum"]) / sum(r.tokens) for r in results]
@@ -81,6 +82,7 @@ def test_damage_orders_the_figures(windows: tuple[Window, ...], baseline: Scores
     assert kl[0] < 0.01 and flips[0] < 0.05 < 0.3 < kl[2] and flips[2] > 0.3
 
 
+@pytest.mark.slow
 def test_a_model_does_not_diverge_from_itself(model: Any, windows: tuple[Window, ...], baseline: Scores) -> None:
     result = _scores(model, windows, reference=baseline.reference)
     assert set(result["kl_sum"]) == set(result["kl_max"]) == {0.0}
@@ -89,6 +91,7 @@ def test_a_model_does_not_diverge_from_itself(model: Any, windows: tuple[Window,
     assert result.loss == baseline.loss
 
 
+@pytest.mark.slow
 def test_the_histogram_counts_every_token_and_its_quantiles_are_near(
     model: Any, windows: tuple[Window, ...], baseline: Scores, edited: dict[int, Any]
 ) -> None:
@@ -164,6 +167,7 @@ def test_a_few_ties_do_not_flip_but_indifference_does() -> None:
     assert (kl.tolist(), flips.tolist()) == ([0.0], [False]), "indifferent to begin with"
 
 
+@pytest.mark.slow
 def test_the_compact_form_is_small_and_survives_its_file(baseline: Scores, tmp_path: Path) -> None:
     from invarlock.core.exceptions import ModelLoadError
 

@@ -95,6 +95,7 @@ def test_a_model_against_itself_is_exactly_one_without_findings(execute: Execute
         assert set(report.evidence["final"]["flips"]) == {0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("returned", "status", "reason"),
     [
@@ -173,6 +174,7 @@ def test_a_model_that_cannot_be_restored_is_reported_and_not_hidden(execute: Exe
     assert report.error is not None and "could not be restored, load it again" in report.error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probes", [0, 2])
 @pytest.mark.parametrize("edit", [_nan, _wreck], ids=["nan", "wreck"])
 def test_a_wrecked_model_is_a_spike(
@@ -210,6 +212,7 @@ def test_a_ratio_above_the_limit_rolls_back(execute: Execute, tiny_model: Any) -
     assert spike.meta["rollback_reason"].startswith("primary_metric_spike")
 
 
+@pytest.mark.slow
 def test_accuracy_that_rises_is_no_spike_and_accuracy_that_falls_is(execute: Execute, tiny_model: Any) -> None:
     """After its first token every window says 3, 3, 3 ...: a model that always says 3 is right, one that says 7 wrong."""
     data = [{"input_ids": [first, *[3] * 15, 7]} for first in range(8)]
@@ -337,6 +340,7 @@ class _Interrupting(HF_Causal_Adapter):
         super().restore_chunked(model, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize(
     "moment",
@@ -469,6 +473,7 @@ def _stable(report: RunReport) -> str:
     return json.dumps(data, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_report_but_for_ids_and_timings(execute: Execute) -> None:
     first, second = (execute(_small, [InvariantsGuard(), SpectralGuard()], context={"f": print}) for _ in range(2))
     assert _stable(first) == _stable(second)
@@ -495,6 +500,7 @@ def test_the_same_text_in_preview_and_final_counts_as_overlap(execute: Execute, 
     assert report.dataset["windows"]["stats"]["window_overlap_fraction"] == 0.25
 
 
+@pytest.mark.slow
 def test_a_baseline_given_in_the_context_is_what_the_ratio_refers_to(execute: Execute, tiny_model: Any) -> None:
     worse = tiny_model()
     with torch.no_grad():
@@ -510,6 +516,7 @@ def test_a_baseline_given_in_the_context_is_what_the_ratio_refers_to(execute: Ex
     assert mismatch.status == "failed" and "windows are paired" in str(mismatch.error)
 
 
+@pytest.mark.slow
 def test_failing_evaluation_fails_the_run_unless_told_otherwise(
     execute: Execute, monkeypatch: pytest.MonkeyPatch
 ) -> None:

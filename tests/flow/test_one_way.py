@@ -133,6 +133,7 @@ def _differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: {str(one)[:80]} != {str(other)[:80]}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edit", ["quant_rtn", "noop"])
 def test_three_orders_of_the_same_steps_give_the_same_certificate(
     subject: Path, config: Callable[[str], Path], edit: str, tmp_path: Path
@@ -150,6 +151,7 @@ def test_three_orders_of_the_same_steps_give_the_same_certificate(
         assert list(_differences(certificates[0], other)) == []
 
 
+@pytest.mark.slow
 def test_a_noop_gives_exactly_nothing_in_every_guard_figure(
     subject: Path, config: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -47,6 +47,7 @@ def test_verdict_names_and_every_gate_are_shown(render: Callable[..., str], each
         assert _plain(row.why)[:60] in text or render is explain  # wrapped at 80 columns there
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("render", RENDERERS)
 def test_no_number_reads_nan_inf_or_none(render: Callable[..., str], each: dict[str, Any]) -> None:
     text = re.sub(r"<style>.*?</style>", "", render(each), flags=re.DOTALL)
@@ -95,6 +96,7 @@ def test_extreme_ratios_are_drawn(cert: Cert, loss: float, ratio: float) -> None
     assert 'aria-labelledby="interval-title' in page and 'aria-labelledby="windows-title' in page
 
 
+@pytest.mark.slow
 def test_numbers_have_one_form_in_every_format(cert: Cert) -> None:
     passed = cert("pass")
     value = f"{passed['primary_metric']['ratio_vs_baseline']:.4f}"

@@ -206,6 +206,7 @@ def test_wrong_input_is_refused(change: dict[str, object], error: type[Exception
         weighted_mean_interval(**(good | change))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clusters", [1, 2, 3, 97, 400, 70_001])
 def test_the_stream_follows_its_written_mapping(clusters: int) -> None:
     """An independent reading of the docstring in plain integers, across the edges of chunks."""

@@ -96,6 +96,7 @@ def test_the_first_contract_misses_what_stands_above_a_flat_spectrum() -> None:
     assert sigma_max_bounded(matrix) == pytest.approx(1.08, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_bounded_sigma_holds_for_every_start() -> None:
     """A risk of 1e-4 a start: none of 60 misses."""
     spectrum = one_above(256, 1.004, 0.9)
@@ -231,6 +232,7 @@ def test_sign_vectors_are_a_fixed_stream_of_independent_signs() -> None:
     assert [int(bit) for bit in (signs[0] > 0)] == [(first >> j) & 1 for j in range(64)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, 4, 30])
 def test_sketch_error_matches_simulation(rank: int) -> None:
     """The formula is for normal numbers; signs vary a little less, never more, where W is not symmetric."""

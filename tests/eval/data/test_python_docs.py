@@ -25,6 +25,7 @@ def test_modules_that_repeat_each_other_are_in_one_split() -> None:
         assert len({split_of(f"module:{name}") for name in names}) == 1
 
 
+@pytest.mark.slow
 def test_documents_are_docstrings_and_topics_without_their_indentation() -> None:
     documents = {document.document_id: document.text for document in PythonDocsProvider(split="all").documents()}
     assert "sequence-like object" not in documents["module:textwrap"][:10]
