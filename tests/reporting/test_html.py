@@ -16,6 +16,7 @@ from invarlock.reporting.wording import clean
 
 Cert = Callable[[str], dict[str, Any]]
 VOID = {"meta", "link", "br", "hr", "img", "input"}
+pytestmark = pytest.mark.slow  # every page is drawn anew
 
 
 class _Page(HTMLParser):
@@ -49,7 +50,6 @@ class _Page(HTMLParser):
         return [attributes for tag, attributes in self.elements if tag in tags]
 
 
-@pytest.mark.slow
 def test_page_is_well_formed_and_loads_nothing(each: dict[str, Any]) -> None:
     text = render_html(each)
     page = _Page(text)
@@ -66,7 +66,6 @@ def test_page_is_well_formed_and_loads_nothing(each: dict[str, Any]) -> None:
     assert (policy["content"] or "").startswith("default-src 'none'")
 
 
-@pytest.mark.slow
 def test_ids_are_unique_and_references_lead_somewhere(each: dict[str, Any]) -> None:
     text = render_html(each)
     page = _Page(text)
@@ -86,7 +85,6 @@ def test_hostile_text_is_shown_and_nothing_more(cert: Cert) -> None:
     assert clean(HOSTILE) in "".join(page.text)
 
 
-@pytest.mark.slow
 def test_tables_have_captions_and_headers_and_pictures_have_words(each: dict[str, Any]) -> None:
     page = _Page(render_html(each))
     assert len(page.named("table")) == len(page.named("caption")) >= 2
