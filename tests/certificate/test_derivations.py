@@ -28,6 +28,7 @@ from .tampering import replaced
 
 Document = dict[str, Any]
 FROZEN = Path(__file__).parents[1] / "assets" / "certificates"
+VERSION = resolve.resolve_policy().tiers_version
 NEXT = ".".join(str(int(part) + 1) for part in __version__.split(".")[:1]) + ".0.0"
 
 
@@ -57,12 +58,14 @@ def _by_release(document: Document, version: str) -> Document:
 
 def test_new_certificates_name_their_derivation_and_the_first_ones_none(made: Document) -> None:
     assert made["derivation"] == CURRENT == max(DERIVATIONS)
-    assert made["policy_provenance"]["tiers_version"] == 4
+    assert made["policy_provenance"]["tiers_version"] == VERSION
     assert "derivation" not in _frozen("pass_8bit")
 
 
 def test_a_derivation_of_a_later_release_is_no_forgery_and_no_success(made: Document) -> None:
-    with pytest.raises(CertificateError, match=f"derivation {CURRENT + 1}; this release knows 1, 2: use a newer one"):
+    with pytest.raises(
+        CertificateError, match=f"derivation {CURRENT + 1}; this release knows 1, 2, 3: use a newer one"
+    ):
         verify_certificate({**made, "derivation": CURRENT + 1})
 
 
@@ -72,6 +75,7 @@ def test_a_certificate_cannot_be_passed_off_as_one_of_another_derivation(
 ) -> None:
     assert not verify_certificate({**made, "derivation": derivation}).intact
     assert not verify_certificate({**_frozen("pass_8bit"), "derivation": 2}).intact
+    assert not verify_certificate({**_frozen("second_fail"), "derivation": CURRENT}).intact
 
 
 def test_the_first_derivation_takes_a_number_with_and_without_its_fraction() -> None:
@@ -133,7 +137,7 @@ def test_tiers_of_ones_own_are_embedded_and_said(tmp_path: Path, monkeypatch: py
 
 
 def test_more_than_was_used_cannot_be_embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _own(tmp_path, lambda tiers: tiers.replace("version: 4", "version: 77"))
+    _own(tmp_path, lambda tiers: tiers.replace(f"version: {VERSION}", "version: 77"))
     with monkeypatch.context() as inside:
         inside.setenv("INVARLOCK_CONFIG_ROOT", str(tmp_path))
         document = reread(make_cert("pass"))
@@ -154,15 +158,15 @@ def test_earlier_tiers_resolve_by_their_version(
 ) -> None:
     """As in the next release that changes a limit: its own tiers, and those of this version as they were."""
     packaged = resources.files("invarlock.data")
-    for folder in (tmp_path, tmp_path / "tiers" / "4"):
+    for folder in (tmp_path, tmp_path / "tiers" / str(VERSION)):
         (folder / "profiles").mkdir(parents=True)
         for name in ("tiers.yaml", *(f"profiles/{name}.yaml" for name in resolve.PROFILES)):
             with resources.as_file(packaged.joinpath(name)) as path:
                 shutil.copyfile(path, folder / name)
-    with resources.as_file(packaged.joinpath("tiers/3")) as path:
-        shutil.copytree(path, tmp_path / "tiers" / "3")
+    with resources.as_file(packaged.joinpath("tiers")) as path:
+        shutil.copytree(path, tmp_path / "tiers", dirs_exist_ok=True)
     text = (tmp_path / "tiers.yaml").read_text(encoding="utf-8")
-    changed = text.replace("version: 4", "version: 5").replace("limit: 1.10", "limit: 1.07")
+    changed = text.replace(f"version: {VERSION}", f"version: {VERSION + 1}").replace("limit: 1.10", "limit: 1.07")
     (tmp_path / "tiers.yaml").write_text(changed, encoding="utf-8")
     monkeypatch.setattr(resolve, "_PACKAGE", tmp_path)
     resolve._packaged.cache_clear()
@@ -170,7 +174,7 @@ def test_earlier_tiers_resolve_by_their_version(
         assert verify_certificate(made).intact
         assert verify_certificate(_frozen("pass_8bit")).intact
         new = reread(certify(make_evidence(), make_evidence(kl=0.001)))
-        assert (new["policy_provenance"]["tiers_version"], new["primary_metric"]["limit"]) == (5, 1.07)
+        assert (new["policy_provenance"]["tiers_version"], new["primary_metric"]["limit"]) == (VERSION + 1, 1.07)
     finally:
         resolve._packaged.cache_clear()
 

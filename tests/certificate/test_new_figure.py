@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from invarlock.policy.resolve import resolve_policy
+
 ROOT = Path(__file__).parents[2]
 
 #: file -> (anchor, what is put before it)
@@ -81,13 +83,15 @@ def test_a_gate_on_a_new_figure_is_one_entry_each_in_three_files(tmp_path: Path)
     package = tmp_path / "invarlock"
     shutil.copytree(ROOT / "src" / "invarlock", package, ignore=shutil.ignore_patterns("demo_model", "__pycache__"))
     data = package / "data"
-    shutil.copytree(data / "profiles", data / "tiers" / "4" / "profiles")  # the version before stays as it was
-    shutil.copyfile(data / "tiers.yaml", data / "tiers" / "4" / "tiers.yaml")
+    version = resolve_policy().tiers_version
+    before = data / "tiers" / str(version)  # the version before stays as it was
+    shutil.copytree(data / "profiles", before / "profiles")
+    shutil.copyfile(data / "tiers.yaml", before / "tiers.yaml")
     for name, (anchor, addition) in EDITS.items():
         text = (package / name).read_text(encoding="utf-8")
         assert text.count(anchor) == 1, name
         (package / name).write_text(text.replace(anchor, addition + anchor), encoding="utf-8")
-    tiers = (data / "tiers.yaml").read_text(encoding="utf-8").replace("version: 4", "version: 5")
+    tiers = (data / "tiers.yaml").read_text(encoding="utf-8").replace(f"version: {version}", f"version: {version + 1}")
     tiers = tiers.replace("      accuracy: *accuracy", "      accuracy: *accuracy\n      entropy: *entropy")
     tiers = tiers.replace("      accuracy: {<<", "      entropy: *entropy\n      accuracy: {<<")
     (data / "tiers.yaml").write_text(tiers, encoding="utf-8")

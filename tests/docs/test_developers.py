@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from invarlock.certificate.second import GATE_NAMES
+from invarlock.certificate.third import GATE_NAMES
 from test_house import ROOMS
 
 from .pages import DOCS, ROOT, Block, blocks

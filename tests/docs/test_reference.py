@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from invarlock.certificate.second import GATE_NAMES
+from invarlock.certificate.third import GATE_NAMES
 
 from .pages import DOCS, ROOT, blocks
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from invarlock.certificate.second import GATE_NAMES
+from invarlock.certificate.third import GATE_NAMES
 from invarlock.reporting import compare, explain, explanations, render_markdown, summary_lines
 from invarlock.reporting.view import parse, values
 from invarlock.reporting.wording import (

@@ -26,6 +26,7 @@ from invarlock.certificate.schema import (
     Windows,
 )
 from invarlock.certificate.second import SECOND_ESTIMATORS, SECOND_GATES, confidence_of
+from invarlock.certificate.third import THIRD_ESTIMATORS, THIRD_GATES, THIRD_JUDGES
 from invarlock.core.exceptions import CertificateError
 from invarlock.eval.metrics import metric_of
 from invarlock.evidence.plain import canonical_digest
@@ -106,6 +107,17 @@ DERIVATIONS: Mapping[int, Rules] = {
         SECOND_ESTIMATORS,
         SECOND_GATES,
         GUARDS,
+        confidence_of,
+        diagnose,
+        notes=with_notes,
+        run_id=_run_id,
+        tiers_digest=lambda policy: policy.tiers_digest,
+        one_spelling=True,
+    ),
+    3: Rules(
+        THIRD_ESTIMATORS,
+        THIRD_GATES,
+        THIRD_JUDGES,
         confidence_of,
         diagnose,
         notes=with_notes,

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from invarlock.certificate.figures import FIRST_ESTIMATORS
-from invarlock.certificate.gates import GATES, PLUGINS, GateKind, Measured, Outcome
+from invarlock.certificate.gates import GATES, GateKind, Measured, Outcome
 from invarlock.certificate.schema import Confidence, GateDecision
 from invarlock.core.exceptions import DataError
 from invarlock.eval.metrics import metric_of
@@ -27,7 +27,7 @@ from invarlock.stats.paired import AccuracyComparison, Decision, confidence_labe
 from invarlock.stats.proportions import accuracy_score_paired
 from invarlock.stats.studentised import studentised_interval
 
-__all__ = ["GATE_NAMES", "SECOND_ESTIMATORS", "SECOND_GATES", "confidence_of", "effective_documents"]
+__all__ = ["SECOND_ESTIMATORS", "SECOND_GATES", "confidence_of", "effective_documents"]
 
 _Labels = Sequence[Hashable]
 
@@ -201,8 +201,6 @@ SECOND_GATES: tuple[GateKind, ...] = (
     GateKind("activation_range", _range),
     GateKind("intended_change", _change),
 )
-#: what a gate may be called; that of a plugin guard is `plugin:<its name>`
-GATE_NAMES = tuple(kind.name for kind in SECOND_GATES if kind.name != PLUGINS)
 
 
 def confidence_of(m: Measured, interval: Interval) -> Confidence:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from invarlock.certificate.second import GATE_NAMES
+from invarlock.certificate.third import GATE_NAMES
 from invarlock.cli.console import progress, show
 from invarlock.cli.options import DeviceOption, JsonOption, ProfileOption, TierOption, TimingOption
 from invarlock.flow.run import RunOutcome, RunRequest

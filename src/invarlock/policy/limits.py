@@ -77,6 +77,8 @@ class Sample(_Section):
     final: int
     min_tokens: int
     min_documents: int = 0  # effective ones; the first versions of the tiers had no floor
+    early_stop: bool = False  # decide look by look
+    early_documents: int = 60  # that a look before the last one takes at least
     shortfall: Literal["stop", "warn"]
 
 

@@ -69,6 +69,22 @@ def zero(tensors: Tensors) -> None:
     tensors["gpt_neox.layers.2.mlp.dense_4h_to_h.weight"][:] = 0
 
 
+def pad_vocabulary(tensors: Tensors) -> None:
+    """Add 64 rows that no token uses to the embedding of a Llama."""
+    name = "model.embed_tokens.weight"
+    rows = tensors[name]
+    tensors[name] = np.concatenate([rows, np.repeat(rows.mean(0, keepdims=True), 64, axis=0).astype(rows.dtype)])
+
+
+def pack_attention(tensors: Tensors) -> None:
+    """Store the projections of attention as bitsandbytes does: 8 bits, with the largest magnitude of each row."""
+    for name in [name for name in tensors if "self_attn" in name]:
+        wide = tensors.pop(name).astype(np.float32)
+        largest = np.abs(wide).max(axis=1)
+        tensors[name] = np.round(wide / largest[:, None] * 127).astype(np.int8)
+        tensors[f"{name.removesuffix('weight')}SCB"] = largest
+
+
 def rtn(bits: int, **plan: Any) -> dict[str, Any]:
     """Return the edit that rounds linear layers to `bits` bits, as --edit-config takes it."""
     return {"name": "quant_rtn", "plan": {"bitwidth": bits, **plan}}
@@ -78,7 +94,8 @@ def rtn(bits: int, **plan: Any) -> dict[str, Any]:
 class Case:
     """One `invarlock certify`. The subject is the baseline, after `change` of its file or with `edit` in memory.
 
-    `reuse` names an earlier case whose measured baseline takes the place of the baseline model.
+    `reuse` names an earlier case whose measured baseline takes the place of the baseline model; `config` is what changes
+    in the subject's config.json.
     """
 
     verdict: str
@@ -88,6 +105,7 @@ class Case:
     preset: Mapping[str, Any] = field(default_factory=lambda: PYTHON_DOCS)
     flags: tuple[str, ...] = DEV
     reuse: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 CASES: Mapping[str, Case] = {
@@ -120,6 +138,20 @@ CASES: Mapping[str, Case] = {
         "guards": {"order": ["invariants", "spectral", "rmt"], "spectral": {"deadband": 0.2, "max_caps": 7}},
         "eval": {"bootstrap": {"replicates": 400, "seed": 7}},
     }),
+    "second_pass": Case("PASS", change=round_rows(8)),
+    "second_fail": Case("FAIL", edit=rtn(2)),
+    "second_inconclusive": Case("INCONCLUSIVE", edit=rtn(2, max_modules=1)),
+    "second_refused": Case("FAIL", change=spoil),
+    "second_accuracy": Case("INCONCLUSIVE", change=round_rows(8), preset=ACCURACY, flags=CI_CPU),
+    "second_plugin_guard": Case("PASS", "neox", change=round_rows(8), preset={
+        **PYTHON_DOCS, "guards": {"order": ["invariants", "rmt", "hello_guard"], "hello_guard": {"message": "good day"}},
+    }),
+    "second_restructure": Case(
+        "PASS", "llama", change=pad_vocabulary, config={"vocab_size": 4160}, flags=(*DEV, "--intent", "restructure"),
+    ),
+    "second_packed": Case("PASS", "llama", change=pack_attention, config={
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    }),
 }  # fmt: skip
 
 
@@ -142,6 +174,9 @@ def certify(name: str, work: Path) -> Path:
         tensors = load_file(subject / "model.safetensors")
         case.change(tensors)
         save_file(tensors, subject / "model.safetensors", metadata={"format": "pt"})
+    if case.config:
+        config = json.loads((subject / "config.json").read_text(encoding="utf-8"))
+        (subject / "config.json").write_text(json.dumps({**config, **case.config}), encoding="utf-8")
     command = ["certify", "--subject", "subject", "--cert-out", "cert", "--out", "runs", "--device", "cpu", *case.flags]
     command += ["--baseline-report", f"../{case.reuse}/runs/source"] if case.reuse else ["--baseline", "baseline"]
     if case.preset:
