@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HF_Adapter", "HF_Causal_Adapter", "HF_MLM_Adapter", "HF_Seq2Seq_Adapter"]
 
-_DTYPES = ("auto", "float32", "float16", "bfloat16")
+_DTYPES = ("auto", "stored", "float32", "float16", "bfloat16")
 _TOKENIZER = ("tokenizer*", "*.model", "vocab.*")
 #: where each model that is still in memory came from, whichever adapter loaded it
 _origins: WeakKeyDictionary[ModelLike, Origin] = WeakKeyDictionary()
@@ -159,9 +159,10 @@ class HF_Causal_Adapter(HF_Adapter):
     ) -> PreTrainedModel:
         """Load a checkpoint in evaluation mode.
 
-        dtype, alias torch_dtype (`auto`, float32, float16, bfloat16): auto computes in float32 on the CPU, where half
-        precision is slow and coarse, and in the checkpoint's own type elsewhere. options go to `from_pretrained`. Raises
-        ModelLoadError, and CheckpointDamagedError where tensors are missing or mis-shaped instead of making them up.
+        dtype, alias torch_dtype (`auto`, `stored`, float32, float16, bfloat16): auto computes in float32 on the CPU, where
+        half precision is slow and coarse, and in the checkpoint's own type elsewhere; stored always in that one.
+        options go to `from_pretrained`. Raises ModelLoadError, and
+        CheckpointDamagedError where tensors are missing or mis-shaped instead of making them up.
         """
         device = resolve_device(device)
         trust = settings.flag("INVARLOCK_TRUST_REMOTE_CODE") if trust_remote_code is None else trust_remote_code
@@ -223,8 +224,8 @@ class HF_Seq2Seq_Adapter(HF_Causal_Adapter):
 def _torch_dtype(name: str, device: str) -> str:
     """Return the type to load in as the library takes it; ConfigError for one that is not offered."""
     if name not in _DTYPES:
-        raise ConfigError(f"dtype is {name!r}; expected auto, float32, float16 or bfloat16")
-    return "float32" if name == "auto" and device == "cpu" else name
+        raise ConfigError(f"dtype is {name!r}; expected auto, stored, float32, float16 or bfloat16")
+    return {"auto": "float32" if device == "cpu" else "auto", "stored": "auto"}.get(name, name)
 
 
 def _in_type(tensor: Tensor, name: str) -> Tensor:

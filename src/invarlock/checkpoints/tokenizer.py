@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["encodes_alike", "tokenizer_facts", "tokenizer_usage"]
+__all__ = ["encodes_alike", "special_tokens_around", "tokenizer_facts", "tokenizer_usage"]
 
 _PROBE = "The quick brown fox — 1,234.5 naïve cafés; def f(x):\n\treturn x**2  # ok?"
 _PER_CALL = ("version", "truncation", "padding")  # in the serialised state, and no part of what a checkpoint says
 _NO_IDS = ("trim_offsets", "special")  # settings that change no id
 _BATCH = 64
+_WORD = "x"
 
 
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase | None, version: int = 2) -> tuple[str | None, int | None]:
@@ -42,6 +43,18 @@ def tokenizer_usage(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """
     first, _ = tokenizer_facts(tokenizer, version=1)
     return {"roles": _roles(tokenizer), "encoding": _digest(_state(tokenizer)), "first_digest": first}
+
+
+def special_tokens_around(tokenizer: Callable[..., Mapping[str, Any]]) -> tuple[list[int], list[int]]:
+    """Return the ids that a tokenizer itself puts (before, after) a text."""
+    bare, whole = (
+        [int(token) for token in tokenizer([_WORD], add_special_tokens=special, verbose=False)["input_ids"][0]]
+        for special in (False, True)
+    )
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    return [], []  # one that encodes the text itself otherwise with them
 
 
 def encodes_alike(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, texts: Sequence[str]) -> str | None:

@@ -73,7 +73,8 @@ class ModelFacts(Plain):
 
 
 class DataFacts(Plain):
-    """Where the windows came from; `digest` covers ids, documents and tokens."""
+    """Where the windows came from; `digest` covers ids, documents and tokens. `prefix` and `suffix` are the special
+    tokens around every window, not scored; evidence of earlier releases, which had none, does not say."""
 
     provider: str
     options: dict[str, Any] = Field(default_factory=dict)
@@ -84,6 +85,8 @@ class DataFacts(Plain):
     requested: list[int]
     digest: str
     reused: bool = False
+    prefix: Annotated[list[int] | None, ABSENT] = None
+    suffix: Annotated[list[int] | None, ABSENT] = None
 
 
 class TokenFile(Plain):

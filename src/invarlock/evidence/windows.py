@@ -31,21 +31,33 @@ __all__ = [
 IGNORED = -100  # a label that is not scored, as in torch's cross-entropy
 
 
-def content_digest(ids: Sequence[int], mask: Sequence[int] | None = None, labels: Sequence[int] | None = None) -> str:
-    """Return 16 hex digits of SHA-256 over the token ids, mask and labels."""
-    text = ";".join(",".join(map(str, part)) if part is not None else "-" for part in (ids, mask, labels))
+def content_digest(
+    ids: Sequence[int],
+    mask: Sequence[int] | None = None,
+    labels: Sequence[int] | None = None,
+    *around: Sequence[int],
+) -> str:
+    """Return 16 hex digits of SHA-256 over the token ids, mask and labels, and the special tokens around them."""
+    parts = (ids, mask, labels, *around)
+    text = ";".join(",".join(map(str, part)) if part is not None else "-" for part in parts)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Window:
-    """One token sequence. `mask` None means no padding; `labels` None means that the inputs predict themselves."""
+    """One token sequence. `mask` None means no padding; `labels` None means that the inputs predict themselves.
+
+    `prefix` and `suffix` are the special tokens that the tokenizer puts around a text: a model sees them, and they are
+    not scored. `dressed` puts them there.
+    """
 
     id: str
     document: str
     input_ids: tuple[int, ...]
     mask: tuple[int, ...] | None = None
     labels: tuple[int, ...] | None = None
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.input_ids:
@@ -58,9 +70,28 @@ class Window:
             )
 
     @property
-    def content(self) -> tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...] | None]:
-        """What is scored, whatever its name: token ids, mask and labels."""
-        return self.input_ids, self.mask, self.labels
+    def content(self) -> tuple[Any, ...]:
+        """What is scored, whatever its name: token ids, mask and labels; and the special tokens around them, if any."""
+        around = (self.prefix, self.suffix) if self.prefix or self.suffix else ()
+        return self.input_ids, self.mask, self.labels, *around
+
+    def dressed(self) -> Window:
+        """Return the window as a model sees it: special tokens among the inputs, and labels that leave them out.
+
+        The first token of the content stays unscored where it was, since the text before it is not shown.
+        """
+        if not (self.prefix or self.suffix):
+            return self
+        before, after = len(self.prefix), len(self.suffix)
+        labels = (IGNORED, *self.input_ids[1:]) if self.labels is None else self.labels
+        return replace(
+            self,
+            input_ids=self.prefix + self.input_ids + self.suffix,
+            mask=None if self.mask is None else (1,) * before + self.mask + (1,) * after,
+            labels=(IGNORED,) * before + labels + (IGNORED,) * after,
+            prefix=(),
+            suffix=(),
+        )
 
 
 @dataclass(frozen=True)
@@ -92,7 +123,33 @@ class Windows:
     def facts(self) -> DataFacts:
         """Return what the evidence says of the text."""
         own = {"seq_len": self.seq_len, "requested": list(self.requested), "digest": self.digest()}
-        return DataFacts(**vars(self.origin), **own)
+        around = {"prefix": list(self.prefix), "suffix": list(self.suffix)} if self.all else {}
+        return DataFacts(**vars(self.origin), **own, **around)
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """The special tokens before every window, unscored."""
+        return self.all[0].prefix if self.all else ()
+
+    @property
+    def suffix(self) -> tuple[int, ...]:
+        """The special tokens after every window, unscored."""
+        return self.all[0].suffix if self.all else ()
+
+    def surrounded(self, prefix: Sequence[int], suffix: Sequence[int]) -> Windows:
+        """Return the same windows with other special tokens around them."""
+
+        def dress(split: tuple[Window, ...]) -> tuple[Window, ...]:
+            return tuple(replace(window, prefix=tuple(prefix), suffix=tuple(suffix)) for window in split)
+
+        return replace(self, preview=dress(self.preview), final=dress(self.final))
+
+    def used_by(self, task: str) -> Windows:
+        """Return the windows as models of a task see them: only masked models read what follows the text, and pairs
+        have their special tokens already."""
+        prefix = self.prefix if task != "seq2seq" else ()
+        suffix = self.suffix if task == "mlm" else ()
+        return self if (prefix, suffix) == (self.prefix, self.suffix) else self.surrounded(prefix, suffix)
 
     def stats(self) -> dict[str, float]:
         """Return the pairing facts of these windows, measured on both sides alike.
@@ -125,7 +182,9 @@ class Windows:
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, from which `from_dict` restores the set."""
         splits = {"preview": _columns(self.preview), "final": _columns(self.final)}
-        return {"seq_len": self.seq_len, "requested": list(self.requested), **splits}
+        around = {"prefix": list(self.prefix), "suffix": list(self.suffix)}
+        facts = {"seq_len": self.seq_len, "requested": list(self.requested)}
+        return {**facts, **{name: ids for name, ids in around.items() if ids}, **splits}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], origin: TextOrigin = TextOrigin()) -> Windows:
@@ -138,7 +197,9 @@ class Windows:
                 code="E001",
             ) from None
         first, second = data["requested"]
-        return cls(preview, final, int(data["seq_len"]), (int(first), int(second)), origin)
+        windows = cls(preview, final, int(data["seq_len"]), (int(first), int(second)), origin)
+        around = data.get("prefix") or (), data.get("suffix") or ()
+        return windows.surrounded(*around) if any(around) else windows
 
 
 #: the columns of the JSON form and of what a provider gives, each with the field of a window that it holds
@@ -167,6 +228,8 @@ class EvaluationWindow:
 
     `input_ids` and `attention_masks` are ragged [n][t]; `window_ids` are 16 hexadecimal digits, unique and stable;
     `document_ids` name the text of each. For pairs `input_ids` are the source and `labels` the target, [n][u].
+    `prefix` and `suffix` are the special tokens that the tokenizer puts around a text: a model is to see them around
+    every window, and they are not scored.
     """
 
     input_ids: list[list[int]] = field(default_factory=list)
@@ -174,6 +237,8 @@ class EvaluationWindow:
     window_ids: list[str] = field(default_factory=list)
     document_ids: list[str] = field(default_factory=list)
     labels: list[list[int]] | None = None
+    prefix: list[int] = field(default_factory=list)
+    suffix: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -192,7 +257,9 @@ def windows_from_provider(
         columns = {key: getattr(part, key) for key in (*_COLUMNS, *_OPTIONAL)}
         columns["attention_masks"] = [None if all(mask) else mask for mask in part.attention_masks]
         splits.append(_rows(columns))
-    return Windows(splits[0], splits[1], seq_len, requested, origin)
+    windows = Windows(splits[0], splits[1], seq_len, requested, origin)
+    around = preview.prefix or final.prefix, preview.suffix or final.suffix
+    return windows.surrounded(*around) if any(around) else windows
 
 
 def _tuple(values: Sequence[int] | None) -> tuple[int, ...] | None:
@@ -209,7 +276,7 @@ def pick_indices(total: int, count: int, policy: str = "evenly_spaced") -> list[
 
 
 class WindowBatches(list[dict[str, Any]]):
-    """Windows as guards see them: batches of one, as lists, each with its document.
+    """Windows as guards see them: batches of one, as lists, special tokens included, each with its document.
 
     `measurements` holds, by guard, what was measured already while the windows were scored.
     """
@@ -221,6 +288,7 @@ class WindowBatches(list[dict[str, Any]]):
 
 
 def _batch(window: Window) -> dict[str, Any]:
+    window = window.dressed()
     mask = window.mask or [1] * len(window.input_ids)
     batch: dict[str, Any] = {"input_ids": [list(window.input_ids)], "attention_mask": [list(mask)]}
     labels = {} if window.labels is None else {"labels": [list(window.labels)]}

@@ -87,7 +87,7 @@ class CoreRunner:
             raise ConfigError(f"edit is {type(edit).__name__}; expected an object with name and apply(model, adapter)")
         job = _job(adapter, guards, config, str(auto["tier"]))
         if calibration_data is not None:
-            job.windows = windows_from_calibration(calibration_data, preview_n, final_n)
+            job.windows = windows_from_calibration(calibration_data, preview_n, final_n).used_by(job.metric.task)
         run = _Run(job, model, edit, edit_config or {}, config, auto)
         handler = _verbose_handler() if config.verbose else logging.NullHandler()
         try:

@@ -84,7 +84,7 @@ def measure(
         guards={name: guard.measure(model, job.adapter) for name, guard in guards.items()},
         sketches=dict(sketch_model(model)) if hasattr(model, "named_parameters") else {},
         kl_histogram=scores.kl_histogram,
-        contracts=_contracts(job, guards.values()),
+        contracts=_contracts(job, windows, guards.values()),
         reference_digest=reference_digest(used) if used is not None else None,
         peaks=peaks.peaks() or None,
         runtime=_runtime(job, facts.dtype or "unknown", source.batch_tokens, thread_count()),
@@ -98,9 +98,11 @@ def _runtime(job: Job, dtype: str, batch_tokens: int, threads: int) -> Runtime:
     )
 
 
-def _contracts(job: Job, guards: Iterable[StatsGuard]) -> dict[str, str]:
+def _contracts(job: Job, windows: Windows, guards: Iterable[StatsGuard]) -> dict[str, str]:
     contracts = {guard.name: guard.contract() for guard in guards} | {"divergence": divergence.contract()}
+    around = {"prefix": list(windows.prefix), "suffix": list(windows.suffix)}
     contracts["windows"] = {"task": job.metric.task, "log": "natural", "masked": "never"}
+    contracts["windows"] |= {name: ids for name, ids in around.items() if ids}
     return {name: canonical_digest(contract)[:16] for name, contract in contracts.items()}
 
 

@@ -199,7 +199,8 @@ def _whole_plan(chosen: RunSettings) -> dict[str, Any]:
 def _stored_baseline(job: Job, path: Path, side: Side) -> StoredBaseline:
     """Take windows and measurements from a stored report. Raises PairingError where this model cannot be held to it."""
     report, evidence, place = steps.stored_baseline(path)
-    ours, theirs, length = side.tokenizer_facts[0], evidence.model.tokenizer_digest, evidence.data.seq_len
+    ours, theirs, data = side.tokenizer_facts[0], evidence.model.tokenizer_digest, evidence.data
+    length = data.seq_len + len(data.prefix or ()) + len(data.suffix or ())
     if evidence.model.usage is None:  # measured by the first release, which digested tokenizers in another way
         ours = ((side.usage or {}).get("tokenizer") or {}).get("first_digest", ours)
     if evidence.metric_kind != job.metric.kind:

@@ -7,6 +7,7 @@ from typing import Any
 
 from invarlock.certificate.reports import evidence_of
 from invarlock.checkpoints.side import Side
+from invarlock.checkpoints.tokenizer import special_tokens_around
 from invarlock.core.exceptions import ConfigError, ModelLoadError, PairingError, TooLittleTextError
 from invarlock.core.network import network_allowed
 from invarlock.eval.data import EvaluationWindow, Provider, get_provider
@@ -26,6 +27,7 @@ def dataset_options(section: DatasetSection) -> dict[str, Any]:
     """Return a configuration's `dataset` section as `cut_windows` takes it; the policy holds the counts."""
     options = {**section.provider_options, "provider": section.provider_name, "split": section.split}
     options |= {"seq_len": section.seq_len, "stride": section.stride, "seed": section.seed}
+    options |= {"add_special_tokens": section.add_special_tokens}
     return {key: value for key, value in options.items() if value is not None}
 
 
@@ -47,27 +49,37 @@ def reuse_windows(report: Mapping[str, Any], *, reused: bool = True) -> Windows:
 def cut_windows(job: Job, side: Side, dataset: Mapping[str, Any]) -> Windows:
     """Cut as many windows as the policy asks for, with the tokenizer of `side`.
 
-    `dataset` holds `provider`, `seq_len`, `stride`, `split`, `seed` and the provider's options. Too little text, or too
-    few scored tokens, is a PairingError (E001) in the profiles that stop there, and a note in those that warn.
+    `dataset` holds `provider`, `seq_len`, `stride`, `split`, `seed`, `add_special_tokens` and the provider's options.
+    Too little text, or too few scored tokens, is a PairingError (E001) in the profiles that stop there, and a note in
+    those that warn.
     """
     if side.tokenizer is None:
         raise ModelLoadError(f"{side.id} has no tokenizer; expected tokenizer.json or a vocabulary beside the weights")
     options = dict(dataset)
     spec = options.pop("provider", None) or _default_provider(job)
-    seq_len = _seq_len(options.pop("seq_len", None), side.max_length)
+    special = bool(options.pop("add_special_tokens", True))
+    around = _around(job, side.tokenizer) if special else 0
+    seq_len = _seq_len(job, options.pop("seq_len", None), side.max_length, around)
     seed, split = int(options.pop("seed", 42)), options.pop("split", None)
     stride = int(options.pop("stride", None) or seq_len)
     provider = get_provider(spec, **options)
     job.tick("reading text", 0, 1)
     counts = (job.policy.limits.sample.preview, job.policy.limits.sample.final)
-    parts = _parts(job, provider, side.tokenizer, counts, seq_len=seq_len, stride=stride, seed=seed, split=split)
+    cut = {"seq_len": seq_len, "stride": stride, "seed": seed, "split": split}
+    parts = _parts(job, provider, side.tokenizer, counts, **cut, **({} if special else {"add_special_tokens": False}))
     told = provider.describe()
     origin = TextOrigin(told["name"], told["options"], stride, seed, split)
-    windows = windows_from_provider(*parts, seq_len, counts, origin)
+    windows = windows_from_provider(*parts, seq_len, counts, origin).used_by(job.metric.task)
     if job.metric.task == "mlm":
         windows = mask_tokens(windows, side.tokenizer.mask_token_id, side.tokenizer.all_special_ids, seed=seed)
     _check_floor(job, windows)
     return windows
+
+
+def _around(job: Job, tokenizer: Tokenizer) -> int:
+    """Return how many special tokens stand around a window of text; pairs hold theirs."""
+    before, after = special_tokens_around(tokenizer)
+    return {"mlm": len(before) + len(after), "seq2seq": 0}.get(job.metric.task, len(before))
 
 
 def _default_provider(job: Job) -> str:
@@ -78,10 +90,17 @@ def _default_provider(job: Job) -> str:
     return name
 
 
-def _seq_len(asked: int | None, longest: int | None) -> int:
+def _seq_len(job: Job, asked: int | None, longest: int | None, around: int) -> int:
+    """Return how many tokens of content a window has, so that it fits the model with the special tokens around it."""
     if asked is not None and longest and asked > longest:
         raise ConfigError(f"dataset.seq_len is {asked}; the model takes at most {longest} tokens")
-    return int(asked or min(MOST_SEQ_LEN, longest or MOST_SEQ_LEN))
+    room = max((longest or MOST_SEQ_LEN + around) - around, 2)
+    if asked is not None and longest and asked > room:
+        job.notes.append(
+            f"windows have {room} tokens, and {around} special ones around them: the model takes {longest}"
+        )
+        return room
+    return int(asked or min(MOST_SEQ_LEN, room))
 
 
 def _parts(

@@ -76,8 +76,10 @@ class ModelSection(_Section):
     id: str | None = Field(None, min_length=1, description="Folder or hub id.")
     adapter: str = Field("auto", description="Registry name of the adapter; auto recognises the checkpoint.")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps.")
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        "auto", validation_alias=AliasChoices("dtype", "torch_dtype"), description="Type to compute in; auto: stored."
+    dtype: Literal["auto", "stored", "float32", "float16", "bfloat16"] = Field(
+        "auto",
+        validation_alias=AliasChoices("dtype", "torch_dtype"),
+        description="Type to compute in; auto: float32 on the CPU, the stored one elsewhere.",
     )
     trust_remote_code: bool = Field(False, description="Run code that ships with the checkpoint.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
@@ -96,6 +98,9 @@ class DatasetSection(_Section):
     preview_n: int | None = Field(None, ge=1, description="Number of preview windows.")
     final_n: int | None = Field(None, ge=1, description="Number of final windows.")
     seed: int = Field(42, description="Seed that chooses and orders the windows.")
+    add_special_tokens: bool = Field(
+        True, description="Put around every window, unscored, the special tokens that the tokenizer puts around a text."
+    )
 
     @property
     def provider_name(self) -> str | None:

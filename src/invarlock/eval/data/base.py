@@ -9,8 +9,8 @@ How windows are chosen, and why:
   release of any library can change.
 - A window never spans two documents and is never padded. A long document gives full windows first and its remainder
   last; a document shorter than `seq_len` gives one short window.
-- No special token is added to a window of text. A tokenizer that would put a beginning-of-sequence token before each
-  text (Llama's) does not do so here: it would be scored against text in the middle of which the window starts.
+- The special tokens that the tokenizer puts around a text (Llama's beginning of the sequence, BERT's [CLS] and [SEP])
+  stand around every window, and are not scored: a model is used with them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
+from invarlock.checkpoints.tokenizer import special_tokens_around
 from invarlock.core import settings
 from invarlock.core.exceptions import DataError, TooLittleTextError
 from invarlock.evidence.windows import EvaluationWindow
@@ -85,6 +86,7 @@ class _Request:
     seq_len: int
     stride: int
     seed: int
+    special: bool = True
 
     def __post_init__(self) -> None:
         if self.preview_n < 0 or self.final_n < 0 or self.total == 0:
@@ -144,15 +146,20 @@ class Provider(ABC):
         stride: int | None = None,
         seed: int = 42,
         split: str | None = None,
+        add_special_tokens: bool = True,
     ) -> tuple[EvaluationWindow, EvaluationWindow]:
         """Two disjoint sets of windows, `preview_n` and `final_n` long, of at most `seq_len` tokens each.
+
+        Of running text `seq_len` counts the content: what the tokenizer itself puts before and after a text is told
+        beside the windows (`prefix`, `suffix`), unless `add_special_tokens` is False.
 
         The result depends on the data, the tokenizer, the seed and the counts alone. `stride` is the distance between
         the starts of neighbouring windows (default `seq_len`); below `seq_len` windows overlap, and then preview and
         final are drawn from different documents so that they still share no token. `split` overrides the provider's.
         Raises `DataError` for impossible counts and for too little text, with the counts that would fit.
         """
-        request = _Request(preview_n, final_n, seq_len, seq_len if stride is None else stride, seed)
+        cut = seq_len if stride is None else stride
+        request = _Request(preview_n, final_n, seq_len, cut, seed, add_special_tokens)
         apart = request.stride < request.seq_len and preview_n > 0 and final_n > 0
         counts = (preview_n, final_n) if apart else (request.total, 0)
         preview, final = _deal(self._rows(tokenizer, request, split or self.split), *counts)
@@ -162,7 +169,12 @@ class Provider(ABC):
         if not apart:
             pool = sorted(preview, key=lambda row: row.key)
             preview, final = pool[:preview_n], pool[preview_n:]
-        return _pack(preview), _pack(final)
+        around = self._around(tokenizer) if add_special_tokens else ((), ())
+        return _pack(preview, *around), _pack(final, *around)
+
+    def _around(self, tokenizer: Tokenizer) -> tuple[Sequence[int], Sequence[int]]:
+        """What stands before and after the content of every window, unscored."""
+        return (), ()
 
     def _usable(self, what: str, items: Sequence[_T], content: Callable[[_T], tuple[str, ...]]) -> list[_T]:
         """Leave out what has no text and, under INVARLOCK_DEDUP_TEXTS, what repeats another one's."""
@@ -190,6 +202,9 @@ class TextProvider(Provider):
             for document, ids in zip(batch, encoded["input_ids"], strict=True):
                 yield _cut(document.document_id, ids, request)
 
+    def _around(self, tokenizer: Tokenizer) -> tuple[Sequence[int], Sequence[int]]:
+        return special_tokens_around(tokenizer)
+
 
 class PairProvider(Provider):
     """A provider of (source, target) pairs; a subclass only says what its pairs are.
@@ -211,6 +226,7 @@ class PairProvider(Provider):
         for batch in _batches(sorted(groups, key=request.key)):
             flat = [pair for document_id in batch for pair in groups[document_id]]
             limits = {"truncation": True, "max_length": request.seq_len, "verbose": False}
+            limits |= {} if request.special else {"add_special_tokens": False}
             sources = tokenizer([pair.source for pair in flat], **limits)["input_ids"]
             targets = tokenizer(text_target=[pair.target for pair in flat], **limits)["input_ids"]
             rows: dict[str, list[_Window]] = defaultdict(list)
@@ -318,7 +334,7 @@ def _too_little(rows: list[_Window], request: _Request, fits: float) -> DataErro
     )
 
 
-def _pack(rows: list[_Window]) -> EvaluationWindow:
+def _pack(rows: list[_Window], prefix: Sequence[int], suffix: Sequence[int]) -> EvaluationWindow:
     labels = [row.labels for row in rows if row.labels is not None]
     return EvaluationWindow(
         [row.input_ids for row in rows],
@@ -326,4 +342,6 @@ def _pack(rows: list[_Window]) -> EvaluationWindow:
         [row.window_id for row in rows],
         [row.document_id for row in rows],
         labels if rows and len(labels) == len(rows) else None,
+        list(prefix),
+        list(suffix),
     )

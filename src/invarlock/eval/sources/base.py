@@ -71,7 +71,7 @@ class Source(Protocol):
         correct: bool = False,
         watch: Sequence[Watch] = (),
     ) -> Iterator[Scored]:
-        """Score every window once.
+        """Score every window once, as `Window.dressed` shows it: with the special tokens around it, which are not scored.
 
         reference: compare each scored token with this one (the subject's side); its tokens follow the order of `windows`.
         keep_reference: also give each token's compact distribution (the baseline's side). correct: also give each window's

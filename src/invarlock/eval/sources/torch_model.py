@@ -81,7 +81,7 @@ class TorchSource:
         """See `Source.score`. Also refuses tokens for which the model has no embedding."""
         import torch
 
-        windows = [_trimmed(window, self.task) for window in windows]
+        windows = [_trimmed(window.dressed(), self.task) for window in windows]
         counts = [scored_tokens(window, self.task) for window in windows]
         if not windows or min(counts) < 1:
             bad = windows[counts.index(0)].id if 0 in counts else "none given"
@@ -91,7 +91,7 @@ class TorchSource:
         wanted = _Wanted(counts, list(accumulate(counts, initial=0)), reference, keep_reference, correct, exact)
         path = _LogProbs(self.model, self.task)
         with _evaluation_mode(self.model), _watched(self.model, watch) as in_hand:
-            for indices in _batches(windows, self.batch_tokens):
+            for indices in _batches(windows, self.task, self.batch_tokens):
                 with torch.inference_mode():
                     batch = _collate(windows, indices, self.task, self.device)
                     self.used_shortcut = path.choose(batch)
@@ -168,10 +168,10 @@ def _trimmed(window: Window, task: Task) -> Window:
     return replace(window, input_ids=window.input_ids[cut], mask=mask, labels=labels)
 
 
-def _batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[int]]:
+def _batches(windows: Sequence[Window], task: Task, batch_tokens: int) -> Iterator[list[int]]:
     by_shape: dict[tuple[int, int], list[int]] = {}
     for index, window in enumerate(windows):
-        shape = len(window.input_ids), len(window.labels) if window.labels is not None else 0
+        shape = len(window.input_ids), len(window.labels) if window.labels and task != "causal" else 0
         by_shape.setdefault(shape, []).append(index)
     for key in sorted(by_shape, reverse=True):
         size, indices = max(1, batch_tokens // sum(key)), by_shape[key]
