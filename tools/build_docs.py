@@ -1,4 +1,6 @@
-"""Fill the generated parts of `docs/` from the code: `python tools/build_docs.py`, or `--check` to compare only.
+"""Fill the generated parts of `docs/` from the code, and write the packaged JSON schemas.
+
+`python tools/build_docs.py` writes; with `--check` it only compares.
 
 A page asks for a part with `<!-- generated: NAME -->`; what stands from there to `<!-- /generated -->` is replaced by
 what `PARTS[NAME]` returns. Nothing here imports torch.
@@ -395,6 +397,16 @@ def rendered(text: str, made: dict[str, str]) -> str:
     return _REGION.sub(fill, text)
 
 
+def _schemas() -> Iterator[tuple[Path, str]]:
+    """Yield the packaged JSON schemas: the file and its text."""
+    from invarlock.certificate.schema import json_schema
+    from invarlock.policy.config import config_schema
+
+    for name, schema, indent in (("certificate", json_schema(), 1), ("config", config_schema(), 2)):
+        text = json.dumps(schema, indent=indent, ensure_ascii=False)
+        yield ROOT / f"src/invarlock/data/{name}.schema.json", text + "\n"
+
+
 def main() -> int:
     """Write the pages that are out of date, or, with --check, name them and return 1."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -403,10 +415,9 @@ def main() -> int:
     sys.argv = ["invarlock"]
     made: dict[str, str] = {}
     stale = []
-    for page in sorted(DOCS.rglob("*.md")):
-        old = page.read_text(encoding="utf-8")
-        new = rendered(old, made)
-        if new != old:
+    pages = ((page, rendered(page.read_text(encoding="utf-8"), made)) for page in sorted(DOCS.rglob("*.md")))
+    for page, new in (*_schemas(), *pages):
+        if new != page.read_text(encoding="utf-8"):
             stale.append(str(page.relative_to(ROOT)))
             if not check:
                 page.write_text(new, encoding="utf-8")

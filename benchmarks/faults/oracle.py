@@ -22,7 +22,7 @@ import torch
 
 from invarlock.core.exceptions import TooLittleTextError
 from invarlock.eval.data.base import Document, Pair, PairProvider, TextProvider
-from invarlock.eval.data.python_docs import PythonDocsProvider, _sources, split_of
+from invarlock.eval.data.python_docs import PythonDocsProvider, module_sources
 from invarlock.eval.data.synthetic import SyntheticSeq2SeqProvider
 from invarlock.evidence.windows import IGNORED, Window, mask_tokens, windows_from_provider
 from invarlock.policy.resolve import resolve_policy
@@ -33,7 +33,7 @@ DECIDED = 5.0  # standard errors
 
 @lru_cache(maxsize=1)
 def _code() -> tuple[Document, ...]:
-    found = ((name, path) for name, path in _sources() if split_of(name) == "test")
+    found = module_sources("test")
     return tuple(Document(f"code:{name}", path.read_text(encoding="utf-8", errors="replace")) for name, path in found)
 
 

@@ -20,7 +20,7 @@ def _side(**columns: Any) -> WindowRows:
 def test_the_names_in_a_certificate_are_those_of_the_first_release() -> None:
     assert list(PairedRows.model_fields) == [
         "window_ids", "document_ids", "tokens", "baseline_loss", "subject_loss", "kl_sum", "kl_max", "kl_exact_sum",
-        "flips", "baseline_correct", "subject_correct",
+        "flips", "baseline_correct", "subject_correct", "slices",
     ]  # fmt: skip
     assert set(WindowRows.model_fields) == {column.name for column in COLUMNS}
 

@@ -168,6 +168,24 @@ def test_a_profile_outranks_the_limits_that_it_sets(write: Write) -> None:
             "config.yaml:1: dataset.provider: unknown data provider 'wikitext' (did you mean 'wikitext2'?)",
         ),
         ("dataset: {provider: 3}", "config.yaml:1: dataset.provider is 3; expected a provider's name, or a mapping"),
+        (
+            "dataset: {slices: {a: {provider: python_docs}, b: {provider: local_jsonl, fil: x}}}",
+            "config.yaml:1: unknown key 'dataset.slices.b.fil' (did you mean 'file'?)",
+        ),
+        (
+            "dataset: {slices: {a: {provider: python_docs}, b: {split: x}}}",
+            "config.yaml:1: dataset.slices.b has no provider",
+        ),
+        (
+            "dataset: {provider: wikitext2, slices: {a: {provider: python_docs}, b: {provider: python_code}}}",
+            "config.yaml:1: dataset.provider stands beside dataset.slices",
+        ),
+        ("dataset: {slices: {a: {provider: python_docs}}}", "config.yaml:1: dataset.slices is {'a': "),
+        ("dataset: {slices: {a: 3, b: 4}}", "config.yaml:1: dataset.slices.a is 3; expected a mapping"),
+        (
+            "dataset: {slices: {a: {provider: python_docs}, b: {provider: python_code, preview_n: 3}}}",
+            "config.yaml:1: unknown key 'dataset.slices.b.preview_n'",
+        ),
         ("dataset: {preview_n: '8'}", "config.yaml:1: dataset.preview_n is '8'; expected a valid integer"),
         ("dataset: {preview_n: 0}", "config.yaml:1: dataset.preview_n is 0; expected greater than or equal to 1"),
         ("dataset: {preview_n: true}", "config.yaml:1: dataset.preview_n is True; expected a valid integer"),

@@ -26,6 +26,7 @@ from invarlock.certificate.schema import (
     Windows,
 )
 from invarlock.certificate.second import SECOND_ESTIMATORS, SECOND_GATES, confidence_of
+from invarlock.certificate.slices import measured_slices, slice_gates, slice_sections
 from invarlock.certificate.third import THIRD_ESTIMATORS, THIRD_GATES, THIRD_JUDGES
 from invarlock.core.exceptions import CertificateError
 from invarlock.eval.metrics import metric_of
@@ -145,9 +146,10 @@ def derive(r: Recorded) -> Certificate:
     metric = metric_of(r.primary_metric.kind)
     preview, final = (r.evaluation_windows[split] for split in ("preview", "final"))
     rows = Rows.of(preview, final) if r.refused is None else None
+    compared = None if rows is None else Comparison(metric, rows, limits, rules.estimators, _same_weights(r))
     found = (
-        figures(Comparison(metric, rows, limits, rules.estimators, _same_weights(r)), r.divergence)
-        if rows is not None
+        figures(compared, r.divergence)
+        if compared is not None
         else Figures(not_evaluated(metric, limits, r.primary_metric.reason))
     )
     sections = rules.notes(judge_guards(r, rules.judges), r, found)
@@ -168,7 +170,8 @@ def derive(r: Recorded) -> Certificate:
         peaks=r.activation_peaks,
         types=(shipped_type(r.structure.baseline), shipped_type(r.structure.subject)),
     )
-    gates = all_gates(measured, rules.gates)
+    slices = {} if compared is None else measured_slices(measured, compared, r.data, r.divergence)
+    gates = [*all_gates(measured, rules.gates), *slice_gates(slices, rules.gates)]
     provenance = r.policy_provenance
     kept = {name: getattr(r, name) for name in Recorded.model_fields if name not in _DERIVED}
     return Certificate(
@@ -190,6 +193,7 @@ def derive(r: Recorded) -> Certificate:
         weights=_weights(r, changed),
         verdict=verdict_of(gates, measured, rules.gates),
         confidence=rules.confidence(measured, _interval(found)),
+        slices=slice_sections(slices, r.data, gates),
     )
 
 

@@ -37,6 +37,7 @@ __all__ = [
     "Measured",
     "Outcome",
     "all_gates",
+    "base_name",
     "validation_of",
     "verdict_of",
 ]
@@ -261,9 +262,11 @@ def validation_of(gates: Sequence[Gate], m: Measured, kinds: Sequence[GateKind] 
     said = {kind.name: kind.said for kind in kinds if kind.said is not None}
     values: dict[str, bool] = {}
     for gate in gates:
-        if gate.name in said and gate.decision != "off":
-            tolerated = ("pass", "warn") if gate.name in BUILT_IN_GUARDS else ("pass",)
-            values[said[gate.name]] = gate.decision in tolerated and gate.measured is not None
+        name = base_name(gate.name)
+        if name in said and gate.decision != "off":
+            tolerated = ("pass", "warn") if name in BUILT_IN_GUARDS else ("pass",)
+            held = gate.decision in tolerated and gate.measured is not None
+            values[said[name]] = held and values.get(said[name], True)
     values["hysteresis_applied"] = m.figures.metric.hysteresis_applied
     families = [row.get("family") for section in m.guards.values() for row in (section.facts or {}).get("modules", ())]
     if "router" in families:
@@ -282,8 +285,13 @@ def verdict_of(gates: Sequence[Gate], m: Measured, kinds: Sequence[GateKind] = G
     if not failed and not undecided and gates:
         return Verdict(status="PASS", reasons=[])
     symptoms = {kind.name for kind in kinds if kind.symptom}
-    reasons = [reason for gate in failed or undecided for reason in _reasons(gate, m, gate.name in symptoms)]
+    reasons = [reason for gate in failed or undecided for reason in _reasons(gate, m, base_name(gate.name) in symptoms)]
     return Verdict(status="FAIL" if failed else "INCONCLUSIVE", reasons=reasons)
+
+
+def base_name(gate: str) -> str:
+    """Return what a gate is called without the kind of text that it is on: `primary_metric[code]` is `primary_metric`."""
+    return gate if gate.startswith(f"{PLUGINS}:") else gate.partition("[")[0]
 
 
 _MOST_REASONS = 5
@@ -292,7 +300,7 @@ _MOST_REASONS = 5
 def _reasons(gate: Gate, m: Measured, symptom: bool) -> list[Reason]:
     section = m.guards.get(gate.name)
     blamed = symptom and gate.decision == "fail"
-    code = gate.name.upper()
+    code = base_name(gate.name).upper()
     if section is None or not section.errors:
         return [Reason(code=code, message=gate.reason, gate=gate.name, tensor=m.culprit if blamed else None)]
     reasons = []

@@ -40,6 +40,7 @@ __all__ = [
     "Provenance",
     "Reason",
     "Recorded",
+    "SliceSection",
     "Split",
     "Status",
     "StructureSection",
@@ -259,6 +260,19 @@ class Tail(Plain):
     reason: str
 
 
+class SliceSection(Plain):
+    """One kind of text among several: its figures, and what its gates decided together."""
+
+    provider: str
+    windows: int
+    documents: int
+    tokens: int
+    decision: Literal["pass", "fail", "inconclusive"]
+    primary_metric: PrimaryMetric
+    primary_metric_tail: Tail | None
+    divergence: Divergence | None
+
+
 class WeightsRecord(Plain):
     """How much each weight changed (sketched)."""
 
@@ -400,6 +414,7 @@ class Certificate(Recorded):
     weights: Weights
     verdict: Verdict
     confidence: Confidence
+    slices: Annotated[dict[str, SliceSection] | None, ABSENT] = None
 
     @property
     def guards(self) -> dict[str, GuardSection]:

@@ -53,7 +53,7 @@ SIGNATURE_ONLY = (
     "tables of tensors, configurations, spectra, activation statistics and sketches, as measured",
     "results of plugin guards and guard_overhead, as measured",
     "digests of the measurement contracts, where both sides agree",
-    "window ids, documents, counts asked for and the provider digest (the text itself is not in the certificate)",
+    "window ids, documents, kinds of text, counts asked for and the provider digest (the text is not in the certificate)",
     "sentences in a certificate of another release (its numbers, names, decisions and codes are derived again)",
 )
 
@@ -68,6 +68,10 @@ PROSE = (
     "primary_metric_tail.reason",
     "divergence.histogram_edges",
     "confidence.basis",
+    "slices.*.primary_metric.gating_basis",
+    "slices.*.primary_metric.reason",
+    "slices.*.primary_metric_tail.reason",
+    "slices.*.divergence.histogram_edges",
     "*.message",  # of the built-in guards
     "*.warnings.*.message",
     "*.errors.*.message",
@@ -97,7 +101,12 @@ TOLERANCES = (
             "primary_metric.ci.*",
             "primary_metric.display_ci.*",
             "primary_metric.minimum_detectable_effect",
-            "gates.0.measured",  # the end of that interval
+            "gates.*.measured",  # the end of that interval
+            "slices.*.primary_metric.ci.*",
+            "slices.*.primary_metric.display_ci.*",
+            "slices.*.primary_metric.minimum_detectable_effect",
+            "slices.*.divergence.kl_ci.*",
+            "slices.*.divergence.flip_ci.*",
             "divergence.kl_ci.*",
             "divergence.flip_ci.*",
             "variance.metrics.interval.*",
@@ -338,7 +347,7 @@ _STEPS = (
     Step("pairing and counts", ("dataset",), _rows),  # 3
     Step("window rows and metrics", ("evaluation_windows", "data"), _histogram),  # 4
     Step("ratio, interval and decision", ("primary_metric", "confidence")),  # 5
-    Step("tail, drift and divergence", ("primary_metric_tail", "divergence")),  # 6
+    Step("tail, drift and divergence", ("primary_metric_tail", "divergence", "slices")),  # 6
     Step("guard verdicts", (*BUILT_IN_GUARDS, "plugin_guards", "guard_overhead")),  # 7
     Step("measurement contracts", ("provenance",)),  # 8
     Step("policy", ("policy_digest",), _policy),  # 9
@@ -365,9 +374,9 @@ def verify_certificate(
 
     1. the schema; 2. numbers in their one spelling (from derivation 2 on); 3. pairing and counts (against `baseline`, a
     loaded report.json, where given); 4. window rows against metrics; 5. ratio, interval (same seed, same replicates) and
-    decision; 6. tail, drift and divergence; 7. guard verdicts from their recorded statistics and policy; 8. measurement
-    contracts; 9. the policy and its digest; 10. the weights' digests (against `weights`, {baseline|subject: digest},
-    where given); 11. gates and verdict; 12. names and the run id.
+    decision; 6. tail, drift, divergence, kinds of text; 7. guard verdicts from their recorded statistics and policy;
+    8. measurement contracts; 9. the policy and its digest; 10. the weights' digests (against `weights`,
+    {baseline|subject: digest}, where given); 11. gates and verdict; 12. names and the run id.
 
     It stops at the first step that fails and names it. Not checked: `SIGNATURE_ONLY`. `tolerance` is relative, for floats
     that TOLERANCES does not name. Raises CertificateError where the certificate does not follow the schema, or is of a

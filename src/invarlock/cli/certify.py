@@ -60,8 +60,8 @@ def certify(
 ) -> int:
     """Measure a baseline and an edited subject on the same text, compare them, and write a certificate.
 
-    Without a preset the text is wikitext2 where it is cached or the network is allowed, else python_docs. The profile
-    defaults to ci (200 + 200 windows), the tier to balanced.
+    Without a preset the text is wikitext2 where it is cached or the network is allowed, else documentation and source
+    code of this Python. The profile defaults to ci (200 + 200 windows), the tier to balanced.
 
     Exit codes: 0 PASS, 1 FAIL or error, 2 wrong configuration, 3 the sides cannot be paired, 4 INCONCLUSIVE.
     """

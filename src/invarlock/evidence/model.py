@@ -74,7 +74,8 @@ class ModelFacts(Plain):
 
 class DataFacts(Plain):
     """Where the windows came from; `digest` covers ids, documents and tokens. `prefix` and `suffix` are the special
-    tokens around every window, not scored; evidence of earlier releases, which had none, does not say."""
+    tokens around every window, not scored; evidence of earlier releases, which had none, does not say. `slices`: the
+    same of each kind of text, by name, where there are several."""
 
     provider: str
     options: dict[str, Any] = Field(default_factory=dict)
@@ -87,6 +88,7 @@ class DataFacts(Plain):
     reused: bool = False
     prefix: Annotated[list[int] | None, ABSENT] = None
     suffix: Annotated[list[int] | None, ABSENT] = None
+    slices: Annotated[dict[str, DataFacts] | None, ABSENT] = None
 
 
 class TokenFile(Plain):

@@ -81,6 +81,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("kl_exact_sum", "number", "subject", "KL of whole distributions, nats; a few windows", null=True),
     Column("flips", "count", "subject", "tokens whose most likely next token is another one", null=True),
     Column("correct", "share", "side", "share of right answers", null=True),
+    Column("slices", "text", "pair", "kind of text, where there are several"),
 )
 _SCORED = tuple(column for column in COLUMNS if column.holds != "text")
 
@@ -89,6 +90,7 @@ class _Columns(Plain):
     if TYPE_CHECKING:  # made from COLUMNS below
         window_ids: list[str]
         document_ids: list[str]
+        slices: list[str] | None
         tokens: list[int]
 
         def __getattr__(self, name: str) -> list[Any]: ...
@@ -178,6 +180,7 @@ class Rows:
     documents: list[str]
     is_final: NDArray[np.bool_]
     columns: Mapping[str, Array | None]
+    slices: list[str] | None = None  # the kind of each window's text, where there are several
 
     @classmethod
     def of(cls, preview: PairedRows, final: PairedRows) -> Rows:
@@ -186,6 +189,16 @@ class Rows:
             documents=preview.document_ids + final.document_ids,
             is_final=np.array([False] * len(preview.tokens) + [True] * len(final.tokens)),
             columns={name: _joined(getattr(preview, name), getattr(final, name)) for name in names},
+            slices=preview.slices + final.slices if preview.slices and final.slices else None,
+        )
+
+    def of_slice(self, name: str) -> Rows:
+        """Return the rows of one kind of text."""
+        mine = np.array([found == name for found in self.slices or ()], dtype=bool)
+        return Rows(
+            documents=[document for document, is_mine in zip(self.documents, mine, strict=True) if is_mine],
+            is_final=self.is_final[mine],
+            columns={column: None if values is None else values[mine] for column, values in self.columns.items()},
         )
 
     def __getitem__(self, name: str) -> Array | None:

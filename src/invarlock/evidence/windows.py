@@ -45,7 +45,8 @@ def content_digest(
 
 @dataclass(frozen=True)
 class Window:
-    """One token sequence. `mask` None means no padding; `labels` None means that the inputs predict themselves.
+    """One token sequence. `mask` None means no padding; `labels` None means that the inputs predict themselves; `slice`
+    names its kind of text where there are several.
 
     `prefix` and `suffix` are the special tokens that the tokenizer puts around a text: a model sees them, and they are
     not scored. `dressed` puts them there.
@@ -56,6 +57,7 @@ class Window:
     input_ids: tuple[int, ...]
     mask: tuple[int, ...] | None = None
     labels: tuple[int, ...] | None = None
+    slice: str | None = None
     prefix: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
 
@@ -115,6 +117,7 @@ class Windows:
     seq_len: int
     requested: tuple[int, int]
     origin: TextOrigin = TextOrigin()
+    slices: Mapping[str, DataFacts] | None = None  # the facts of each kind of text, where there are several
 
     @property
     def all(self) -> tuple[Window, ...]:
@@ -124,7 +127,8 @@ class Windows:
         """Return what the evidence says of the text."""
         own = {"seq_len": self.seq_len, "requested": list(self.requested), "digest": self.digest()}
         around = {"prefix": list(self.prefix), "suffix": list(self.suffix)} if self.all else {}
-        return DataFacts(**vars(self.origin), **own, **around)
+        slices = None if self.slices is None else dict(self.slices)
+        return DataFacts(**vars(self.origin), **own, **around, slices=slices)
 
     @property
     def prefix(self) -> tuple[int, ...]:
@@ -175,7 +179,8 @@ class Windows:
         sha = hashlib.sha256()
         for split in (self.preview, self.final):
             for window in split:
-                sha.update(f"{window.id}\t{window.document}\t{content_digest(*window.content)}\n".encode())
+                kind = "" if window.slice is None else f"\t{window.slice}"
+                sha.update(f"{window.id}\t{window.document}\t{content_digest(*window.content)}{kind}\n".encode())
             sha.update(b"--\n")
         return sha.hexdigest()
 
@@ -187,7 +192,12 @@ class Windows:
         return {**facts, **{name: ids for name, ids in around.items() if ids}, **splits}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], origin: TextOrigin = TextOrigin()) -> Windows:
+    def from_dict(
+        cls,
+        data: Mapping[str, Any],
+        origin: TextOrigin = TextOrigin(),
+        slices: Mapping[str, DataFacts] | None = None,
+    ) -> Windows:
         try:
             preview, final = (_rows(data[name]) for name in ("preview", "final"))
         except KeyError as error:
@@ -197,14 +207,47 @@ class Windows:
                 code="E001",
             ) from None
         first, second = data["requested"]
-        windows = cls(preview, final, int(data["seq_len"]), (int(first), int(second)), origin)
+        windows = cls(preview, final, int(data["seq_len"]), (int(first), int(second)), origin, slices)
         around = data.get("prefix") or (), data.get("suffix") or ()
         return windows.surrounded(*around) if any(around) else windows
+
+    @classmethod
+    def of_slices(cls, slices: Mapping[str, Windows]) -> Windows:
+        """Put several kinds of text together, so mixed that any first part holds all of them in proportion.
+
+        Raises DataError where two of them share a window.
+        """
+        parts = list(slices.values())
+        splits = []
+        for split in ("preview", "final"):
+            placed = [
+                ((place + 0.5) / len(windows), name, replace(window, slice=name))
+                for name, part in slices.items()
+                for windows in [getattr(part, split)]
+                for place, window in enumerate(windows)
+            ]
+            splits.append(tuple(window for _, _, window in sorted(placed, key=lambda item: item[:2])))
+        _check_apart(splits[0] + splits[1])
+        first = parts[0].origin
+        origin = TextOrigin("+".join(dict.fromkeys(part.origin.provider for part in parts)), {}, None, first.seed)
+        preview, final = (sum(part.requested[which] for part in parts) for which in (0, 1))
+        facts = {name: part.facts() for name, part in slices.items()}
+        return cls(splits[0], splits[1], max(part.seq_len for part in parts), (preview, final), origin, facts)
+
+
+def _check_apart(windows: Iterable[Window]) -> None:
+    """Raise DataError where two slices share a window."""
+    seen: dict[object, str | None] = {}
+    for window in windows:
+        other = seen.setdefault(window.content, window.slice)
+        if other != window.slice:
+            message = f"the slices {other!r} and {window.slice!r} share text (window {window.id!r})"
+            raise DataError(f"{message}; expected different text in each: name other data for one of them")
 
 
 #: the columns of the JSON form and of what a provider gives, each with the field of a window that it holds
 _COLUMNS = {"window_ids": "id", "document_ids": "document", "input_ids": "input_ids"}
-_OPTIONAL = {"attention_masks": "mask", "labels": "labels"}  # left out where no window has one
+_OPTIONAL = {"attention_masks": "mask", "labels": "labels", "slices": "slice"}  # left out where no window has one
 
 
 def _columns(windows: Sequence[Window]) -> dict[str, Any]:
@@ -217,8 +260,8 @@ def _rows(columns: Mapping[str, Any]) -> tuple[Window, ...]:
     nothing = [None] * len(columns["window_ids"])
     given = [columns[key] for key in _COLUMNS] + [columns.get(key) or nothing for key in _OPTIONAL]
     return tuple(
-        Window(name, document, tuple(ids), _tuple(mask), _tuple(row))
-        for name, document, ids, mask, row in zip(*given, strict=True)
+        Window(name, document, tuple(ids), _tuple(mask), _tuple(row), kind)
+        for name, document, ids, mask, row, kind in zip(*given, strict=True)
     )
 
 
@@ -254,7 +297,7 @@ def windows_from_provider(
     """Turn what a provider gives for the two splits into `Windows`."""
     splits = []
     for part in (preview, final):
-        columns = {key: getattr(part, key) for key in (*_COLUMNS, *_OPTIONAL)}
+        columns = {key: getattr(part, key, None) for key in (*_COLUMNS, *_OPTIONAL)}
         columns["attention_masks"] = [None if all(mask) else mask for mask in part.attention_masks]
         splits.append(_rows(columns))
     windows = Windows(splits[0], splits[1], seq_len, requested, origin)
@@ -321,8 +364,8 @@ def windows_from_calibration(data: object, preview_n: int | None = None, final_n
         )
     used = windows[: preview_n + final_n]
     seq_len = max(len(w.input_ids) for w in used)
-    origin = data.origin if isinstance(data, Windows) else TextOrigin()
-    return Windows(tuple(used[:preview_n]), tuple(used[preview_n:]), seq_len, (preview_n, final_n), origin)
+    about = (data.origin, data.slices) if isinstance(data, Windows) else ()
+    return Windows(tuple(used[:preview_n]), tuple(used[preview_n:]), seq_len, (preview_n, final_n), *about)
 
 
 def calibration_windows(data: object) -> list[Window]:

@@ -145,7 +145,10 @@ def _libraries(request: Request) -> Iterator[Finding]:
     if _has_torch() and not _accelerators():
         yield Finding("D004", "neither CUDA nor MPS is available; models are measured on the CPU")
     if request.config is None and not (network_allowed() or Wikitext2Provider.is_cached()):
-        yield Finding("D005", "the network is off, wikitext2 is not cached: without a preset, python_docs stands in")
+        yield Finding(
+            "D005",
+            "the network is off, wikitext2 is not cached: without a preset, python_docs and python_code stand in",
+        )
 
 
 def _has_torch() -> bool:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from invarlock.certificate.gates import base_name
 from invarlock.certificate.reports import check_baseline, evidence_of, make_certificate
 from invarlock.checkpoints.side import Side
 from invarlock.core import settings
@@ -315,7 +316,7 @@ class _Run:
         for gate in gates:
             if gate["decision"] != "fail" or gate["basis"] in ("guard", "plugin guard"):
                 continue
-            if gate["name"] in held.get("off", ()):
+            if base_name(gate["name"]) in held.get("off", ()):
                 self.warn(f"gate {gate['name']} failed and is switched off: {gate['reason']}")
             else:
                 self._roll_back(f"gate_failed: {gate['name']}: {gate['reason']}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from invarlock.eval.sources.base import Scores, score_all
 from invarlock.evidence.model import Evidence, ModelFacts, Runtime, canonical_digest
 from invarlock.evidence.reference import TokenReference, reference_digest
 from invarlock.evidence.rows import WindowRows
-from invarlock.evidence.windows import Windows
+from invarlock.evidence.windows import Window, Windows
 from invarlock.flow.job import Job
 from invarlock.guards.base import StatsGuard
 from invarlock.guards.invariants import stats_of
@@ -112,10 +112,16 @@ def _rows(scores: Scores, windows: Windows) -> dict[str, Any]:
         split: WindowRows.of(
             [window.id for window in windows.all[part]],
             [window.document for window in windows.all[part]],
-            {name: values[part] for name, values in scores.columns.items()},
+            {**_kinds(windows.all[part]), **{name: values[part] for name, values in scores.columns.items()}},
         )
         for split, part in (("preview", slice(cut)), ("final", slice(cut, None)))
     }
+
+
+def _kinds(windows: Sequence[Window]) -> dict[str, list[str]]:
+    """Return the kind of each window's text as a column, where there are several."""
+    named = [window.slice for window in windows if window.slice is not None]
+    return {"slices": named} if named else {}
 
 
 def files_only(job: Job, side: Side) -> Evidence:

@@ -16,9 +16,9 @@ from invarlock.eval.data.wikitext2 import Wikitext2Provider
 from invarlock.eval.sources.base import scored_tokens
 from invarlock.evidence.windows import TextOrigin, Windows, mask_tokens, windows_from_provider
 from invarlock.flow.job import Job
-from invarlock.policy.config import DatasetSection
+from invarlock.policy.config import DatasetSection, SliceSection
 
-__all__ = ["MOST_SEQ_LEN", "cut_windows", "dataset_options", "reuse_windows"]
+__all__ = ["EMBEDDED", "MOST_SEQ_LEN", "cut_windows", "dataset_options", "reuse_windows"]
 
 MOST_SEQ_LEN = 512
 
@@ -28,6 +28,14 @@ def dataset_options(section: DatasetSection) -> dict[str, Any]:
     options = {**section.provider_options, "provider": section.provider_name, "split": section.split}
     options |= {"seq_len": section.seq_len, "stride": section.stride, "seed": section.seed}
     options |= {"add_special_tokens": section.add_special_tokens}
+    if section.slices is not None:
+        options["slices"] = {name: _slice_options(part) for name, part in section.slices.items()}
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _slice_options(section: SliceSection) -> dict[str, Any]:
+    named = {name: getattr(section, name) for name in ("split", "seq_len", "stride", "seed", "share")}
+    options = {**section.provider_options, "provider": section.provider_name, **named}
     return {key: value for key, value in options.items() if value is not None}
 
 
@@ -40,7 +48,7 @@ def reuse_windows(report: Mapping[str, Any], *, reused: bool = True) -> Windows:
     if not data.digest:
         raise PairingError("the baseline report has no provider digest; measure the baseline again", code="E004")
     origin = TextOrigin(data.provider, data.options, data.stride, data.seed, data.split, reused=reused)
-    windows = Windows.from_dict(report.get("evaluation_windows") or {}, origin)
+    windows = Windows.from_dict(report.get("evaluation_windows") or {}, origin, data.slices)
     if windows.digest() != data.digest:
         raise PairingError("the baseline report's windows are not those it measured; measure it again", code="E006")
     return windows
@@ -49,29 +57,32 @@ def reuse_windows(report: Mapping[str, Any], *, reused: bool = True) -> Windows:
 def cut_windows(job: Job, side: Side, dataset: Mapping[str, Any]) -> Windows:
     """Cut as many windows as the policy asks for, with the tokenizer of `side`.
 
-    `dataset` holds `provider`, `seq_len`, `stride`, `split`, `seed`, `add_special_tokens` and the provider's options.
-    Too little text, or too few scored tokens, is a PairingError (E001) in the profiles that stop there, and a note in
-    those that warn.
+    `dataset` holds `provider`, `seq_len`, `stride`, `split`, `seed`, `add_special_tokens` and the provider's options; or
+    `slices`, which maps the name of each kind of text to such a mapping with its `share` of the windows (default 1 each),
+    laid on what stands beside it. Too little text, or too few scored tokens, is a PairingError (E001) in the profiles
+    that stop there, and a note in those that warn.
     """
     if side.tokenizer is None:
         raise ModelLoadError(f"{side.id} has no tokenizer; expected tokenizer.json or a vocabulary beside the weights")
-    options = dict(dataset)
-    spec = options.pop("provider", None) or _default_provider(job)
-    special = bool(options.pop("add_special_tokens", True))
-    around = _around(job, side.tokenizer) if special else 0
-    seq_len = _seq_len(job, options.pop("seq_len", None), side.max_length, around)
-    seed, split = int(options.pop("seed", 42)), options.pop("split", None)
-    stride = int(options.pop("stride", None) or seq_len)
-    provider = get_provider(spec, **options)
+    common = dict(dataset)
+    slices = common.pop("slices", None)
+    if slices is None and common.get("provider") is None:
+        common, slices = _default_data(job, common)
+    sample = job.policy.limits.sample
+    asked = (sample.preview, sample.final)
     job.tick("reading text", 0, 1)
-    counts = (job.policy.limits.sample.preview, job.policy.limits.sample.final)
-    cut = {"seq_len": seq_len, "stride": stride, "seed": seed, "split": split}
-    parts = _parts(job, provider, side.tokenizer, counts, **cut, **({} if special else {"add_special_tokens": False}))
-    told = provider.describe()
-    origin = TextOrigin(told["name"], told["options"], stride, seed, split)
-    windows = windows_from_provider(*parts, seq_len, counts, origin).used_by(job.metric.task)
+    if slices is None:
+        windows = _cut(job, side, common, asked)
+    else:
+        shares = {name: float(own.get("share", 1.0)) for name, own in slices.items()}
+        windows = Windows.of_slices(
+            {
+                name: _cut(job, side, {**common, **_without_share(own)}, counts, f"slice {name}: ")
+                for (name, own), counts in zip(slices.items(), _dealt(shares, asked), strict=True)
+            }
+        )
     if job.metric.task == "mlm":
-        windows = mask_tokens(windows, side.tokenizer.mask_token_id, side.tokenizer.all_special_ids, seed=seed)
+        windows = mask_tokens(windows, side.tokenizer.mask_token_id, side.tokenizer.all_special_ids, seed=_seed(common))
     _check_floor(job, windows)
     return windows
 
@@ -82,12 +93,65 @@ def _around(job: Job, tokenizer: Tokenizer) -> int:
     return {"mlm": len(before) + len(after), "seq2seq": 0}.get(job.metric.task, len(before))
 
 
-def _default_provider(job: Job) -> str:
-    """Return the data to use where none were named, and note which."""
-    text = "wikitext2" if network_allowed() or Wikitext2Provider.is_cached() else "python_docs"
-    name = "seq2seq" if job.metric.task == "seq2seq" else text
-    job.notes.append(f"no data were named; measured on {name}")
-    return name
+def _seed(dataset: Mapping[str, Any]) -> int:
+    return int(dataset.get("seed", 42))
+
+
+def _without_share(own: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in own.items() if key != "share" and value is not None}
+
+
+def _dealt(shares: Mapping[str, float], counts: tuple[int, int]) -> list[tuple[int, int]]:
+    """Deal the windows asked for to the slices in proportion to their shares; the first ones get what is left over."""
+    whole = sum(shares.values())
+    columns = []
+    for count in counts:
+        exact = [count * share / whole for share in shares.values()]
+        dealt = [int(part) for part in exact]
+        rest = sorted(range(len(exact)), key=lambda i: dealt[i] - exact[i])[: count - sum(dealt)]
+        columns.append([n + (i in rest) for i, n in enumerate(dealt)])
+    if min(map(min, columns)) < 1:
+        raise ConfigError(
+            f"got {counts[0]} + {counts[1]} windows for {len(shares)} slices; expected one of each at least"
+        )
+    return list(zip(*columns, strict=True))
+
+
+def _cut(job: Job, side: Side, dataset: Mapping[str, Any], counts: tuple[int, int], where: str = "") -> Windows:
+    """Cut windows of one kind of text."""
+    assert side.tokenizer is not None
+    options = dict(dataset)
+    spec, seed = options.pop("provider", None), _seed(options)
+    if spec is None:
+        raise ConfigError(f"{where}no provider is named; expected `provider`")
+    options.pop("seed", None)
+    special = bool(options.pop("add_special_tokens", True))
+    around = _around(job, side.tokenizer) if special else 0
+    seq_len = _seq_len(job, options.pop("seq_len", None), side.max_length, around)
+    split, stride = options.pop("split", None), int(options.pop("stride", None) or seq_len)
+    provider = get_provider(spec, **options)
+    cut = {"seq_len": seq_len, "stride": stride, "seed": seed, "split": split}
+    cut |= {} if special else {"add_special_tokens": False}
+    parts = _parts(job, provider, side.tokenizer, counts, where, **cut)
+    told = provider.describe()
+    origin = TextOrigin(told["name"], told["options"], stride, seed, split)
+    return windows_from_provider(*parts, seq_len, counts, origin).used_by(job.metric.task)
+
+
+#: the kinds of text that every machine has; another seed for code, so that few modules stand in both
+EMBEDDED: Mapping[str, Mapping[str, Any]] = {
+    "docs": {"provider": "python_docs"},
+    "code": {"provider": "python_code", "seed": 43},
+}
+
+
+def _default_data(job: Job, asked: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, Mapping[str, Any]] | None]:
+    """Return the data to use where none were named, and note which: what was asked beside it, and its slices."""
+    name = "seq2seq" if job.metric.task == "seq2seq" else "wikitext2"
+    embedded = name == "wikitext2" and not (network_allowed() or Wikitext2Provider.is_cached())
+    told = "python_docs and python_code" if embedded else name
+    job.notes.append(f"no data were named; measured on {told}")
+    return (asked, EMBEDDED) if embedded else ({**asked, "provider": name}, None)
 
 
 def _seq_len(job: Job, asked: int | None, longest: int | None, around: int) -> int:
@@ -104,16 +168,16 @@ def _seq_len(job: Job, asked: int | None, longest: int | None, around: int) -> i
 
 
 def _parts(
-    job: Job, provider: Provider, tokenizer: Tokenizer, counts: tuple[int, int], **cut: Any
+    job: Job, provider: Provider, tokenizer: Tokenizer, counts: tuple[int, int], where: str, **cut: Any
 ) -> tuple[EvaluationWindow, EvaluationWindow]:
     try:
         return provider.windows(tokenizer, preview_n=counts[0], final_n=counts[1], **cut)
     except TooLittleTextError as error:
         if job.policy.limits.sample.shortfall == "stop":
-            raise PairingError(str(error), code="E001") from None
+            raise PairingError(f"{where}{error}", code="E001") from None
         if min(error.fits) < 1:
             raise
-        job.notes.append(f"{error}; measured what fits")
+        job.notes.append(f"{where}{error}; measured what fits")
         return provider.windows(tokenizer, preview_n=error.fits[0], final_n=error.fits[1], **cut)
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "ModelSection",
     "OutputSection",
     "RunSettings",
+    "SliceSection",
     "config_schema",
     "load_config",
     "load_edit_config",
@@ -86,8 +87,8 @@ class ModelSection(_Section):
     options: dict[str, Any] = Field(default_factory=dict, description="Further arguments of the adapter's load_model.")
 
 
-class DatasetSection(_Section):
-    """Evaluation text. The provider's own options stand beside the keys below, or within `provider`."""
+class _TextSection(_Section):
+    """Where text comes from. The provider's own options stand beside the keys below, or within `provider`."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -95,12 +96,6 @@ class DatasetSection(_Section):
     split: str | None = Field(None, description="Split to read; default: the provider's own.")
     seq_len: int | None = Field(None, ge=2, description="Window length in tokens.")
     stride: int | None = Field(None, ge=1, description="Tokens between window starts; default: seq_len.")
-    preview_n: int | None = Field(None, ge=1, description="Number of preview windows.")
-    final_n: int | None = Field(None, ge=1, description="Number of final windows.")
-    seed: int = Field(42, description="Seed that chooses and orders the windows.")
-    add_special_tokens: bool = Field(
-        True, description="Put around every window, unscored, the special tokens that the tokenizer puts around a text."
-    )
 
     @property
     def provider_name(self) -> str | None:
@@ -112,6 +107,27 @@ class DatasetSection(_Section):
         """The provider's own options, from both places where they may stand."""
         inner = self.provider if isinstance(self.provider, dict) else {}
         return {key: value for key, value in {**inner, **(self.model_extra or {})}.items() if key != "kind"}
+
+
+class SliceSection(_TextSection):
+    """One kind of text among several. What is left out is as in `dataset`."""
+
+    seed: int | None = Field(None, description="Seed that chooses and orders its windows.")
+    share: float = Field(1.0, gt=0, description="Part of the windows, relative to the other slices'.")
+
+
+class DatasetSection(_TextSection):
+    """Evaluation text. The provider's own options stand beside the keys below, or within `provider`."""
+
+    slices: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")], SliceSection] | None = Field(
+        None, min_length=2, max_length=8, description="Several kinds of text by name; every gate holds on each of them."
+    )
+    preview_n: int | None = Field(None, ge=1, description="Number of preview windows.")
+    final_n: int | None = Field(None, ge=1, description="Number of final windows.")
+    seed: int = Field(42, description="Seed that chooses and orders the windows.")
+    add_special_tokens: bool = Field(
+        True, description="Put around every window, unscored, the special tokens that the tokenizer puts around a text."
+    )
 
 
 class EditSection(_Section):
@@ -475,17 +491,37 @@ def _check_names(resolved: RunSettings, document: Document) -> None:
 
 
 def _check_provider(dataset: DatasetSection, document: Document) -> None:
-    """Check the provider and its options, which stand beside the keys of `dataset` or within `dataset.provider`."""
-    name, place = dataset.provider_name, ("dataset", "provider")
-    inside = dataset.provider if isinstance(dataset.provider, dict) else {}
+    """Check the provider and its options, which stand beside the keys of `dataset` or within `dataset.provider`; with
+    `slices` those of each, and that none stand beside them."""
+    if dataset.slices is None:
+        _check_text(dataset, ("dataset",), document)
+        return
+    beside = [key for key in ("provider", "split") if getattr(dataset, key) is not None] + list(
+        dataset.model_extra or {}
+    )
+    for key in beside:
+        message = f"dataset.{key} stands beside dataset.slices; expected it within each slice"
+        raise document.error(("dataset", key), message)
+    for name, part in dataset.slices.items():
+        place: KeyPath = ("dataset", "slices", name)
+        if part.provider is None:
+            raise document.error(place, f"dataset.slices.{name} has no provider; expected one in every slice")
+        _check_text(part, place, document)
+
+
+def _check_text(section: DatasetSection | SliceSection, above: KeyPath, document: Document) -> None:
+    name, place = section.provider_name, (*above, "provider")
+    inside = section.provider if isinstance(section.provider, dict) else {}
     if name is None and inside:
-        raise document.error(place, "dataset.provider has no `kind`; expected {kind: name, ...}")
+        where = ".".join(map(str, place))
+        raise document.error(place, f"{where} has no `kind`; expected {{kind: name, ...}}")
     if name is not None and not isinstance(name, str):
-        raise document.error(place, f"dataset.provider.kind is {name!r}; expected a provider's name")
+        where = ".".join(map(str, place))
+        raise document.error(place, f"{where}.kind is {name!r}; expected a provider's name")
     options: list[str] = []
     if name is not None:
         _registered(place, registry.providers, name, document)
         options = list(registry.providers.resolve(name).options())
-    beside = dict.fromkeys([*DatasetSection.model_fields, *options])
+    beside = dict.fromkeys([*type(section).model_fields, *options])
     _parse(_shape(dict.fromkeys(["kind", *options])), inside, document, place)
-    _parse(_shape(beside), dataset.model_extra or {}, document, ("dataset",))
+    _parse(_shape(beside), section.model_extra or {}, document, above)

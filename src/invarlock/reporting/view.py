@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from invarlock.certificate.gates import base_name
 from invarlock.certificate.schema import Certificate, Gate, GateDecision, GuardSection, PluginGuardSection, Status
 from invarlock.certificate.verify import parse_certificate
 from invarlock.guards.boundary import BUILT_IN_GUARDS
@@ -191,9 +192,15 @@ def _gate_row(gate: Gate, c: Certificate) -> GateRow:
         limit=f"{words.bound} {limit}".strip() if limit != MISSING else MISSING,
         basis=clean(gate.basis),
         meaning=words.meaning,
-        why=clean(gate.reason),
+        why=clean(_without_slice(gate)),
         next_step=_next_step(gate, c),
     )
+
+
+def _without_slice(gate: Gate) -> str:
+    """Return the reason of a gate without the kind of text, which its title says."""
+    kind = gate.name.removeprefix(base_name(gate.name)).strip("[]")
+    return gate.reason.removeprefix(f"on {kind}: ") if kind else gate.reason
 
 
 def _next_step(gate: Gate, c: Certificate) -> str:
@@ -261,6 +268,16 @@ def _figures(c: Certificate) -> Iterator[Figure]:
             if value == MISSING:
                 value, beside = "not measured", beside.rpartition(", ")[2]
             yield Figure(words["label"], words["short"], value, beside, gate.decision if gate else None)
+        if words.get("always") and gate is not None and gate.name == "primary_metric":
+            yield from _slice_figures(c)
+
+
+def _slice_figures(c: Certificate) -> Iterator[Figure]:
+    for name, part in (c.slices or {}).items():
+        r = reading(part.primary_metric)
+        note = fill(f"{{p.primary_metric.display_ci:[{r.form}]}}, {WORDS['slices']['note']}", {"p": part})
+        value = FORMS[r.form](getattr(part.primary_metric, r.value))
+        yield Figure(f"{r.label} on {clean(name)}", f"  on {clean(name, 9)}", value, note, part.decision)
 
 
 def table(caption: str, columns: Mapping[str, str], records: Sequence[Mapping[str, object]]) -> list[Table]:
@@ -309,6 +326,8 @@ def _section(
 def _sections(c: Certificate) -> Iterator[Section]:
     guards = {name: _guard(c, name) for name in BUILT_IN_GUARDS}
     yield from _section(c, "metric", tables=_sides(c))
+    if c.slices:
+        yield from _section(c, "slices", tables=_slices(c), wide=True)
     yield from _section(c, "windows")
     yield from _section(c, "divergence")
     yield from (section for section in guards.values() if section.plots)
@@ -326,6 +345,16 @@ def _sides(c: Certificate) -> list[Table]:
     columns = {"Part of the text": "{part}", "Baseline": f"{{old:{r.side_form}}}", "Subject": f"{{new:{r.side_form}}}"}
     preview = {"part": "preview", "old": pm.baseline_preview, "new": pm.preview}
     return table(r.side, columns, [preview, {"part": "final", "old": pm.baseline_final, "new": pm.final}])
+
+
+def _slices(c: Certificate) -> list[Table]:
+    records = []
+    for name, part in (c.slices or {}).items():
+        pm, r = part.primary_metric, reading(part.primary_metric)
+        shown = FORMS[r.form](getattr(pm, r.value)) + " " + fill(f"{{pm.display_ci:[{r.form}]}}", {"pm": pm})
+        badge = Badge(part.decision, DECISIONS[part.decision])
+        records.append({"name": name, "p": part, "primary": shown, "badge": badge})
+    return table("Every gate on text holds on each of them", WORDS["tables"]["slices"], records)
 
 
 def _records(value: object) -> list[Mapping[str, Any]]:

@@ -13,6 +13,7 @@ from importlib import resources
 from string import Formatter
 from typing import Any, NamedTuple
 
+from invarlock.certificate.gates import base_name
 from invarlock.certificate.schema import Gate, PrimaryMetric
 
 __all__ = [
@@ -201,9 +202,12 @@ GATES: Mapping[str, GateWords] = {
 
 def gate_words(gate: Gate, metric: PrimaryMetric) -> GateWords:
     """Return what is known about a gate; plugin guards and unknown gates get a general answer."""
-    plugin = gate.name.removeprefix("plugin:")
+    plugin, name = gate.name.removeprefix("plugin:"), base_name(gate.name)
     title = f"Plugin guard {clean(plugin)}" if plugin != gate.name else clean(gate.name)
-    known = GATES.get(f"{gate.name}:{metric.unit}") or GATES.get(gate.name)
+    known = GATES.get(f"{name}:{metric.unit}") or GATES.get(name)
+    kind = gate.name.removeprefix(name).strip("[]")
+    if known and kind:
+        return known._replace(title=f"{known.title} on {clean(kind)}")
     return known or GATES["other"]._replace(title=title)
 
 

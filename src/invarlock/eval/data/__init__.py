@@ -21,6 +21,7 @@ from invarlock.eval.data.base import (
 )
 from invarlock.eval.data.hf import HFSeq2SeqProvider, HFTextProvider
 from invarlock.eval.data.local_jsonl import LocalJsonlPairsProvider, LocalJsonlProvider
+from invarlock.eval.data.python_code import PythonCodeProvider
 from invarlock.eval.data.python_docs import PythonDocsProvider
 from invarlock.eval.data.synthetic import SyntheticProvider, SyntheticSeq2SeqProvider
 from invarlock.eval.data.wikitext2 import Wikitext2Provider
@@ -35,6 +36,7 @@ __all__ = [
     "Pair",
     "PairProvider",
     "Provider",
+    "PythonCodeProvider",
     "PythonDocsProvider",
     "SyntheticProvider",
     "SyntheticSeq2SeqProvider",

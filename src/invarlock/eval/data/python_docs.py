@@ -22,10 +22,10 @@ from typing import ClassVar
 from invarlock.core.exceptions import DataError
 from invarlock.eval.data.base import Document, TextProvider
 
-__all__ = ["PythonDocsProvider", "split_of"]
+__all__ = ["SPLITS", "PythonDocsProvider", "module_sources", "split_of"]
 
 _TEST_SHARE = 0.4
-_SPLITS = ("train", "test", "all")
+SPLITS = ("train", "test", "all")
 # Tests are no documentation; codecs are a hundred generated files of one sentence, which would count as a hundred
 # independent documents.
 _LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "site-packages", "dist-packages"}
@@ -49,8 +49,8 @@ class PythonDocsProvider(TextProvider):
 
     def documents(self, split: str | None = None) -> list[Document]:
         wanted = split or self.split or "test"
-        if wanted not in _SPLITS:
-            raise DataError(f"got split '{wanted}' for python_docs, expected one of {', '.join(_SPLITS)}")
+        if wanted not in SPLITS:
+            raise DataError(f"got split '{wanted}' for python_docs, expected one of {', '.join(SPLITS)}")
         documents = _read(wanted)
         if not documents:
             raise DataError(
@@ -60,13 +60,10 @@ class PythonDocsProvider(TextProvider):
         return list(documents)
 
 
-@lru_cache(maxsize=len(_SPLITS))
+@lru_cache(maxsize=len(SPLITS))
 def _read(split: str) -> tuple[Document, ...]:
-    def wanted(document_id: str) -> bool:
-        return split in ("all", split_of(document_id))
-
-    ready = [document for document in (*_topics(), *_builtin_modules()) if wanted(document.document_id)]
-    read = (Document(document_id, _docstrings(path)) for document_id, path in _sources() if wanted(document_id))
+    ready = [d for d in (*_topics(), *_builtin_modules()) if split in ("all", split_of(d.document_id))]
+    read = (Document(document_id, _docstrings(path)) for document_id, path in module_sources(split))
     return (*ready, *(document for document in read if document.text))
 
 
@@ -98,13 +95,15 @@ def _members_docs(holder: object) -> Iterator[str]:
             yield inspect.cleandoc(text)
 
 
-def _sources() -> Iterator[tuple[str, Path]]:
+def module_sources(split: str) -> Iterator[tuple[str, Path]]:
+    """Yield the document and the source file of every module of a split."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         if not _LEFT_OUT.intersection(parts[:-1]) and all(part.isidentifier() for part in parts):
-            names = parts[:-1] if parts[-1] == "__init__" else parts
-            yield "module:" + ".".join(names), path
+            document = "module:" + ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            if split in ("all", split_of(document)):
+                yield document, path
 
 
 def _docstrings(path: Path) -> str:
