@@ -240,7 +240,7 @@ def test_a_baseline_of_an_earlier_release_is_held_to_what_it_recorded(chat: Path
 
 def test_a_broken_generation_config_is_named(chat: Path) -> None:
     (chat / "generation_config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ModelLoadError, match="generation_config.json cannot be read"):
+    with pytest.raises(ModelLoadError, match="generation_config.json is not JSON"):
         usage(chat, load_config(chat), None)
 
 

@@ -191,7 +191,7 @@ def test_reports_of_other_windows_do_not(tmp_path: Path, place: str, value: obje
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "No such file"),
+        (None, "no such file"),
         ("{", "Expecting property name"),
         ("[]", "it holds no JSON object"),
         ('{"status": "failed", "error": "boom"}', "its run failed: boom"),

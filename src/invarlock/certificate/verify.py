@@ -22,6 +22,7 @@ from invarlock.certificate.derive import CURRENT, Rules, derive, rules_of
 from invarlock.certificate.reports import evidence_of
 from invarlock.certificate.schema import Certificate, Recorded
 from invarlock.core.exceptions import CertificateError, InvarlockError
+from invarlock.core.reading import check_size
 from invarlock.evidence.histogram import histogram_problems
 from invarlock.evidence.plain import canonical, is_canonical
 from invarlock.evidence.rows import COLUMNS, row_problems
@@ -151,12 +152,19 @@ def _known_part(certificate: Mapping[str, Any]) -> tuple[dict[str, Any], list[st
     return {key: value for key, value in certificate.items() if key not in unknown}, unknown
 
 
+_MOST_ERRORS = 1000
+
+
 def parse_certificate(certificate: Mapping[str, Any]) -> Certificate:
     """Return the typed certificate, without sections of a later release. Raises CertificateError with the first place that
     does not follow the schema."""
     try:
         return Certificate.model_validate(_known_part(certificate)[0])
     except ValidationError as error:
+        if error.error_count() > _MOST_ERRORS:  # each of them would be spelled out
+            raise CertificateError(
+                f"the certificate does not follow schema v1 in {error.error_count():,} places"
+            ) from None
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the top level"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
@@ -386,11 +394,12 @@ def verify_certificate(
         raise CertificateError(f"tolerance is {tolerance}; expected at least 0 and below 0.001 (relative)")
     parsed = parse_certificate(certificate)  # 1
     given, unknown = _known_part(certificate)
+    _check_work(parsed)
     rules = rules_of(parsed.derivation)
     done, notes = ["schema"], list(_notes(parsed, unknown))
     try:
         derived = canonical(derive(Recorded.model_validate(given)).model_dump(mode="json"))
-    except (InvarlockError, ValueError, KeyError, TypeError, IndexError, ArithmeticError) as error:
+    except (InvarlockError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError) as error:
         message = f"the recorded evidence does not give a certificate ({type(error).__name__}: {error})"
         return Verification(False, parsed.verdict.status, "window rows and metrics", [message], done, notes=notes)
     case = _Case(given, parsed, derived, rules, tolerance, baseline, weights or {})
@@ -402,6 +411,19 @@ def verify_certificate(
             return Verification(False, parsed.verdict.status, step.name, found, done, notes=notes)
         done.append(step.name)
     return Verification(True, parsed.verdict.status, steps=done, notes=notes)
+
+
+def _check_work(c: Certificate) -> None:
+    """Refuse what would take minutes to derive again: rows and replicates are numbers that anybody can write."""
+    replicates = c.resolved_policy.get("bootstrap", {}).get("replicates", 0)
+    rows = max((len(rows.window_ids) for rows in c.evaluation_windows.values()), default=0)
+    work = 2 * rows * replicates if type(replicates) is int else 0
+    check_size(
+        "resamples",
+        f"the certificate, of {2 * rows:,} windows with {replicates} replicates,",
+        CertificateError,
+        values=work,
+    )
 
 
 def _notes(c: Certificate, unknown: list[str]) -> Iterator[str]:

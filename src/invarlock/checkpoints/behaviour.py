@@ -8,9 +8,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from invarlock.checkpoints.sanity import check_config, check_folder
 from invarlock.checkpoints.tokenizer import tokenizer_usage
 from invarlock.core.exceptions import ModelLoadError
-from invarlock.core.files import first_line
+from invarlock.core.files import first_line, read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -44,8 +45,10 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     """Return the checkpoint's configuration object; ModelLoadError where it is missing or unreadable."""
     from transformers import AutoConfig
 
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").exists():
         raise ModelLoadError(f"{folder} has no config.json; expected a Hugging Face checkpoint folder")
+    check_folder(folder)
+    check_config(folder)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # any failure to read it is the same finding
@@ -122,10 +125,10 @@ def _read(path: Path) -> dict[str, Any]:
     """Return what a JSON file beside the weights says; {} where there is none. ModelLoadError where it is broken."""
     if not path.is_file():
         return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelLoadError(f"{path} cannot be read ({first_line(error)}); copy the checkpoint again") from None
+    found = read_json(path, "a JSON object; copy the checkpoint again", ModelLoadError, "checkpoint")
+    if not isinstance(found, dict):
+        raise ModelLoadError(f"{path} cannot be read (it holds a {type(found).__name__}); copy the checkpoint again")
+    return found
 
 
 def _chat_template(folder: Path) -> dict[str, str]:

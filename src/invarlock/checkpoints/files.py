@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from invarlock.checkpoints import lora
@@ -33,14 +34,14 @@ def resolve_folder(model_id: str, revision: str | None = None) -> Path:
 
 def _local_folder(model_id: str, revision: str | None) -> Path:
     model_id = str(model_id)
-    path = Path(model_id).expanduser()
+    path = Path(os.path.expanduser(model_id))
     if not model_id.strip():
         raise ModelLoadError("the model id is empty; expected a checkpoint folder or a hub id such as org/name")
-    if path.is_dir():
+    if os.path.isdir(path):
         if not any(path.iterdir()):
             raise ModelLoadError(f"folder {path} is empty; expected config.json and *.safetensors")
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise ModelLoadError(f"{path} is a file; expected a folder with config.json and *.safetensors")
     if path.is_absolute() or model_id.startswith((".", "~")) or model_id.count("/") > 1:
         raise ModelLoadError(f"no such folder: {path}; expected a checkpoint folder or a hub id such as org/name")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import shutil
 import tempfile
 import warnings
@@ -14,15 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
-
 from invarlock.checkpoints.behaviour import load_config
+from invarlock.checkpoints.headers import open_tensors
 from invarlock.checkpoints.packed import PackedFolder
 from invarlock.checkpoints.quiet import quiet_transformers
 from invarlock.checkpoints.structure import live_structure
 from invarlock.core.device import require_extra
 from invarlock.core.exceptions import ModelLoadError
-from invarlock.core.files import first_line
+from invarlock.core.files import first_line, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +40,7 @@ _TOKENIZER = (
     "*.model",
     "*.jinja",
 )
+_at_work: list[Path] = []  # adapters whose bases are being found, one the base of the other
 _done: dict[tuple[Path, int], Path] = {}  # by folder and age of the adapter
 
 
@@ -81,20 +82,29 @@ def adapter_facts(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def _config(folder: Path) -> Any:
+    return read_json(folder / _CONFIG, "the configuration of an adapter", ModelLoadError, "checkpoint")
+
+
 def _base_of(folder: Path, find_base: Callable[[str], Path]) -> Path:
     try:
-        name = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
+        name = _config(folder)["base_model_name_or_path"]
+    except (KeyError, TypeError) as error:
         raise ModelLoadError(f"{folder}/{_CONFIG} names no base_model_name_or_path ({first_line(error)})") from None
     if not (folder / _WEIGHTS).is_file():
         raise ModelLoadError(f"{folder} has no {_WEIGHTS}; save the adapter with `save_pretrained`")
     beside = folder / str(name)
+    if folder in _at_work or os.path.realpath(beside) == os.path.realpath(folder):
+        raise ModelLoadError(f"the adapter {folder} is its own base; set base_model_name_or_path in {_CONFIG}")
+    _at_work.append(folder)
     try:
         return find_base(str(beside) if beside.is_dir() else str(name))
     except ModelLoadError as error:
         raise ModelLoadError(
             f"the base of the adapter {folder} cannot be found: {error}; set base_model_name_or_path in {_CONFIG}"
         ) from None
+    finally:
+        _at_work.remove(folder)
 
 
 def _merge(folder: Path, base: Path, target: Path) -> None:
@@ -104,7 +114,7 @@ def _merge(folder: Path, base: Path, target: Path) -> None:
     before = {tensor.name: tensor.digest for tensor in live_structure(model).tensors}
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
-        with safe_open(folder / _WEIGHTS, framework="pt") as file:
+        with open_tensors(folder / _WEIGHTS) as file:
             odd = sorted(set(file.keys()) ^ set(get_peft_model_state_dict(adapted)))
         if odd:
             raise ModelLoadError(f"{len(odd)} of its tensors match nothing in the base or are missing, first {odd[0]}")
@@ -117,7 +127,7 @@ def _merge(folder: Path, base: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
     model.save_pretrained(target)
     notes = [] if touched else [f"merging the adapter {folder.name} changed no tensor of {base.name}"]
-    kind = json.loads((folder / _CONFIG).read_text(encoding="utf-8")).get("peft_type")
+    kind = _config(folder).get("peft_type")
     facts = {"executed": "merged", "adapter": {"kind": kind, "base": base.name, "touched": touched}, "notes": notes}
     (target / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
 

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
+from invarlock.checkpoints.headers import open_tensors
 from invarlock.checkpoints.shards import SafetensorsFolder
 from invarlock.checkpoints.structure import Layout, structure_of
-from invarlock.core.exceptions import ModelLoadError
-from invarlock.core.files import first_line
+from invarlock.core.exceptions import InvarlockError, ModelLoadError
+from invarlock.core.files import first_line, read_json
 from invarlock.evidence.model import Structure
 
 if TYPE_CHECKING:
@@ -259,8 +260,8 @@ _TORCHAO_TYPES = ("Tensor", "Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Ten
 
 def _settings(folder: Path) -> Settings | None:
     """Return the `quantization_config` of a folder's config.json, or None. Whether the rest is readable is no matter."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    with contextlib.suppress(InvarlockError, AttributeError):
+        found = read_json(folder / "config.json", "a configuration", kind="checkpoint").get("quantization_config")
         return found if isinstance(found, dict) else None
     return None
 
@@ -347,7 +348,7 @@ class PackedFolder:
             stored: dict[str, Any] = {}
             for path in SafetensorsFolder(self.folder, None).files():
                 try:
-                    file = stack.enter_context(safe_open(path, framework="pt"))
+                    file = stack.enter_context(open_tensors(path))
                 except (SafetensorError, OSError) as error:
                     raise ModelLoadError(
                         f"{path} cannot be read ({first_line(error)}); it is truncated or not a safetensors file: "
@@ -379,7 +380,7 @@ def _dense(
         return dense, scheme.read(parts, settings).contiguous()
     except KeyError as error:
         return f"{name} [codes without {error.args[0]}]", parts[scheme.suffixes[0]]
-    except (ValueError, RuntimeError, IndexError, StopIteration) as error:
+    except (ValueError, RuntimeError, IndexError, StopIteration, TypeError, OverflowError, MemoryError) as error:
         return f"{name} [codes that cannot be read: {first_line(error)}]", parts[scheme.suffixes[0]]
 
 

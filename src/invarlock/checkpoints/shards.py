@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
+from invarlock.checkpoints.headers import open_tensors, read_header
 from invarlock.checkpoints.structure import Layout, structure_of
 from invarlock.core.exceptions import ModelLoadError
-from invarlock.core.files import first_line
+from invarlock.core.files import first_line, read_json
 from invarlock.evidence.model import Structure
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class SafetensorsFolder:
         where: dict[str, Path] = {}
         for path in self.files():
             try:
-                with safe_open(path, framework="pt") as shard:
+                with open_tensors(path) as shard:
                     for name in shard.keys():  # noqa: SIM118 - safe_open is no mapping
                         tensor = shard.get_tensor(name)
                         if name in where:
@@ -56,6 +56,10 @@ class SafetensorsFolder:
                     f"{path} cannot be read ({first_line(error)}); it is truncated or not a safetensors file: "
                     "copy it again"
                 ) from error
+
+    def count(self) -> int:
+        """Return how many tensors the files hold, by their headers alone."""
+        return len({name for path in self.files() for name in read_header(path)})
 
     def files(self) -> list[Path]:
         """Return the files that hold the weights, as the loader resolves them.
@@ -70,9 +74,11 @@ class SafetensorsFolder:
             self._refuse_second_set([single], sorted(self.folder.glob(_SHARDS)))
             return [single]
         try:
-            where = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            where = dict(read_json(index, "a safetensors index", ModelLoadError, "checkpoint")["weight_map"])
             names = sorted(set(where.values()))
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError, ValueError) as error:
+            if odd := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+                raise ValueError(f"{odd[0]!r} is no name of a file beside it")
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise ModelLoadError(
                 f"{index} cannot be read ({first_line(error)}); expected a safetensors index"
             ) from None
@@ -99,7 +105,7 @@ class SafetensorsFolder:
         held: dict[str, set[str]] = {}
         for path in files:
             try:
-                with safe_open(path, framework="pt") as shard:
+                with open_tensors(path) as shard:
                     for name in shard.keys():  # noqa: SIM118 - safe_open is no mapping
                         held.setdefault(name, set()).add(path.name)
             except (SafetensorError, OSError):
@@ -120,7 +126,7 @@ def _named(files: list[Path]) -> str:
 def _require_same(name: str, tensor: Tensor, first: Path, second: Path) -> None:
     import torch
 
-    with safe_open(first, framework="pt") as shard:
+    with open_tensors(first) as shard:
         other = shard.get_tensor(name)
     if other.dtype != tensor.dtype or not torch.equal(other.view(torch.uint8), tensor.view(torch.uint8)):
         raise ModelLoadError(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from invarlock.checkpoints.behaviour import behaviour, load_config, usable_length, usage
 from invarlock.checkpoints.files import read_structure, resolve_folder
+from invarlock.checkpoints.sanity import check_depth
+from invarlock.checkpoints.shards import SafetensorsFolder
 from invarlock.checkpoints.structure import layout_of
 from invarlock.checkpoints.tokenizer import tokenizer_facts
 from invarlock.core import settings
@@ -85,8 +87,10 @@ def read_side(adapter: AdapterLike, model_id: str, loading: Loading) -> Side:
     folder = resolve_folder(model_id, loading.revision)
     if hasattr(adapter, "select"):
         adapter.select(str(folder), trust_remote_code=loading.trusts)
-    tokenizer = adapter.tokenizer(str(folder)) if hasattr(adapter, "tokenizer") else None
     config = load_config(folder, trust_remote_code=loading.trusts)
+    tokenizer = adapter.tokenizer(str(folder)) if hasattr(adapter, "tokenizer") else None
+    if SafetensorsFolder.recognises(folder):
+        check_depth(folder, config.to_dict(), SafetensorsFolder(folder, None).count())
     structure = read_structure(folder, layout_of(config, adapter.auto_class))
     return Side(
         model_id,

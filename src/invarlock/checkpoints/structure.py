@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from invarlock.core.api import ModelLike
+from invarlock.core.exceptions import ModelLoadError
+from invarlock.core.files import first_line
 from invarlock.evidence.model import Structure, TensorFacts
 
 if TYPE_CHECKING:
@@ -67,8 +69,16 @@ def layout_of(config: PretrainedConfig, auto_class: type[AutoModel]) -> Layout |
     try:
         with torch.device("meta"):
             model = auto_class.from_config(config)
-    except (ValueError, KeyError, ImportError):
-        return None  # code that ships with the checkpoint, or a class that this task has no head for
+    except ImportError:
+        return None
+    except (
+        ValueError, LookupError, RuntimeError, TypeError, ArithmeticError, AttributeError, AssertionError, MemoryError
+    ) as error:  # fmt: skip
+        if type(config) not in getattr(auto_class, "_model_mapping", ()):
+            return None  # code that ships with the checkpoint, or a class that this task has no head for
+        raise ModelLoadError(
+            f"config.json of a {config.model_type} describes a model that cannot be built: {first_line(error)}"
+        ) from error
     return _layout_of_model(model)
 
 

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from invarlock.core.exceptions import ConfigError
+from invarlock.core.exceptions import ConfigError, InvarlockError
+from invarlock.core.reading import parse_json, read_regular
 
 __all__ = ["first_line", "plain", "private_folder", "read_json", "write_json", "write_together", "write_whole"]
 
@@ -25,7 +26,9 @@ def plain(value: object) -> Any:
 
     A number has one spelling (RFC 8785): a whole float is an integer, 1.0 is 1 and -0.0 is 0.
     """
-    if value is None or isinstance(value, (bool, str)):
+    if isinstance(value, str):  # half a surrogate pair, as in a name that is not UTF-8, has no bytes to be written as
+        return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if value is None or isinstance(value, bool):
         return value
     if isinstance(value, (int, float)):  # subclasses too: numpy's numbers, enumerations
         number = float(value) if isinstance(value, float) else int(value)
@@ -84,18 +87,9 @@ def write_json(path: Path, value: object) -> None:
     write_whole(path, json.dumps(value, allow_nan=False, ensure_ascii=False, indent=1) + "\n")
 
 
-def read_json(path: Path, what: str) -> Any:
-    """Read JSON; ConfigError names `what` and where it does not parse."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"no such file: {path}; expected {what}") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path} is a folder; expected {what}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); expected {what}") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not JSON (line {error.lineno}: {error.msg}); expected {what}") from None
+def read_json(path: Path, what: str, error: type[InvarlockError] = ConfigError, kind: str = "report") -> Any:
+    """Read JSON; `error` names `what` and where it does not parse. `kind` (of `reading.LIMITS`) says how large it may be."""
+    return parse_json(read_regular(path, kind, what, error), kind, str(path), what, error)
 
 
 @contextlib.contextmanager

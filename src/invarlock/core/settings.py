@@ -89,6 +89,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("INVARLOCK_DISABLE_PLUGIN_DISCOVERY", "bool", False, "Ignore installed plugins; built-ins only."),
     Setting("INVARLOCK_MINIMAL", "bool", False, "Print the verdict and paths only."),
     Setting("INVARLOCK_PLUGINS_DRY_RUN", "bool", False, "`plugins install/uninstall --apply` only print the command."),
+    Setting("INVARLOCK_READ_LIMITS", "float", 1.0,
+            "Multiply the limits on the size of files that are read, for a large file that is sound.", minimum=0),
     Setting("HF_DATASETS_OFFLINE", "bool", False, "Hugging Face's own switch: data sets from the cache only."),
     Setting("HF_HOME", "str", None, "Hugging Face's cache folder."),
 )  # fmt: skip

@@ -6,7 +6,6 @@ Nothing here loads a model, and torch is imported only where it is installed. `C
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import platform
 import shutil
@@ -22,6 +21,7 @@ from packaging.version import Version
 
 from invarlock.core import registry, settings
 from invarlock.core.exceptions import ConfigError, InvarlockError
+from invarlock.core.files import read_json
 from invarlock.core.inventory import inventory
 from invarlock.core.network import network_allowed
 from invarlock.core.registry import nearest
@@ -248,7 +248,7 @@ def _reports(request: Request) -> Iterator[Finding]:
     for name, path in (("baseline", request.baseline_report), ("subject", request.subject_report)):
         try:
             sides += [_evidence(path)] if path is not None else []
-        except (OSError, ValueError) as error:
+        except (InvarlockError, ValueError) as error:
             yield Finding("D030", f"the {name} report {path} cannot be used: {error}")
     pairs = [(place, code) for code, places in _PAIRED.items() for place in places]
     for place, code in pairs if len(sides) == 2 else ():
@@ -261,7 +261,7 @@ def _reports(request: Request) -> Iterator[Finding]:
 def _evidence(path: Path) -> dict[str, Any]:
     """Return the evidence in a report.json or in the run folder that holds one. Raises ValueError with the reason."""
     file = path / REPORT if path.is_dir() else path
-    data = json.loads(file.read_text(encoding="utf-8"))
+    data = read_json(file, "a report.json")
     if not isinstance(data, dict):
         raise ValueError("it holds no JSON object; expected a report.json")
     if data.get("status") == "failed":

@@ -32,10 +32,14 @@ GUARD_MEASUREMENTS = "guard_measurements.json"
 
 def find_report(path: Path) -> Path:
     """Return the report.json that `path` names: the file, or the one in the folder or in its newest subfolder."""
-    for found in (path, path / REPORT, *sorted(path.glob(f"*/{REPORT}"), reverse=True)):
-        if found.is_file():
+    for found in (path, path / REPORT, *_newest(path)):
+        if os.path.isfile(found):
             return found
     raise ConfigError(f"{path} has no report.json; expected a run folder or its report.json")
+
+
+def _newest(path: Path) -> list[Path]:
+    return sorted(path.glob(f"*/{REPORT}"), reverse=True) if os.path.isdir(path) else []
 
 
 def read_report(path: Path) -> tuple[dict[str, Any], Path]:

@@ -83,7 +83,7 @@ class Sample(_Section):
 
 
 class Bootstrap(_Section):
-    replicates: int
+    replicates: Annotated[int, Field(le=1_000_000)]
     seed: int
     bca: bool = True
 

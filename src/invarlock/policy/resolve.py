@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from invarlock.core import settings
 from invarlock.core.exceptions import ConfigError
+from invarlock.core.reading import read_regular
 from invarlock.core.registry import nearest
 from invarlock.evidence.plain import canonical_digest
 from invarlock.policy.limits import Limits
@@ -221,12 +222,14 @@ def _own(relative: str) -> _Values | None:
     """Return a file of one's own that stands in the place of a packaged one, None where there is none."""
     root = settings.get("INVARLOCK_CONFIG_ROOT")
     custom = Path(str(root)) / "runtime" / relative if root else None
-    return _parse(custom.read_text(encoding="utf-8"), relative) if custom is not None and custom.is_file() else None
+    if custom is None or not custom.is_file():
+        return None
+    return _parse(read_regular(custom, "settings", f"a YAML file, {relative}"), relative)
 
 
 @functools.cache
 def _packaged(relative: str) -> _Values:
-    return _parse(_PACKAGE.joinpath(relative).read_text(encoding="utf-8"), relative)
+    return _parse(_PACKAGE.joinpath(relative).read_bytes(), relative)
 
 
 def _versioned(version: object, tier: str, profile: str) -> tuple[_Values, _Values] | None:
@@ -248,10 +251,10 @@ def _tiers(document: _Values) -> tuple[int, _Values]:
     return version, tiers
 
 
-def _parse(text: str, what: str) -> _Values:
+def _parse(text: bytes, what: str) -> _Values:
     try:
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{what} holds {type(data).__name__}; expected a mapping")

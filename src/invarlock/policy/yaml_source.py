@@ -5,6 +5,7 @@ Aliases, merges (`<<`) and `!include` are resolved here; nothing is constructed 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import yaml
 
 from invarlock.core import settings
 from invarlock.core.exceptions import ConfigError
+from invarlock.core.reading import check_size, read_regular
 
 __all__ = ["Document", "KeyPath", "read_yaml"]
 
@@ -22,6 +24,7 @@ KeyPath = tuple[str | int, ...]
 
 _MAX_DEPTH = 8
 _MAX_NODES = 100_000  # a file that aliases itself over and over grows without bound
+_LARGEST = 10**18
 _PLAIN = "tag:yaml.org,2002:"
 _SCALARS = {_PLAIN + kind for kind in ("str", "int", "float", "bool", "null")}
 _FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
@@ -62,7 +65,7 @@ class Document:
 def read_yaml(path: Path | str, *, what: str = "configuration") -> Document:
     """Read one file, its includes resolved. Raises ConfigError: missing, empty, malformed, or not a mapping."""
     path = Path(path)
-    whole = _Whole(path.resolve().parent)
+    whole = _Whole(_real(path).parent)
     data = whole.read(path, (), (), what)
     if not isinstance(data, dict):
         kinds = {list: "holds a list", str: "holds text", bool: "holds true or false", type(None): "is empty"}
@@ -71,32 +74,49 @@ def read_yaml(path: Path | str, *, what: str = "configuration") -> Document:
     return Document(path, data, whole.lines)
 
 
+def _real(path: Path) -> Path:
+    try:
+        return Path(os.path.realpath(path))
+    except (OSError, ValueError):  # no name of a file, as reading it says
+        return path
+
+
 class _Whole:
     """A file with all that it includes: where each key stands, and how many values there are."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.lines: dict[KeyPath, str] = {}
-        self.values = 0
+        self.values = self.size = 0
 
     def read(self, path: Path, above: tuple[Path, ...], key: KeyPath, what: str) -> Any:
         """Return what stands in a file, which files `above` include at `key`."""
+        data = read_regular(path, "settings", f"a YAML file, the {what}")
+        self.size += len(data)
+        check_size("settings", f"{what} {path} with what it includes", ConfigError, size=self.size)
         try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise ConfigError(f"{what} {path} does not exist; expected a YAML file") from None
-        except (OSError, UnicodeDecodeError) as error:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
             raise ConfigError(f"{what} {path} cannot be read: {error}; expected a YAML file in UTF-8") from None
-        loader = _Loader(text)
+        return self.parse(text, path, above, key)
+
+    def parse(self, text: str, path: Path, above: tuple[Path, ...], key: KeyPath) -> Any:
+        """Return the plain data of a file's text."""
+        try:
+            loader = _Loader(text)
+        except yaml.YAMLError as error:  # a character that YAML does not allow
+            raise ConfigError(f"{path.name}: not valid YAML: {' '.join(str(error).split())}") from None
         try:
             node = loader.get_single_node()
-            file = _File(self, loader, path, (*above, path.resolve()))
+            file = _File(self, loader, path, (*above, _real(path)))
             return None if node is None else file.build(node, key, ())
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             line = f":{mark.line + 1}" if mark is not None else ""
             problem = getattr(error, "problem", None) or " ".join(str(error).split())
             raise ConfigError(f"{path.name}{line}: not valid YAML: {problem}") from None
+        except RecursionError:
+            raise ConfigError(f"{path.name}: nests deeper than any configuration; write it flat") from None
         finally:
             loader.dispose()
 
@@ -130,7 +150,16 @@ class _File:
             raise ConfigError(
                 f"{self.place(node)}: tag {node.tag} is not supported; expected plain values, or !include"
             )
-        return self.loader.construct_object(node)
+        return self.scalar(node)
+
+    def scalar(self, node: yaml.Node) -> Any:
+        try:
+            value = self.loader.construct_object(node)
+        except ValueError as error:
+            raise ConfigError(f"{self.place(node)}: not a value: {error}") from None
+        if isinstance(value, int) and abs(value) > _LARGEST:
+            raise ConfigError(f"{self.place(node)}: a number of more than 18 digits; put it in quotes if it is text")
+        return value
 
     def mapping(self, node: yaml.MappingNode, key: KeyPath, active: tuple[int, ...]) -> dict[str, Any]:
         written: set[Hashable] = set()
@@ -143,7 +172,7 @@ class _File:
         self.loader.flatten_mapping(node)
         out: dict[str, Any] = {}
         for name, value in node.value:
-            label = self.loader.construct_object(name)
+            label = self.scalar(name)
             if not isinstance(label, str):
                 raise ConfigError(f"{self.place(name)}: key {label!r} is not text; put it in quotes")
             self.whole.lines[(*key, label)] = self.place(name)
@@ -154,7 +183,7 @@ class _File:
         place, root = self.place(node), self.whole.root
         if not isinstance(node, yaml.ScalarNode) or not node.value:
             raise ConfigError(f"{place}: !include takes a file name")
-        target = (self.path.parent / node.value).resolve()
+        target = _real(self.path.parent / node.value)
         if not target.is_relative_to(root) and not settings.flag("INVARLOCK_ALLOW_CONFIG_INCLUDE_OUTSIDE"):
             raise ConfigError(
                 f"{place}: !include {node.value} leads outside the configuration's folder {root}; "

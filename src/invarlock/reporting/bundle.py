@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def write_bundle(certificate: Mapping[str, Any], folder: Path, formats: Sequence
 
 def find_certificate(path: Path) -> Path:
     """Return the certificate that `path` names: the file, or the one in the folder."""
-    return path / CERTIFICATE if path.is_dir() else path
+    return path / CERTIFICATE if os.path.isdir(path) else path
 
 
 def read_certificate(path: Path) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def test_pairs_are_read_by_their_fields(tmp_path: Path) -> None:
         (b'{"body": "x", "id": 1}\n', "line 1 has no field 'text': got fields 'body', 'id'"),
         (b"{}\n", "line 1 has no field 'text': got fields none"),
         (b'{"text": 5}\n', "line 1: field 'text' is int, expected text"),
-        (b'{"text": "ok"}\n{"text": "caf\xe9"}\n', "bad.jsonl is not UTF-8 .byte 0xe9"),
+        (b'{"text": "ok"}\n{"text": "caf\xe9"}\n', "bad.jsonl line 2 is not UTF-8 .byte 0xe9"),
     ],
 )
 def test_a_broken_file_is_named_with_the_line(tmp_path: Path, content: bytes, message: str) -> None:

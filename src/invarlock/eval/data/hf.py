@@ -5,6 +5,7 @@ Nothing is downloaded unless the network is allowed; local folders and data sets
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def load_split(dataset_name: str, config_name: str | None, split: str | None) ->
     except ImportError as error:
         raise DependencyError(f"reading the data set '{dataset_name}'", "eval") from error
 
-    local = Path(dataset_name).is_dir()
+    local = os.path.isdir(dataset_name)
     allowed = network_allowed()
     try:
         if local and any((Path(dataset_name) / file).exists() for file in ("state.json", "dataset_dict.json")):

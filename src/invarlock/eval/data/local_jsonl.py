@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from invarlock.core.exceptions import DataError
+from invarlock.core.reading import lines_of, open_regular, parse_json
 from invarlock.eval.data.base import FieldPairsProvider, FieldsProvider, FieldTextProvider
 
 __all__ = ["LocalJsonlPairsProvider", "LocalJsonlProvider"]
@@ -36,7 +36,9 @@ class _LocalFiles(FieldsProvider):
         found: dict[Path, None] = {}
         for pattern in [os.fspath(value) for value in patterns]:
             path = Path(pattern)
-            here = path.glob("*.jsonl") if path.is_dir() else [path] if path.exists() else map(Path, glob.glob(pattern))
+            here = (
+                path.glob("*.jsonl") if os.path.isdir(path) else [path] if os.path.exists(path) else _matching(pattern)
+            )
             if not (paths := sorted(here)):
                 raise DataError(f"no data file at '{pattern}': got nothing there, expected a .jsonl or .txt file")
             found |= dict.fromkeys(paths)
@@ -48,7 +50,7 @@ class _LocalFiles(FieldsProvider):
     def texts(self, split: str | None, *names: str) -> Iterator[Sequence[str]]:
         for name, path in self._files().items():
             if path.suffix == ".txt" and len(names) == 1:
-                yield name, "".join(text for _, text in _lines(name, path))
+                yield name, "".join(_text(name, *line) for line in _lines(name, path))
             else:
                 yield from _records(name, path, names)
 
@@ -67,18 +69,26 @@ class LocalJsonlPairsProvider(FieldPairsProvider, _LocalFiles):
     name: ClassVar[str] = "local_jsonl_pairs"
 
 
-def _lines(name: str, path: Path) -> Iterator[tuple[int, str]]:
-    number = 0
+def _matching(pattern: str) -> list[Path]:
     try:
-        with path.open(encoding="utf-8-sig", newline="\n") as stream:
-            for number, line in enumerate(stream, start=1):
-                yield number, line
+        return [Path(found) for found in glob.glob(pattern)]
+    except (OSError, ValueError):  # no name of a file
+        return []
+
+
+def _lines(name: str, path: Path) -> Iterator[tuple[int, bytes]]:
+    with open_regular(path, "a .jsonl or .txt file", DataError) as stream:
+        for number, line in lines_of(stream, name, DataError):
+            yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+
+
+def _text(name: str, number: int, line: bytes) -> str:
+    try:
+        return line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{name} is not UTF-8 (byte 0x{error.object[error.start]:02x} after line {number}): convert it to UTF-8"
+            f"{name} line {number} is not UTF-8 (byte 0x{line[error.start]:02x}): convert it to UTF-8"
         ) from error
-    except OSError as error:
-        raise DataError(f"cannot read {name}: {error.strerror or error}") from error
 
 
 def _records(name: str, path: Path, fields: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -86,12 +96,7 @@ def _records(name: str, path: Path, fields: Sequence[str]) -> Iterator[Sequence[
     for number, line in _lines(name, path):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{name} line {number} is not JSON ({error.msg} at column {error.colno}): expected one object a line"
-            ) from error
+        record = parse_json(line, "line", f"{name} line {number}", "one object a line", DataError)
         if not isinstance(record, dict):
             raise DataError(f"{name} line {number}: got a JSON {type(record).__name__}, expected an object")
         for field in fields:

@@ -1,0 +1,121 @@
+"""Checkpoints that nobody made in good faith are refused by name before a model is built from them."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from invarlock.checkpoints.files import read_structure, resolve_folder
+from invarlock.checkpoints.side import Loading, read_side
+from invarlock.core import registry
+from invarlock.core.exceptions import InvarlockError, ModelLoadError
+
+
+def _linked(source: Path, folder: Path, without: str) -> Path:
+    for file in source.iterdir():
+        if file.name != without:
+            (folder / file.name).symlink_to(file)
+    return folder
+
+
+def _read(folder: Path) -> None:
+    read_side(registry.adapters.create("auto"), str(folder), Loading())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"n_layer": 10**7}, "n_layer is 10000000"),
+        ({"n_layer": 5000}, "names 5,000 layers, and the files hold"),
+        ({"n_layer": -1}, "n_layer is -1"),
+        ({"n_embd": 10**12}, "n_embd is 1000000000000"),
+        ({"n_embd": -1}, "n_embd is -1"),
+        ({"n_head": 0}, "config.json of a gpt2 describes"),
+        ({"n_head": 7}, "config.json of a gpt2 describes"),
+        ({"vocab_size": -1}, "vocab_size is -1"),
+        ({"vocab_size": "many"}, "vocab_size is 'many'"),
+        ({"n_positions": 10**12}, "n_positions"),
+        ({"num_labels": 10**8}, "num_labels"),
+        ({"id2label": dict.fromkeys(map(str, range(100_001)), "x")}, "id2label has 100,001 entries"),
+        ({"architectures": [1]}, "architectures is .1."),
+        ({"architectures": "GPT2LMHeadModel"}, "architectures is"),
+        ({"model_type": ["gpt2"]}, "model_type is"),
+        ({"text_config": {"num_hidden_layers": 10**7}}, "num_hidden_layers"),
+        ({"activation_function": "nothing"}, "config.json of a gpt2 describes"),
+    ],
+)
+def test_a_configuration_that_no_model_has_is_refused_with_the_key(
+    tmp_path: Path, demo_model: Path, change: dict[str, Any], named: str
+) -> None:
+    folder = _linked(demo_model, tmp_path, "config.json")
+    config = json.loads((demo_model / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InvarlockError, match=named):
+        _read(folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 3000, '{"a": ' + "9" * 9999 + "}", "[]", "", '{"n_layer": 2', '"\\ud800"'])
+def test_a_configuration_that_is_none_is_refused(tmp_path: Path, demo_model: Path, text: str) -> None:
+    folder = _linked(demo_model, tmp_path, "config.json")
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ModelLoadError, match=r"config\.json"):
+        _read(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "config.json"])
+def test_a_pipe_among_the_files_is_refused(tmp_path: Path, demo_model: Path, name: str) -> None:
+    folder = _linked(demo_model, tmp_path, name)
+    os.mkfifo(folder / name)
+    with pytest.raises(ModelLoadError, match="a pipe"):
+        _read(folder)
+
+
+def _entry(start: int, end: int, shape: list[int] | None = None) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": shape or [(end - start) // 4], "data_offsets": [start, end]}
+
+
+@pytest.mark.parametrize(
+    ("header", "named"),
+    [
+        ('{"a": %s, "a": %s}', "'a' stands there twice"),
+        ('{"a": %s, "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}', "'a' and 'b' overlap"),
+        ('{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}', "'a' is malformed"),
+        ('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}', "'a' is malformed"),
+        ('{"a": 1}', "'a' is malformed"),
+        ("[]" + " " * 30, "is a list"),
+        ('{"a": ' * 200 + "1" + "}" * 200, "nests deeper"),
+    ],
+)
+def test_a_header_that_says_two_things_is_refused(tmp_path: Path, header: str, named: str) -> None:
+    text = header.replace("%s", json.dumps(_entry(0, 8))).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
+    with pytest.raises(ModelLoadError, match=named):
+        read_structure(tmp_path, None)
+
+
+def test_a_header_of_a_million_tensors_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", 60_000_000) + b"{")
+        file.truncate(61_000_000)
+    with pytest.raises(ModelLoadError, match="60,000,000 bytes or more"):
+        read_structure(tmp_path, None)
+
+
+def test_an_index_names_files_beside_it_alone(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}')
+    with pytest.raises(ModelLoadError, match="no name of a file beside it"):
+        read_structure(tmp_path, None)
+
+
+def test_an_adapter_that_is_its_own_base_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(tmp_path)})
+    )
+    (tmp_path / "adapter_model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    with pytest.raises(ModelLoadError, match="its own base"):
+        resolve_folder(str(tmp_path))
