@@ -9,24 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from invarlock.certificate.figures import FIRST_ESTIMATORS, Comparison, Estimators, Figures, figures, not_evaluated
 from invarlock.certificate.gates import GATES, GateKind, Measured, all_gates, validation_of, verdict_of
 from invarlock.certificate.guards import GUARDS, judge_guards, not_measured
+from invarlock.certificate.looks import status_of, through_looks
 from invarlock.certificate.notes import with_notes
 from invarlock.certificate.schema import (
     BaselineRef,
     Certificate,
     Confidence,
     Dataset,
+    Gate,
+    GateDecision,
     GuardSection,
+    PairedRows,
     Recorded,
+    Split,
     Weights,
     Windows,
 )
 from invarlock.certificate.second import SECOND_ESTIMATORS, SECOND_GATES, confidence_of
-from invarlock.certificate.slices import measured_slices, slice_gates, slice_sections
+from invarlock.certificate.slices import Slices, measured_slices, slice_gates, slice_sections
 from invarlock.certificate.third import THIRD_ESTIMATORS, THIRD_GATES, THIRD_JUDGES
 from invarlock.core.exceptions import CertificateError
 from invarlock.eval.metrics import metric_of
@@ -143,35 +148,21 @@ def rules_of(derivation: int | None) -> Rules:
 def derive(r: Recorded) -> Certificate:
     """Compute the certificate that follows from what was recorded."""
     rules, limits = rules_of(r.derivation), Limits.model_validate(r.resolved_policy)
-    metric = metric_of(r.primary_metric.kind)
-    preview, final = (r.evaluation_windows[split] for split in ("preview", "final"))
-    rows = Rows.of(preview, final) if r.refused is None else None
-    compared = None if rows is None else Comparison(metric, rows, limits, rules.estimators, _same_weights(r))
-    found = (
-        figures(compared, r.divergence)
-        if compared is not None
-        else Figures(not_evaluated(metric, limits, r.primary_metric.reason))
-    )
-    sections = rules.notes(judge_guards(r, rules.judges), r, found)
+    judges = judge_guards(r, rules.judges)
     changed = rules.diagnose(r.weights.changes) if r.weights.changes else None
-    counts = _window_counts(r)
-    measured = Measured(
-        limits=limits,
-        intent=r.meta.intent,
-        figures=found,
-        rows=rows,
-        guards=sections,
-        plugin_guards=r.plugin_guards,
-        overhead=r.guard_overhead,
-        counts=counts,
-        contracts=r.provenance.contracts,
-        culprits=changed,
-        same_weights=_same_weights(r),
-        peaks=r.activation_peaks,
-        types=(shipped_type(r.structure.baseline), shipped_type(r.structure.subject)),
-    )
-    slices = {} if compared is None else measured_slices(measured, compared, r.data, r.divergence)
-    gates = [*all_gates(measured, rules.gates), *slice_gates(slices, rules.gates)]
+
+    def judge(windows: Mapping[Split, PairedRows], limits: Limits) -> tuple[_Seen, GateDecision]:
+        measured, compared = _measured(r, windows, limits, rules, judges, changed)
+        slices = {} if compared is None else measured_slices(measured, compared, r.data, r.divergence)
+        gates = [*all_gates(measured, rules.gates), *slice_gates(slices, rules.gates)]
+        return _Seen(measured, slices, gates), status_of(gates, rules.gates)
+
+    looks = None
+    if r.looks is not None and r.refused is None:
+        (measured, slices, gates), looks = through_looks(r.looks, limits, r.evaluation_windows, judge)
+    else:
+        (measured, slices, gates), _ = judge(r.evaluation_windows, limits)
+    found, sections, counts = measured.figures, measured.guards, measured.counts
     provenance = r.policy_provenance
     kept = {name: getattr(r, name) for name in Recorded.model_fields if name not in _DERIVED}
     return Certificate(
@@ -187,6 +178,7 @@ def derive(r: Recorded) -> Certificate:
         baseline_ref=_baseline_ref(r),
         divergence=found.divergence,
         primary_metric_tail=found.tail,
+        looks=looks,
         policy_digest=canonical_digest({"resolved_policy": r.resolved_policy, "overrides": provenance["overrides"]})[
             :16
         ],
@@ -197,8 +189,52 @@ def derive(r: Recorded) -> Certificate:
     )
 
 
+class _Seen(NamedTuple):
+    """What a look showed."""
+
+    measured: Measured
+    slices: Slices
+    gates: list[Gate]
+
+
 #: recorded in part: what follows stands in the same section
-_DERIVED = {"primary_metric", "baseline_ref", "divergence", "weights", *BUILT_IN_GUARDS}
+_DERIVED = {"primary_metric", "baseline_ref", "divergence", "weights", "looks", *BUILT_IN_GUARDS}
+
+
+def _measured(
+    r: Recorded,
+    windows: Mapping[Split, PairedRows],
+    limits: Limits,
+    rules: Rules,
+    judged: Mapping[str, GuardSection],
+    changed: Culprits | None,
+) -> tuple[Measured, Comparison | None]:
+    """Return what the gates look at, of these windows, and the comparison that it comes from."""
+    metric, same = metric_of(r.primary_metric.kind), _same_weights(r)
+    rows = Rows.of(windows["preview"], windows["final"]) if r.refused is None else None
+    compared = None if rows is None else Comparison(metric, rows, limits, rules.estimators, same)
+    found = (
+        figures(compared, r.divergence)
+        if compared is not None
+        else Figures(not_evaluated(metric, limits, r.primary_metric.reason))
+    )
+    measured = Measured(
+        limits=limits,
+        intent=r.meta.intent,
+        figures=found,
+        rows=rows,
+        guards=rules.notes(judged, r, found),
+        plugin_guards=r.plugin_guards,
+        overhead=r.guard_overhead,
+        counts=_window_counts(r, windows),
+        contracts=r.provenance.contracts,
+        culprits=changed,
+        same_weights=same,
+        peaks=r.activation_peaks,
+        types=(shipped_type(r.structure.baseline), shipped_type(r.structure.subject)),
+        planned=r.looks,
+    )
+    return measured, compared
 
 
 def _same_weights(r: Recorded) -> bool:
@@ -206,9 +242,8 @@ def _same_weights(r: Recorded) -> bool:
     return bool(old.tensors) and old.weights_digest() == new.weights_digest()
 
 
-def _window_counts(r: Recorded) -> dict[str, float | int]:
+def _window_counts(r: Recorded, splits: Mapping[Split, PairedRows]) -> dict[str, float | int]:
     """Return the pairing facts of SPEC §3, from the rows alone."""
-    splits = r.evaluation_windows
     ids = {name: rows.window_ids for name, rows in splits.items()}
     preview, final = set(ids["preview"]), set(ids["final"])
     total, asked = sum(map(len, ids.values())), sum(r.data.requested)

@@ -16,6 +16,7 @@ from invarlock.certificate.schema import (
     Gate,
     GateDecision,
     GuardSection,
+    LooksRecord,
     Overhead,
     PeaksRecord,
     PluginGuardSection,
@@ -60,6 +61,7 @@ class Measured:
     same_weights: bool = False
     peaks: PeaksRecord | None = None
     types: tuple[str | None, str | None] = (None, None)  # that the two sides ship in
+    planned: LooksRecord | None = None  # where less than the planned text may decide
 
     def named(self, reason: str) -> str:
         """Add the weights at fault to a behavioural failure."""
@@ -202,6 +204,7 @@ def _contracts(m: Measured) -> Outcome:
 class GateKind:
     """One gate. `check` returns None where it does not apply.
 
+    `at_end`: it does not take part in the decision of a look, since what it looks at grows with the text.
     `said`: the boolean of `validation` that tells its outcome. `symptom`: it looks at what a model does, so that the
     cause of a failure is the weights that changed. `unevaluated`: it is there for a subject that was refused, too.
     """
@@ -211,6 +214,7 @@ class GateKind:
     said: str | None = None
     symptom: bool = False
     unevaluated: bool = False
+    at_end: bool = False
 
 
 _KL = partial(_divergence, figure="kl_mean", interval="kl_ci", limit="kl_max", unit="nats per token")

@@ -15,6 +15,7 @@ from invarlock.certificate.schema import (
     SCHEMA_VERSION,
     BaselineRecord,
     DivergenceRecord,
+    LooksRecord,
     Meta,
     MetricChoice,
     Overhead,
@@ -30,7 +31,7 @@ from invarlock.core.exceptions import CertificateError, PairingError
 from invarlock.eval.metrics import metric_of
 from invarlock.evidence.model import Evidence
 from invarlock.evidence.plain import canonical
-from invarlock.evidence.rows import pair_rows
+from invarlock.evidence.rows import WindowRows, pair_rows
 from invarlock.guards.boundary import BUILT_IN_GUARDS
 from invarlock.guards.diagnosis import mark_shifts
 from invarlock.guards.sketch import compare_all
@@ -93,12 +94,28 @@ def record(report: Report, baseline: Report) -> Recorded:
         weights=WeightsRecord(changes=[] if refused else _changes(reference, subject, families)),
         activation_peaks=_peaks(reference, subject),
         evaluation_windows={
-            split: pair_rows(getattr(subject if refused else reference, split), getattr(subject, split), split)
+            split: pair_rows(
+                _reached(subject if refused else reference, subject, split), getattr(subject, split), split
+            )
             for split in ("preview", "final")
         },
+        looks=_looks(subject),
     )
     # what follows is derived from what a reader will find
     return Recorded.model_validate(canonical(recorded.model_dump(mode="json")))
+
+
+def _reached(side: Evidence, subject: Evidence, split: str) -> WindowRows:
+    """Return a side's rows, as far as the looks at the subject reached."""
+    rows: WindowRows = getattr(side, split)
+    return rows if subject.plan is None else rows.head(len(getattr(subject, split).window_ids))
+
+
+def _looks(subject: Evidence) -> LooksRecord | None:
+    return None if subject.plan is None else LooksRecord(**{_PLANNED.get(k, k): v for k, v in subject.plan})
+
+
+_PLANNED = {name: f"planned_{name}" for name in ("documents", "windows", "tokens")}
 
 
 def _changes(baseline: Evidence, subject: Evidence, families: Mapping[str, str]) -> list[dict[str, Any]]:

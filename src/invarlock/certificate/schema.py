@@ -29,6 +29,9 @@ __all__ = [
     "GateDecision",
     "GuardRecord",
     "GuardSection",
+    "Look",
+    "Looks",
+    "LooksRecord",
     "Meta",
     "MetricChoice",
     "Overhead",
@@ -322,6 +325,36 @@ class PeaksRecord(Plain):
     subject: dict[str, float | None]
 
 
+class LooksRecord(Plain):
+    """How much text was planned, and how many windows of preview and final each look reached."""
+
+    model_config = _RECORD
+
+    planned_documents: int
+    planned_windows: tuple[int, int]
+    planned_tokens: int
+    reached: list[tuple[int, int]]
+
+
+class Look(Plain):
+    """One look at the evidence so far; `level` is one-sided, for PASS and FAIL each. `decision`: all gates together."""
+
+    documents: int
+    windows: tuple[int, int]
+    tokens: int
+    level: float
+    decision: GateDecision
+
+
+class Looks(LooksRecord):
+    """The looks that were made, the last of which decided; `share_used` is of the planned tokens."""
+
+    model_config = _WHOLE
+
+    made: list[Look]
+    share_used: float
+
+
 class BaselineRecord(Plain):
     model_config = _RECORD
 
@@ -379,6 +412,7 @@ class Recorded(Plain):
     weights: WeightsRecord
     evaluation_windows: dict[Split, PairedRows]
     activation_peaks: Annotated[PeaksRecord | None, ABSENT] = None
+    looks: Annotated[LooksRecord | None, ABSENT] = None  # None: all of the text, in one look
 
     @property
     def refused(self) -> str | None:
@@ -410,6 +444,7 @@ class Certificate(Recorded):
     variance: GuardSection | None = None
     divergence: Divergence | None = None
     primary_metric_tail: Tail | None = None
+    looks: Annotated[Looks | None, ABSENT] = None
     policy_digest: str
     weights: Weights
     verdict: Verdict

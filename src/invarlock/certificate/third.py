@@ -7,17 +7,45 @@ name) or `_ADDED`, the verdict of a guard in THIRD_JUDGES. What the first two de
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
-from invarlock.certificate.gates import PLUGINS, GateKind
+from invarlock.certificate.gates import PLUGINS, GateKind, Measured, Outcome
 from invarlock.certificate.guards import GUARDS
-from invarlock.certificate.second import SECOND_ESTIMATORS, SECOND_GATES
+from invarlock.certificate.schema import GateDecision
+from invarlock.certificate.second import SECOND_ESTIMATORS, SECOND_GATES, effective_documents
 from invarlock.guards.base import StatsGuard
 
 __all__ = ["GATE_NAMES", "THIRD_ESTIMATORS", "THIRD_GATES", "THIRD_JUDGES"]
 
 THIRD_ESTIMATORS = SECOND_ESTIMATORS
 
-_CHANGED: Mapping[str, GateKind] = {}
+
+def _sample(m: Measured) -> Outcome:
+    """Hold what was planned to the floors of windows and tokens, and what was used to that of documents."""
+    floor, counts, documents, plan = m.limits.sample, m.counts, effective_documents(m), m.planned
+    windows = plan.planned_windows if plan else (counts["actual_preview"], counts["actual_final"])
+    tokens, planned = (plan.planned_tokens, "planned ") if plan else (counts["tokens"], "")
+    needs = (
+        (windows[0], floor.preview, f"{planned}preview windows"),
+        (windows[1], floor.final, f"{planned}final windows"),
+        (tokens, floor.min_tokens, f"{planned}scored tokens"),
+        (round(documents, 6), floor.min_documents, "documents of equal weight"),
+    )
+    short = [f"{have:.6g} {what}, {needed} needed" for have, needed, what in needs if not have >= needed]
+    decision: GateDecision = "pass" if not short else "warn" if floor.shortfall == "warn" else "inconclusive"
+    reason = "; ".join(short) or f"enough windows, tokens and documents ({documents:.0f} of equal weight)"
+    return Outcome(float(tokens), float(floor.min_tokens), "counts", decision, reason)
+
+
+def _second(name: str, **changes: Any) -> GateKind:
+    return replace(next(kind for kind in SECOND_GATES if kind.name == name), **changes)
+
+
+_CHANGED: Mapping[str, GateKind] = {
+    "sample_size": _second("sample_size", check=_sample),
+    "activation_range": _second("activation_range", at_end=True),
+}
 _ADDED: tuple[GateKind, ...] = ()
 THIRD_GATES: tuple[GateKind, ...] = (*(_CHANGED.get(kind.name, kind) for kind in SECOND_GATES), *_ADDED)
 #: what a gate may be called; that of a plugin guard is `plugin:<its name>`

@@ -55,6 +55,7 @@ def certify(
     cert_out: Annotated[Path, Option(help="Folder of the certificate.")] = Path("reports/cert"),
     edit_config: Annotated[Path | None, Option(help="YAML with an edit to apply to the subject once loaded.")] = None,
     edit_label: Annotated[str | None, Option(help="Name of the edit in the certificate.")] = None,
+    no_early_stop: Annotated[bool, Option("--no-early-stop", help="Measure all of the text, in one look.")] = False,
     timing: TimingOption = False,
     json: JsonOption = False,
 ) -> int:
@@ -66,8 +67,9 @@ def certify(
     Exit codes: 0 PASS, 1 FAIL or error, 2 wrong configuration, 3 the sides cannot be paired, 4 INCONCLUSIVE.
     """
     flags = {"model.adapter": adapter, "model.device": device, "auto.tier": tier, "output.dir": out and str(out)}
+    early = {"eval.early_stop": None if not no_early_stop else False}
     request = request_from(
-        load_config(preset, cli_overrides=flags, profile=profile, require_model=False, refused=_REFUSED),
+        load_config(preset, cli_overrides={**flags, **early}, profile=profile, require_model=False, refused=_REFUSED),
         profile=profile or "ci",
         subject=subject,
         baseline=baseline,

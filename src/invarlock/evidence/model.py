@@ -16,6 +16,7 @@ __all__ = [
     "DataFacts",
     "Evidence",
     "ModelFacts",
+    "Plan",
     "Runtime",
     "Structure",
     "TensorFacts",
@@ -91,6 +92,16 @@ class DataFacts(Plain):
     slices: Annotated[dict[str, DataFacts] | None, ABSENT] = None
 
 
+class Plan(Plain):
+    """How much text was planned (documents, windows of preview and final, scored tokens), and how many windows of each
+    split were measured look by look so far. The digest of the data covers all that was planned."""
+
+    documents: int
+    windows: tuple[int, int]
+    tokens: int
+    reached: list[tuple[int, int]]
+
+
 class TokenFile(Plain):
     """The file beside the report that holds per-token arrays."""
 
@@ -125,6 +136,7 @@ class Evidence(Plain):
     contracts: dict[str, str] = Field(default_factory=dict)
     reference_digest: str | None = None  # of the baseline's token file: this side's own, or the one it was held against
     token_file: TokenFile | None = None
+    plan: Annotated[Plan | None, ABSENT] = None  # None: all of the text was measured, in one look
     peaks: Annotated[dict[str, float | None] | None, ABSENT] = None  # largest |output| of each block, over all windows
     runtime: Runtime
 

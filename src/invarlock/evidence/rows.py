@@ -112,9 +112,31 @@ class _WindowRows(_Columns):
         made: WindowRows = WindowRows(**{name: known[name].plain(values) for name, values in given.items()})
         return made
 
+    def head(self, count: int) -> WindowRows:
+        """Return the first `count` rows."""
+        columns = {name: None if values is None else values[:count] for name, values in self}
+        made: WindowRows = WindowRows(**columns)
+        return made
+
+    def followed_by(self, more: WindowRows) -> WindowRows:
+        """Return these rows and then those; a figure that one of the two lacks is None there."""
+        columns = {}
+        for name, values in self:
+            parts = (values, getattr(more, name))
+            sizes = (len(self.window_ids), len(more.window_ids))
+            filled = [[None] * size if part is None else part for part, size in zip(parts, sizes, strict=True)]
+            columns[name] = None if parts == (None, None) else [*filled[0], *filled[1]]
+        made: WindowRows = WindowRows(**columns)
+        return made
+
 
 class _PairedRows(_Columns):
     """What both sides showed on one split, side by side, as columns."""
+
+    def head(self, count: int) -> PairedRows:
+        """Return the first `count` rows."""
+        made: PairedRows = PairedRows(**{name: None if v is None else v[:count] for name, v in self})
+        return made
 
 
 def _form(base: type[_Columns], fields: dict[str, tuple[Any, Any]]) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 from invarlock.core import settings
 from invarlock.core.exceptions import DataError, PairingError
 from invarlock.evidence.model import DataFacts
+from invarlock.evidence.plan import in_order
 
 __all__ = [
     "IGNORED",
@@ -123,6 +124,10 @@ class Windows:
     def all(self) -> tuple[Window, ...]:
         return self.preview + self.final
 
+    def between(self, start: tuple[int, int], stop: tuple[int, int]) -> Windows:
+        """Return the windows of preview and final from `start` to `stop`."""
+        return replace(self, preview=self.preview[start[0] : stop[0]], final=self.final[start[1] : stop[1]])
+
     def facts(self) -> DataFacts:
         """Return what the evidence says of the text."""
         own = {"seq_len": self.seq_len, "requested": list(self.requested), "digest": self.digest()}
@@ -218,17 +223,15 @@ class Windows:
         Raises DataError where two of them share a window.
         """
         parts = list(slices.values())
-        splits = []
-        for split in ("preview", "final"):
-            placed = [
-                ((place + 0.5) / len(windows), name, replace(window, slice=name))
-                for name, part in slices.items()
-                for windows in [getattr(part, split)]
-                for place, window in enumerate(windows)
-            ]
-            splits.append(tuple(window for _, _, window in sorted(placed, key=lambda item: item[:2])))
-        _check_apart(splits[0] + splits[1])
         first = parts[0].origin
+        splits = in_order(
+            [
+                [replace(window, slice=name) for name, part in slices.items() for window in getattr(part, split)]
+                for split in ("preview", "final")
+            ],
+            first.seed,
+        )
+        _check_apart(splits[0] + splits[1])
         origin = TextOrigin("+".join(dict.fromkeys(part.origin.provider for part in parts)), {}, None, first.seed)
         preview, final = (sum(part.requested[which] for part in parts) for which in (0, 1))
         facts = {name: part.facts() for name, part in slices.items()}

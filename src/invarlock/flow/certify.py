@@ -2,9 +2,9 @@
 
 1. files: read both checkpoints' tensors as files; refuse a damaged baseline, and certify a damaged subject as FAIL
 2. data: cut the windows with the baseline's tokenizer, or take those of a stored baseline report
-3. baseline: load, measure, show it to plugin guards, write its evidence, free it
+3. baseline: load, measure as far as the look reaches, show it to plugin guards, write its evidence, free it
 4. subject: load, measure on the same windows, let plugin guards validate it, free it
-5. compare: one certificate
+5. compare: one certificate; where its look decided nothing, steps 3 to 5 again as far as the next look reaches
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from invarlock.certificate.reports import make_certificate
 from invarlock.checkpoints.side import Loading, Side
 from invarlock.core import registry
 from invarlock.core.api import GuardWithPrepare, RunReport
+from invarlock.core.device import make_deterministic
 from invarlock.core.events import EventLog
-from invarlock.core.exceptions import CheckpointDamagedError, ConfigError, PairingError
+from invarlock.core.exceptions import CheckpointDamagedError, ConfigError, EditError, PairingError
 from invarlock.core.registry import nearest
+from invarlock.evidence.plan import Cut
 from invarlock.evidence.reference import TokenReference
 from invarlock.evidence.windows import WindowBatches
 from invarlock.flow import steps
 from invarlock.flow.job import INTENTS, Job, Tick, open_job, resolved_metric
-from invarlock.flow.measure import Measurement, files_only, measure
+from invarlock.flow.measure import Measurement, files_only, followed, measure
 from invarlock.flow.run_folder import find_report
 from invarlock.flow.sampling import cut_windows, reuse_windows
 from invarlock.guards.boundary import BUILT_IN_GUARDS
@@ -100,13 +102,41 @@ class CertifyOutcome:
 
 @dataclass
 class _Source:
-    """The baseline's side. `report` is as it was read or written; `failed`: plugin guards whose prepare failed, by place."""
+    """The baseline's side. `report` is as it was read or written; `failed`: plugin guards whose prepare failed, by place,
+    None before they were shown the model; `stale`: more was measured than was written."""
 
     side: Side
     report: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
     measured: Measurement | None = None
-    failed: dict[int, str] = field(default_factory=dict)
+    failed: dict[int, str] | None = None
+    stale: bool = False
+
+    @property
+    def reach(self) -> Cut:
+        return (0, 0) if self.measured is None else self.measured.reach
+
+    @property
+    def reference(self) -> TokenReference | None:
+        return None if self.measured is None else self.measured.reference
+
+
+@dataclass
+class _Subject:
+    """The subject's side, as far as it was measured."""
+
+    side: Side
+    measured: Measurement | None = None
+    edit: dict[str, Any] | None = None
+    overhead: dict[str, Any] = field(default_factory=dict)
+    guards: dict[str, Any] = field(default_factory=dict)
+
+    def report(self, job: Job, request: CertifyRequest) -> RunReport:
+        assert self.measured is not None
+        edit = request.edit_facts if self.edit is None else self.edit
+        report = steps.report(job, self.measured, edit, f"edited-{job.stamp}", guard_overhead=self.overhead)
+        report.guards = dict(self.guards)
+        return report
 
 
 def certify(request: CertifyRequest, tick: Tick | None = None) -> CertifyOutcome:
@@ -131,16 +161,38 @@ def certify(request: CertifyRequest, tick: Tick | None = None) -> CertifyOutcome
         with job.timed("data"):
             stored = source.measured is not None
             job.windows = reuse_windows(source.report) if stored else cut_windows(job, source.side, request.dataset)
-        with job.timed("baseline"):
-            _measure_baseline(job, request, source)
-            gc.collect()  # the model is gone before the next one comes
-        with job.timed("subject"):
-            report = _measure_subject(job, request, source, subject)
-            gc.collect()
-        with job.timed("compare"):
-            certificate = make_certificate(report, source.report)
+        certificate, report = _look_by_look(job, request, source, _Subject(subject))
         edited = _finish(job, request, report, certificate)
     return CertifyOutcome(certificate, source.path, edited, job.notes, job.timings)
+
+
+def _look_by_look(
+    job: Job, request: CertifyRequest, source: _Source, subject: _Subject
+) -> tuple[dict[str, Any], RunReport]:
+    """Measure both sides as far as each look reaches, until all gates are decided or the text ends.
+
+    No model is in memory beside the other. A stored baseline may end before the text does: its model is loaded again
+    where it can be had, else the look that it reaches is the last one.
+    """
+    early = job.policy.limits.sample.early_stop and len(job.cuts) > 1
+    for cut in job.cuts if early else [None]:
+        with job.timed("baseline"):
+            reached = _measure_baseline(job, request, source, cut)
+            gc.collect()  # the model is gone before the next one comes
+        if not reached and subject.measured is not None:
+            job.notes.append(f"the stored baseline ends at {sum(source.reach)} windows, before the gates were decided")
+            break
+        with job.timed("subject"):
+            _measure_subject(job, request, source, subject, cut)
+            gc.collect()
+        with job.timed("compare"):
+            report = subject.report(job, request)
+            certificate = make_certificate(report, source.report)
+        if early and certificate["looks"]["made"][-1]["decision"] != "inconclusive":
+            break
+    if source.stale:
+        source.path = _write(job, source.report, request.out / "source", source.reference)
+    return certificate, report
 
 
 def _read_baseline(job: Job, request: CertifyRequest) -> _Source:
@@ -195,37 +247,66 @@ def _refuses(finding: Mapping[str, Any], subject: Side, intent: str) -> bool:
     return finding["group"] == "structure" or finding["code"] in ("E002", "vocabulary_size")
 
 
-def _measure_baseline(job: Job, request: CertifyRequest, source: _Source) -> None:
+def _measure_baseline(job: Job, request: CertifyRequest, source: _Source, cut: Cut | None) -> bool:
+    """Measure the baseline as far as `cut`, all where None, and show it to plugin guards the first time.
+
+    Returns False where a stored one does not reach so far and cannot be loaded.
+    """
     assert job.windows is not None
-    stored = source.measured is not None
-    if stored and not any(isinstance(guard, GuardWithPrepare) for guard in job.plugins):
-        return
-    model = steps.load(job, source.side, "the baseline for plugin guards" if stored else "the baseline")
-    measured = source.measured or measure(job, model, source.side, "the baseline")
-    about = RunReport(context={"profile": request.profile, "tier": request.tier})
-    source.failed = steps.prepare_guards(job, job.plugins, model, WindowBatches(job.windows.all), about)
-    if not stored:
-        source.measured = measured
-        source.report = steps.report(job, measured, steps.NOOP, f"source-{job.stamp}").to_dict()
-        source.path = _write(job, source.report, request.out / "source", measured.reference)
+    whole = (len(job.windows.preview), len(job.windows.final))
+    enough = source.measured is not None and all(a >= b for a, b in zip(source.reach, cut or whole, strict=True))
+    ask = source.failed is None and any(isinstance(guard, GuardWithPrepare) for guard in job.plugins)
+    if enough and not ask:
+        source.failed = source.failed or {}
+        return True
+    if source.measured is not None and not enough and not _at_hand(job, source):
+        source.failed = source.failed or {}
+        return False
+    model = steps.load(job, source.side, "the baseline for plugin guards" if enough else "the baseline")
+    if source.failed is None:
+        about = RunReport(context={"profile": request.profile, "tier": request.tier})
+        source.failed = steps.prepare_guards(job, job.plugins, model, WindowBatches(job.windows.all), about)
+    if source.measured is None:
+        source.measured = measure(job, model, source.side, "the baseline", cut=cut)
+        source.report = steps.report(job, source.measured, steps.NOOP, f"source-{job.stamp}").to_dict()
+        source.path = _write(job, source.report, request.out / "source", source.measured.reference)
+    elif not enough:
+        source.measured = followed(job, model, source.measured, "the baseline", cut or whole)
+        source.report = {**source.report, "evidence": source.measured.evidence.model_dump(mode="json")}
+        source.stale = True
+    return True
 
 
-def _measure_subject(job: Job, request: CertifyRequest, source: _Source, side: Side) -> RunReport:
+def _at_hand(job: Job, source: _Source) -> bool:
+    """Whether the checkpoint of a stored baseline still is where it was, and what it was."""
     assert source.measured is not None
-    model = steps.load(job, side, "the subject")
-    edit = request.edit_facts
+    if source.side.structure.source != "file" or not Path(source.side.id).exists():
+        return False
+    there = steps.read(job, source.side.id)
+    return there.structure.weights_digest() == source.measured.evidence.structure.weights_digest()
+
+
+def _measure_subject(job: Job, request: CertifyRequest, source: _Source, subject: _Subject, cut: Cut | None) -> None:
+    """Measure the subject as far as `cut`, all where None; the first time, show it to plugin guards too."""
+    assert source.measured is not None
+    make_deterministic(job.policy.limits.bootstrap.seed)  # an edit in memory is made again at every look
+    model, side = steps.load(job, subject.side, "the subject"), subject.side
     if request.edit is not None:
+        edit = request.edit_facts
         made = registry.edits.create(edit["name"], **edit["plan"])
         facts, side = steps.apply_edit(job, model, side, made, {})
-        edit = {**edit, **facts}
-    measured = measure(job, model, side, "the subject", reference=source.measured.reference)
-    overhead = steps.measure_overhead(job, model, measured)
-    report = steps.report(job, measured, edit, f"edited-{job.stamp}", guard_overhead=overhead)
-    report.guards = {
-        guard.name: steps.validate(job, guard, model, {"device": job.device}, source.failed.get(place))
+        subject.edit = {**edit, **facts}
+    if subject.measured is not None and cut is not None:
+        if side.structure.weights_digest() != subject.measured.evidence.structure.weights_digest():
+            raise EditError("the edit made other weights the second time; expected the same: use --no-early-stop")
+        subject.measured = followed(job, model, subject.measured, "the subject", cut, baseline=source.measured)
+        return
+    subject.measured = measure(job, model, side, "the subject", baseline=source.measured, cut=cut)
+    subject.overhead = steps.measure_overhead(job, model, subject.measured)
+    subject.guards = {
+        guard.name: steps.validate(job, guard, model, {"device": job.device}, (source.failed or {}).get(place))
         for place, guard in enumerate(job.plugins)
     }
-    return report
 
 
 def _finish(job: Job, request: CertifyRequest, report: RunReport, certificate: Mapping[str, Any]) -> Path:

@@ -234,9 +234,9 @@ class _Run:
         """Score the model as it is now; an error waits for the phase of evaluation, since guards look at weights too."""
         self.subject = None
         if self.job.windows is not None and self.held_to is not None:
-            reference = self.held_to.measured.reference
             try:
-                self.subject = measure(self.job, self.model, self.side, "the edited model", reference=reference)
+                held = self.held_to.measured
+                self.subject = measure(self.job, self.model, self.side, "the edited model", baseline=held)
             except Exception as error:  # noqa: BLE001 - the model under test may raise anything; `eval` reports it
                 self.evaluation_error = error
 

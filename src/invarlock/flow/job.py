@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from invarlock.core.device import make_deterministic, resolve_device
 from invarlock.eval.metrics import Metric, metric_of
 from invarlock.eval.sources.base import Scores, score_all
 from invarlock.eval.sources.torch_model import TorchSource
+from invarlock.evidence.plan import Cut, cuts
 from invarlock.evidence.windows import Window, Windows
 from invarlock.guards.base import StatsGuard, configure_guards
 from invarlock.policy.resolve import ResolvedPolicy, profile_values
@@ -54,6 +56,12 @@ class Job:
         """When the work began, as the name of a run's folder: UTC to the microsecond, so that names sort by time."""
         return self.now.strftime("%Y%m%dT%H%M%S%fZ")
 
+    @functools.cached_property
+    def cuts(self) -> list[Cut]:
+        """How many windows of preview and final each look reaches; the last one reaches all."""
+        assert self.windows is not None
+        return cuts(self.windows, self.policy.limits.sample.early_documents)
+
     @property
     def plugins(self) -> list[Guard]:
         """The guards that are not in the measure / pair / judge form."""
@@ -69,12 +77,12 @@ class Job:
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Record how long a step took, in seconds, also where it fails."""
+        """Record how long a step took in all, in seconds, also where it fails."""
         started = time.perf_counter()
         try:
             yield
         finally:
-            self.timings[name] = round(time.perf_counter() - started, 3)
+            self.timings[name] = round(self.timings.get(name, 0.0) + time.perf_counter() - started, 3)
 
     def facts(self, edit: str) -> dict[str, Any]:
         """Return what a report says of the command: time, tier, policy, intent, device, environment, plugins."""

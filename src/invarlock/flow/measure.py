@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 from invarlock.checkpoints.side import Side
 from invarlock.core.api import AdapterLike, ModelLike
 from invarlock.core.device import library_versions, thread_count
 from invarlock.eval import divergence
-from invarlock.eval.sources.base import Scores, score_all
-from invarlock.evidence.model import Evidence, ModelFacts, Runtime, canonical_digest
-from invarlock.evidence.reference import TokenReference, reference_digest
+from invarlock.eval.sources.base import Scores, Watch, score_all, scored_tokens
+from invarlock.evidence.model import Evidence, ModelFacts, Plan, Runtime, canonical_digest
+from invarlock.evidence.plan import Cut
+from invarlock.evidence.reference import TokenReference, joined, reference_digest
 from invarlock.evidence.rows import WindowRows
 from invarlock.evidence.windows import Window, Windows
 from invarlock.flow.job import Job
@@ -22,7 +24,7 @@ from invarlock.guards.invariants import stats_of
 from invarlock.guards.peaks import BlockPeaks
 from invarlock.guards.sketch import sketch_model
 
-__all__ = ["Measurement", "files_only", "measure", "model_facts"]
+__all__ = ["Measurement", "files_only", "followed", "measure", "model_facts"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,27 @@ class Measurement:
 
     evidence: Evidence
     reference: TokenReference | None = None
+
+    @property
+    def reach(self) -> Cut:
+        """How many windows of preview and final were measured."""
+        return len(self.evidence.preview.window_ids), len(self.evidence.final.window_ids)
+
+    def by_split(self) -> list[TokenReference]:
+        """Return the distributions of preview and of final."""
+        assert self.reference is not None
+        middle, end = sum(self.evidence.preview.tokens), len(self.reference.label_log_prob)
+        return [self.reference.rows(0, middle), self.reference.rows(middle, end)]
+
+    def reference_of(self, start: Cut, stop: Cut | None) -> TokenReference | None:
+        """Return the distributions of the windows of both splits from `start` to `stop`, all where None."""
+        if self.reference is None or (start, stop or self.reach) == ((0, 0), self.reach):
+            return self.reference
+        parts = []
+        for place, (split, part) in enumerate(zip(("preview", "final"), self.by_split(), strict=True)):
+            ends = list(accumulate(getattr(self.evidence, split).tokens, initial=0))
+            parts.append(part.rows(ends[start[place]], ends[(stop or self.reach)[place]]))
+        return joined(parts)
 
     @property
     def guard_stats(self) -> dict[str, dict[str, Any]]:
@@ -56,29 +79,30 @@ def _identity(side: Side, adapter: AdapterLike, **found: Any) -> ModelFacts:
 
 
 def measure(
-    job: Job, model: ModelLike, side: Side, what: str, *, reference: TokenReference | None = None
+    job: Job, model: ModelLike, side: Side, what: str, *, baseline: Measurement | None = None, cut: Cut | None = None
 ) -> Measurement:
-    """Score every window once, with the guards watching, then measure the weights.
+    """Score windows once, with the guards watching, then measure the weights.
 
-    `side` says what the model is as a checkpoint. Without `reference` this is the baseline's side, whose own is kept.
+    `side` says what the model is as a checkpoint. `baseline` is what this side is compared with; without one this is the
+    baseline's side, whose distributions are kept. `cut` says how many windows of preview and final to score, all where
+    None; `followed` adds later ones.
     """
     assert job.windows is not None
-    windows = job.windows
+    windows = job.windows if cut is None else job.windows.between((0, 0), cut)
     guards = {g.name: g for g in job.guards if isinstance(g, StatsGuard) and g.name != "invariants"}
-    watching = [guard.watch(model, job.adapter, len(windows.all)) for guard in guards.values()]
+    sampled = _first_look(job, windows)
+    watching = [guard.watch(model, job.adapter, len(sampled)) for guard in guards.values()]
     peaks = BlockPeaks(model)
-    watch = [*(one for one in watching if one is not None), peaks.watch(len(windows.all))]
-    source, keep = job.source(model), reference is None and job.policy.limits.divergence.mode != "off"
-    scored = source.score(
-        windows.all, reference=reference, keep_reference=keep, correct=job.metric.is_accuracy, watch=watch
-    )
-    scores = score_all(scored, len(windows.all), lambda done, total: job.tick(f"measuring {what}", done, total))
-    used = scores.reference if reference is None else reference
+    watch = [replace(one, windows=frozenset(sampled[i] for i in one.windows)) for one in watching if one is not None]
+    source = job.source(model)
+    scores = _score(job, model, windows, what, baseline, ((0, 0), cut), [*watch, peaks.watch(len(windows.all))])
+    used = scores.reference if baseline is None else baseline.reference
     facts = model_facts(model, job.adapter, side)
     evidence = Evidence(
         metric_kind=job.metric.kind,
         model=facts,
-        data=windows.facts(),
+        data=job.windows.facts(),
+        plan=_plan(job, cut),
         **_rows(scores, windows),
         structure=side.structure,
         guards={name: guard.measure(model, job.adapter) for name, guard in guards.items()},
@@ -90,6 +114,79 @@ def measure(
         runtime=_runtime(job, facts.dtype or "unknown", source.batch_tokens, thread_count()),
     )
     return Measurement(evidence, scores.reference)
+
+
+def followed(
+    job: Job, model: ModelLike, earlier: Measurement, what: str, cut: Cut, *, baseline: Measurement | None = None
+) -> Measurement:
+    """Score the windows between those of `earlier` and `cut`, and return the whole.
+
+    What the guards measured stays as it is: they look at weights and at windows of the first look alone.
+    """
+    assert job.windows is not None
+    start = earlier.reach
+    windows = job.windows.between(start, cut)
+    peaks = BlockPeaks(model)
+    scores = _score(job, model, windows, what, baseline, (start, cut), [peaks.watch(len(windows.all))])
+    old, rows = earlier.evidence, _rows(scores, windows)
+    more = Measurement(old.model_copy(update=rows), scores.reference)
+    reference = joined(_in_turn(earlier, more)) if scores.reference is not None else None
+    counts = (old.kl_histogram, scores.kl_histogram)
+    used = reference if baseline is None else baseline.reference
+    changes = {
+        "plan": _plan(job, cut, old.plan),
+        **{split: getattr(old, split).followed_by(rows[split]) for split in ("preview", "final")},
+        "kl_histogram": None if None in counts else [a + b for a, b in zip(*counts, strict=True)],  # type: ignore[arg-type]
+        "reference_digest": reference_digest(used) if used is not None else None,
+        "peaks": _larger(old.peaks or {}, peaks.peaks()) or None,
+    }
+    return Measurement(old.model_copy(update=changes), reference)
+
+
+def _score(
+    job: Job,
+    model: ModelLike,
+    windows: Windows,
+    what: str,
+    baseline: Measurement | None,
+    part: tuple[Cut, Cut | None],
+    watch: Sequence[Watch],
+) -> Scores:
+    keep = baseline is None and job.policy.limits.divergence.mode != "off"
+    reference = None if baseline is None else baseline.reference_of(*part)
+    scored = job.source(model).score(
+        windows.all, reference=reference, keep_reference=keep, correct=job.metric.is_accuracy, watch=watch
+    )
+    return score_all(scored, len(windows.all), lambda done, total: job.tick(f"measuring {what}", done, total))
+
+
+def _first_look(job: Job, windows: Windows) -> list[int]:
+    """Return the indices, among these windows, of those that the first look takes: guards sample among them, so that
+    they see the same however far a measurement goes."""
+    first, final = job.cuts[0]
+    return [*range(first), *range(len(windows.preview), len(windows.preview) + final)]
+
+
+def _plan(job: Job, cut: Cut | None, earlier: Plan | None = None) -> Plan | None:
+    assert job.windows is not None
+    if cut is None:
+        return None
+    whole = job.windows
+    reached = [*(earlier.reached if earlier else []), cut]
+    tokens = sum(scored_tokens(window, job.metric.task) for window in whole.all)
+    documents = len({window.document for window in whole.all})
+    return Plan(documents=documents, windows=(len(whole.preview), len(whole.final)), tokens=tokens, reached=reached)
+
+
+def _in_turn(earlier: Measurement, more: Measurement) -> list[TokenReference]:
+    """Return the distributions of two measurements, those of preview before those of final."""
+    return [part for split in range(2) for one in (earlier, more) for part in [one.by_split()[split]]]
+
+
+def _larger(old: Mapping[str, float | None], new: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Return the larger magnitudes; what is not finite is the largest."""
+    pairs = {name: (old.get(name, 0.0), new.get(name, 0.0)) for name in {**old, **new}}
+    return {name: None if a is None or b is None else max(a, b) for name, (a, b) in pairs.items()}
 
 
 def _runtime(job: Job, dtype: str, batch_tokens: int, threads: int) -> Runtime:

@@ -209,6 +209,9 @@ def _stored_baseline(job: Job, path: Path, side: Side) -> StoredBaseline:
     if ours != theirs:
         digests = f"the tokenizer of {side.id} (digest {str(ours)[:8]}) is not the baseline's ({str(theirs)[:8]})"
         raise PairingError(f"{digests}; expected the same: measure a baseline with this tokenizer", code="E002")
+    if evidence.plan is not None and evidence.plan.reached[-1] != evidence.plan.windows:
+        part = f"the baseline was measured on {sum(evidence.plan.reached[-1])} of {sum(evidence.plan.windows)} windows"
+        raise PairingError(f"{part}, since certify decided early; measure it again with --no-early-stop", code="E001")
     if side.max_length and length > side.max_length:
         lengths = f"the baseline's windows have {length} tokens, {side.id} takes at most {side.max_length}"
         raise PairingError(f"{lengths}; measure the baseline with a shorter seq_len", code="E001")

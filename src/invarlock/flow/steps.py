@@ -138,7 +138,7 @@ def measure_overhead(job: Job, model: ModelLike, measured: Measurement) -> dict[
         return {**nothing, "skipped": "INVARLOCK_SKIP_OVERHEAD_CHECK is set"}
     if not job.policy.limits.overhead.required or job.windows is None:
         return nothing
-    windows = job.windows.all
+    windows = job.windows.between((0, 0), measured.reach).all
     picked = pick_indices(len(windows), _OVERHEAD_WINDOWS)
     bare = job.score(model, [windows[i] for i in picked])
     guarded = np.array([*measured.evidence.preview.loss, *measured.evidence.final.loss], float)[picked]

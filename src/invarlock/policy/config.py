@@ -185,6 +185,7 @@ class EvalSection(_Section):
     metric: _Metric = Field(default_factory=_Metric)
     bootstrap: _Bootstrap = Field(default_factory=_Bootstrap)
     loss: _LossKind | _Loss = Field("auto", description="Another way to say metric.kind: causal means ppl_causal.")
+    early_stop: bool | None = Field(None, description="Whether `certify` decides look by look; default: it does.")
     gates_off: list[str] = Field(default_factory=list, description="Gates that `run` does not hold an edit to.")
 
     @property
@@ -246,7 +247,9 @@ class RunSettings(_Section):
         replicates = bootstrap.replicates if bootstrap.replicates is not None else metric.reps
         wanted = {
             "metrics": merge(self.metrics, _given(pm_ratio=_given(ci_level=metric.ci_level))),
-            "sample": _given(preview=self.dataset.preview_n, final=self.dataset.final_n),
+            "sample": _given(
+                preview=self.dataset.preview_n, final=self.dataset.final_n, early_stop=self.eval.early_stop
+            ),
             "bootstrap": _given(replicates=replicates, seed=bootstrap.seed),
             "guards": {
                 **_given(order=self.guards.order),

@@ -242,7 +242,10 @@ def values(c: Certificate) -> dict[str, object]:
         "primary": FORMS[r.form](getattr(pm, r.value)),
         "around": fill(f"{{pm.display_ci:[{r.form}]}}", {"pm": pm}),
         "effect": effect(pm),
-        "level": f"{pm.ci_level:.0%}",
+        "level": f"{100 * pm.ci_level:.4g}%",
+        "looks": c.looks,
+        "look": c.looks.made[-1] if c.looks else None,
+        "look_number": len(c.looks.made) if c.looks else None,
         "d": d,
         "foreign": d is not None and not d.reference_matches,
         "tail": tail,
@@ -263,7 +266,7 @@ def _figures(c: Certificate) -> Iterator[Figure]:
     primary = {"gate": "primary_metric", "always": True, "label": r.label, "short": r.short, "value": "{primary}"}
     for words in ({**primary, "note": note}, *WORDS["figures"]):
         known["gate"] = gate = gates.get(words["gate"])
-        if gate is not None or words.get("always"):
+        if (gate is not None or words.get("always")) and find(known, words.get("needs", "pm")):
             value, beside = fill(words["value"], known), fill(words["note"], known)
             if value == MISSING:
                 value, beside = "not measured", beside.rpartition(", ")[2]

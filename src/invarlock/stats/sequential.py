@@ -37,7 +37,7 @@ class Look(NamedTuple):
     level: float
 
 
-def looks(planned_documents: int, minimum: int = 1) -> list[Look]:
+def looks(planned_documents: int, minimum: int = 1, *, error: float = ERROR) -> list[Look]:
     """Return the looks at `FRACTIONS` of the planned documents, none of them at fewer than `minimum`.
 
     An early look below the minimum moves up to it; looks at the same number are one. With no more documents planned
@@ -47,7 +47,7 @@ def looks(planned_documents: int, minimum: int = 1) -> list[Look]:
         raise ConfigError(f"got {planned_documents} planned documents, minimum {minimum}; expected at least 1 each")
     counts = {min(planned_documents, max(minimum, math.ceil(t * planned_documents - 1e-9))) for t in FRACTIONS}
     ordered = sorted(counts)
-    levels = spending_levels([count / planned_documents for count in ordered])
+    levels = spending_levels([count / planned_documents for count in ordered], error)
     return [Look(count, level) for count, level in zip(ordered, levels, strict=True)]
 
 

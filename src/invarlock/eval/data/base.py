@@ -28,6 +28,7 @@ import numpy as np
 from invarlock.checkpoints.tokenizer import special_tokens_around
 from invarlock.core import settings
 from invarlock.core.exceptions import DataError, TooLittleTextError
+from invarlock.evidence.plan import document_order
 from invarlock.evidence.windows import EvaluationWindow
 
 __all__ = [
@@ -170,7 +171,9 @@ class Provider(ABC):
             pool = sorted(preview, key=lambda row: row.key)
             preview, final = pool[:preview_n], pool[preview_n:]
         around = self._around(tokenizer) if add_special_tokens else ((), ())
-        return _pack(preview, *around), _pack(final, *around)
+        order = document_order([[row.document_id for row in rows] for rows in (preview, final)], seed)
+        first, second = (sorted(rows, key=lambda row: order[row.document_id]) for rows in (preview, final))
+        return _pack(first, *around), _pack(second, *around)
 
     def _around(self, tokenizer: Tokenizer) -> tuple[Sequence[int], Sequence[int]]:
         """What stands before and after the content of every window, unscored."""
