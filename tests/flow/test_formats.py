@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from certification import Certify, reasons
+from gguf_files import Arrays, write_gguf
 from invarlock.adapters.hf import HF_Causal_Adapter
 from invarlock.checkpoints.files import resolve_folder
 from invarlock.core.exceptions import CheckpointDamagedError, ModelLoadError
@@ -148,6 +149,49 @@ def test_a_packed_baseline_that_is_damaged_is_refused(packed: Callable[..., Path
     folder = packed("bitsandbytes", _change("SCB", _with_nan))
     with pytest.raises(CheckpointDamagedError, match=MATRIX):
         certify_models(folder, folder)
+
+
+# --- GGUF -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_gguf_file_passes_against_its_original_and_perfectly_against_itself(
+    llama_model: Path, tmp_path: Path, certify_models: Certify
+) -> None:
+    pytest.importorskip("gguf")
+    file = write_gguf(llama_model, tmp_path / "m.gguf", "Q8_0")
+    good = certify_models(file, llama_model).certificate
+    assert good["verdict"] == {"status": "PASS", "reasons": []}
+    assert good["primary_metric"]["ratio_vs_baseline"] != 1.0
+    assert good["invariants"]["errors"] == []
+    itself = certify_models(file, file).certificate
+    assert itself["verdict"] == {"status": "PASS", "reasons": []}
+    assert itself["primary_metric"]["ratio_vs_baseline"] == 1.0
+
+
+def _blocks(tensors: Arrays) -> Arrays:
+    """Return the scales (float16) and codes (int8) of a matrix in Q8_0, as views."""
+    blocks = tensors["blk.1.attn_q.weight"].reshape(-1, 34)
+    return {"scales": blocks[:, :2].view("<f2"), "codes": blocks[:, 2:].view("i1")}
+
+
+GGUF_DAMAGE: dict[str, Callable[[Arrays], None]] = {
+    "sign of the scales": lambda blocks: blocks["scales"].__imul__(-1),
+    "scales times four": lambda blocks: blocks["scales"].__imul__(4),
+    "NaN scale": lambda blocks: blocks["scales"].__setitem__(3, float("nan")),
+}
+
+
+@pytest.mark.parametrize("damage", GGUF_DAMAGE)
+def test_damage_inside_a_gguf_file_fails_and_names_the_matrix(
+    damage: str, llama_model: Path, tmp_path: Path, certify_models: Certify
+) -> None:
+    pytest.importorskip("gguf")
+    file = write_gguf(
+        llama_model, tmp_path / "m.gguf", "Q8_0", change=lambda tensors: GGUF_DAMAGE[damage](_blocks(tensors))
+    )
+    certificate = certify_models(file, llama_model).certificate
+    assert certificate["verdict"]["status"] == "FAIL"
+    assert any(str(tensor).startswith(MATRIX) for _, tensor in reasons(certificate)), certificate["verdict"]
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------

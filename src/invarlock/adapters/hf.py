@@ -13,9 +13,11 @@ from packaging.version import Version
 from invarlock.adapters import state
 from invarlock.checkpoints.behaviour import load_config
 from invarlock.checkpoints.files import open_checkpoint, resolve_folder
+from invarlock.checkpoints.gguf import gguf_facts
 from invarlock.checkpoints.lora import adapter_facts
-from invarlock.checkpoints.packed import PackedFolder, packing_facts
+from invarlock.checkpoints.packed import packing_facts
 from invarlock.checkpoints.quiet import quiet_transformers
+from invarlock.checkpoints.shards import SafetensorsFolder
 from invarlock.checkpoints.side import Loading, Origin
 from invarlock.core import settings
 from invarlock.core.api import ModelAdapter, ModelLike
@@ -69,7 +71,7 @@ class HF_Adapter(ModelAdapter):
             "vocab_size": read("vocab_size"),
             "max_position_embeddings": read("max_position_embeddings", "n_positions"),
             "parameters": sum(p.numel() for p in model.parameters()),
-            **({**packing_facts(origin.folder), **adapter_facts(origin.folder)} if origin else {}),
+            **(_reading_facts(origin.folder) if origin else {}),
         }
 
     def snapshot(self, model: ModelLike) -> bytes:
@@ -179,7 +181,7 @@ class HF_Causal_Adapter(HF_Adapter):
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # what it packed is dense here, or was never packed
         dense: dict[str, Any] = {}
-        if isinstance(weights, PackedFolder):
+        if weights is not None and not isinstance(weights, SafetensorsFolder):
             dense = {"state_dict": {name: _in_type(tensor, wanted) for name, tensor in weights.tensors()}}
         try:
             with quiet_transformers():
@@ -219,6 +221,11 @@ class HF_Seq2Seq_Adapter(HF_Causal_Adapter):
     metric_kind = "ppl_seq2seq"
     auto_class_name = "AutoModelForSeq2SeqLM"
     architecture_suffixes = ("ForConditionalGeneration",)
+
+
+def _reading_facts(folder: Path) -> dict[str, Any]:
+    """Return how a checkpoint was read and is executed; {} for one of plain weights."""
+    return {**packing_facts(folder), **adapter_facts(folder), **gguf_facts(folder)}
 
 
 def _torch_dtype(name: str, device: str) -> str:

@@ -16,8 +16,10 @@ from invarlock.core.files import first_line, read_json
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-__all__ = ["behaviour", "load_config", "usable_length", "usage"]
+__all__ = ["REBUILT", "behaviour", "load_config", "usable_length", "usage"]
 
+#: stands beside a configuration and a tokenizer that were made out of the metadata of one weights file
+REBUILT = "gguf.json"
 _INERT = re.compile(
     r"^(_.*|architectures|dtype|torch_dtype|transformers_version|use_cache|.*dropout.*|.*_pdrop|initializer_.*|"
     r"id2label|label2id|num_labels|problem_type|task_specific_params|summary_.*|output_.*|return_dict.*|"
@@ -96,6 +98,11 @@ def usage(folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizer
     template = _chat_template(folder)
     if tokenizer is not None:
         found["tokenizer"] = tokenizer_usage(tokenizer)
+    if (
+        folder / REBUILT
+    ).is_file():  # it has one end of the text, no file about generation, and roles that the converter left out
+        found = {key: value for key, value in found.items() if key not in ("config", "generation", "sampling")}
+        found["rebuilt"] = "gguf"
     if tokenizer is not None or template:
         found["chat_template"] = _summary(template)
     return found

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from invarlock.checkpoints import lora
 from invarlock.checkpoints.base import Checkpoint, Format
+from invarlock.checkpoints.gguf import GGUFFolder, unfolded, weights_file
 from invarlock.checkpoints.packed import PackedFolder
 from invarlock.checkpoints.shards import SafetensorsFolder
 from invarlock.checkpoints.structure import Layout
@@ -19,6 +20,7 @@ __all__ = ["FORMATS", "open_checkpoint", "read_structure", "resolve_folder"]
 
 #: the formats that are read; the first that recognises a folder reads it
 FORMATS: tuple[Format, ...] = (
+    Format("gguf", GGUFFolder.recognises, GGUFFolder),
     Format("packed", PackedFolder.recognises, PackedFolder),
     Format("safetensors", SafetensorsFolder.recognises, SafetensorsFolder),
 )
@@ -27,8 +29,10 @@ _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.jinja"]
 
 def resolve_folder(model_id: str, revision: str | None = None) -> Path:
     """Return the local folder of a checkpoint: the path itself, or the hub's cached (or downloaded) copy. That of an
-    adapter is the one in which it is merged into its base."""
+    adapter is the one in which it is merged into its base, that of a GGUF file the one with what it says in other files."""
     folder = _local_folder(model_id, revision)
+    if (file := weights_file(folder)) is not None:
+        return unfolded(file)
     return lora.merged(folder, resolve_folder) if lora.is_adapter(folder) else folder
 
 
@@ -41,8 +45,12 @@ def _local_folder(model_id: str, revision: str | None) -> Path:
         if not any(path.iterdir()):
             raise ModelLoadError(f"folder {path} is empty; expected config.json and *.safetensors")
         return path
+    if os.path.isfile(path) and path.suffix == ".gguf":
+        return path
     if os.path.exists(path):
-        raise ModelLoadError(f"{path} is a file; expected a folder with config.json and *.safetensors")
+        raise ModelLoadError(
+            f"{path} is a file; expected a folder with config.json and *.safetensors, or a *.gguf file"
+        )
     if path.is_absolute() or model_id.startswith((".", "~")) or model_id.count("/") > 1:
         raise ModelLoadError(f"no such folder: {path}; expected a checkpoint folder or a hub id such as org/name")
     return _from_hub(model_id, revision)

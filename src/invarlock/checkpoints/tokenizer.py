@@ -13,6 +13,14 @@ if TYPE_CHECKING:
 __all__ = ["encodes_alike", "special_tokens_around", "tokenizer_facts", "tokenizer_usage"]
 
 _PROBE = "The quick brown fox — 1,234.5 naïve cafés; def f(x):\n\treturn x**2  # ok?"
+#: what tells the common rules of cutting text apart: runs of digits and blanks, contractions, scripts, marks, symbols
+_CUTS = (
+    _PROBE, "0 12 345 6789 1234567890123", "  two   spaces\t\ttabs \n\n\n lines \r\n",
+    "I'LL can't we've O'Neill 'S it's", "ÀÉî Straße ﬁne Ω≈ç√ 3.14e-10 #$%^&*()_+{}|:<>?", "e\u0301a\u0300 🚀🇩🇪 ☃️",
+    "Нельзя 你好，世界 こんにちは 한국어 ไทย हिन्दी שלום مرحبا", "camelCaseHTTPServer snake_case __init__ //comment\n/* x */",
+    "<|endoftext|> <s> </s> [INST] [MASK]",
+)  # fmt: skip
+_SPREAD = 4096
 _PER_CALL = ("version", "truncation", "padding")  # in the serialised state, and no part of what a checkpoint says
 _NO_IDS = ("trim_offsets", "special")  # settings that change no id
 _BATCH = 64
@@ -39,10 +47,23 @@ def tokenizer_facts(tokenizer: PreTrainedTokenizerBase | None, version: int = 2)
 def tokenizer_usage(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return what tells a tokenizer that encodes otherwise from one whose special tokens have other roles.
 
-    `encoding` is the digest without the roles, `first_digest` the one of version 1.
+    `encoding` is the digest without the roles, `first_digest` the one of version 1. `effect` is what stays the same where
+    a tokenizer was made again out of another format's metadata: ids of all tokens, and how texts and tokens are cut.
     """
     first, _ = tokenizer_facts(tokenizer, version=1)
-    return {"roles": _roles(tokenizer), "encoding": _digest(_state(tokenizer)), "first_digest": first}
+    roles, encoding, effect = _roles(tokenizer), _digest(_state(tokenizer)), _digest(_effect(tokenizer))
+    return {"roles": roles, "encoding": encoding, "first_digest": first, "effect": effect}
+
+
+def _effect(tokenizer: PreTrainedTokenizerBase) -> list[object]:
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    tokens = [[number] for _, number in vocabulary[:: -(-len(vocabulary) // _SPREAD)]]
+    texts = [*_CUTS, *(tokenizer.decode(token, clean_up_tokenization_spaces=False) for token in tokens)]
+    return [
+        vocabulary,
+        tokenizer(texts, verbose=False, add_special_tokens=False)["input_ids"],
+        tokenizer("a")["input_ids"],
+    ]
 
 
 def special_tokens_around(tokenizer: Callable[..., Mapping[str, Any]]) -> tuple[list[int], list[int]]:

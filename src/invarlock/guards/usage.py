@@ -76,7 +76,8 @@ def usage_findings(old: Stats, new: Stats) -> Iterator[Finding]:
         if was is None or now is None:
             continue
         for role in sorted(was.keys() | now.keys()):
-            if was.get(role) != now.get(role) and role not in new["behaviour"]:
+            untold = role not in now and after.get("rebuilt") or role not in was and before.get("rebuilt")
+            if was.get(role) != now.get(role) and role not in new["behaviour"] and not untold:
                 places.setdefault((role, repr(was.get(role)), repr(now.get(role))), []).append(file)
     for (role, was_one, is_one), files in places.items():
         message = f"{role} is {is_one} ({', '.join(files)}); the baseline has {was_one}"
@@ -109,8 +110,10 @@ def tokenizer_findings(old: Stats, new: Stats, structure: Structure) -> Iterator
         message = f"the tokenizer was not evaluated: the {side} has none"
         yield _finding("tokenizer_not_evaluated", message, "note")
     elif ours and theirs and ours != theirs:
-        if facts and known and facts["encoding"] == known["encoding"]:
-            if facts["roles"] == known["roles"]:  # else each role is named
+        rebuilt = any((side.get("usage") or {}).get("rebuilt") for side in (new, old))
+        kind = "effect" if rebuilt else "encoding"
+        if facts and known and facts[kind] == known.get(kind):
+            if facts["roles"] == known["roles"] and not rebuilt:  # else each role is named
                 message = "the tokenizer flags other tokens as special than the baseline's"
                 yield _finding("role_changed", message, "usage")
         else:
