@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from invarlock.cli.app import app
+from invarlock.core import network
 
 Cli = Callable[..., Result]
 Script = Callable[..., subprocess.CompletedProcess[str]]
@@ -26,10 +26,8 @@ def cli(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cli]:
     """Run the command line within this process; the network and the log are as they were afterwards."""
     for switch in _HF_SWITCHES:
         monkeypatch.setenv(switch, os.environ.get(switch, "1"))
-    for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, getattr(socket.socket, name))
-    for name in ("getaddrinfo", "gethostbyname", "gethostbyname_ex", "gethostbyaddr"):
-        monkeypatch.setattr(socket, name, getattr(socket, name))
+    monkeypatch.setattr(network, "_closed", network._closed)
+    monkeypatch.setenv(network._INHERITED, str(os.getpid()))
     logger = logging.getLogger("invarlock")
     before = (logger.handlers[:], logger.level, logger.propagate)
     yield lambda *arguments: CliRunner().invoke(app, list(arguments))

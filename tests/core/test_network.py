@@ -49,6 +49,11 @@ def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
         'socket.socket(socket.AF_INET6).connect, ("2001:db8::1", 80)',
         'socket.socket(type=socket.SOCK_DGRAM).sendto, b"x", ("192.0.2.1", 53)',
         'socket.socket(type=socket.SOCK_DGRAM).sendto, b"x", 0, ("192.0.2.1", 53)',
+        'socket.socket(type=socket.SOCK_DGRAM).sendmsg, [b"x"], [], 0, ("192.0.2.1", 53)',
+        'socket._socket.socket(socket.AF_INET, socket.SOCK_STREAM).connect, ("192.0.2.1", 80)',
+        'socket.socket.__base__.connect_ex, socket.socket(), ("192.0.2.1", 80)',
+        'socket._socket.getaddrinfo, "example.org", 80',
+        'socket.getnameinfo, ("192.0.2.1", 80), 0',
         'socket.getaddrinfo, "example.org", 80',
         'socket.gethostbyname, "example.org"',
         'socket.gethostbyname_ex, "example.org"',
@@ -82,11 +87,29 @@ def test_the_offline_switches_of_hugging_face_are_set() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import invarlock.core.network, socket; socket.socket().connect(('192.0.2.1', 80))",
+        "import os; assert os.environ['HF_HUB_OFFLINE'] == os.environ['TRANSFORMERS_OFFLINE'] == '1'; raise SystemExit(3)",
+    ],
+    ids=["a worker that imports it", "another program"],
+)
+def test_child_processes_inherit_it(code: str) -> None:
+    done = _run(
+        f"""
+        import subprocess, sys
+        done = subprocess.run([sys.executable, "-c", {code!r}], capture_output=True, text=True)
+        assert done.returncode == 3 or "INVARLOCK_ALLOW_NETWORK=1" in done.stderr, done.stderr
+        """
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_permission_opens_it() -> None:
     code = """
     assert "HF_HUB_OFFLINE" not in os.environ
     assert not refused(socket.socket().connect_ex, ("127.0.0.1", 9))
-    assert socket.socket.connect is socket._socket.socket.connect
     """
     done = _run(code, INVARLOCK_ALLOW_NETWORK="1")
     assert done.returncode == 0, done.stderr

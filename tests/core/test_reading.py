@@ -165,3 +165,10 @@ def test_a_certificate_that_would_take_minutes_is_refused(kind: str) -> None:
 
 def test_half_a_surrogate_pair_in_a_name_can_be_written() -> None:
     assert plain({"id": "a\udcff"}) == {"id": "a\\udcff"}
+
+
+def test_the_page_names_every_limit() -> None:
+    page = (Path(__file__).parents[2] / "docs/reference/safety.md").read_text(encoding="utf-8")
+    for limit in LIMITS.values():
+        size = f"{limit.size // 1000} KB" if limit.size < 10**6 else f"{limit.size // 10**6} MB"
+        assert not limit.size or f"| {size} |" in page

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from invarlock.core.exceptions import ConfigError, InvarlockError
+from invarlock.core.leftovers import SNAPSHOTS, owned_folder, owned_name
 from invarlock.core.reading import parse_json, read_regular
 
 __all__ = ["first_line", "plain", "private_folder", "read_json", "write_json", "write_together", "write_whole"]
@@ -55,7 +56,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Write `content` under a temporary name in the same folder, then rename it: readers see all of it or nothing."""
     data = content.encode("utf-8") if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=owned_name(f".{path.name}."), suffix=".part")
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
@@ -72,14 +73,14 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def write_together(folder: Path, files: Mapping[str, str | bytes]) -> None:
     """Write several files so that none appears under its name before all are complete on disk."""
     folder.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=folder, prefix=".staging-"))
-    try:
-        for name, content in files.items():
-            write_whole(staging / name, content)
-        for name in files:
-            os.replace(staging / name, folder / name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with owned_folder(folder, ".staging-") as staging:
+        try:
+            for name, content in files.items():
+                write_whole(staging / name, content)
+            for name in files:
+                os.replace(staging / name, folder / name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -95,8 +96,8 @@ def read_json(path: Path, what: str, error: type[InvarlockError] = ConfigError, 
 @contextlib.contextmanager
 def private_folder(parent: Path | None = None) -> Iterator[Path]:
     """Yield a temporary folder that only this user can read (0700); removed at the end, whatever ends it."""
-    folder = Path(tempfile.mkdtemp(prefix="invarlock-", dir=parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with owned_folder(parent, SNAPSHOTS) as folder:
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)

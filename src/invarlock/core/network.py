@@ -1,16 +1,19 @@
 """No network unless `INVARLOCK_ALLOW_NETWORK=1`.
 
-Enforced twice: by the Hugging Face offline switches, set before those libraries are imported, and where sockets are
-opened. Addresses on this machine (loopback, Unix sockets) stay open; name look-ups are refused too.
+Enforced twice: by the Hugging Face offline switches, set before those libraries are imported, and by an audit hook that
+the interpreter calls before any socket of this process connects, sends or looks up a name, from whichever module. Addresses
+on this machine (loopback, Unix sockets) stay open.
+
+Not enforced: code that is not Python's (a native library that opens sockets of its own) and other programs. Child processes
+inherit the switches; those of Python that import InvarLock (workers of `multiprocessing`) close their sockets too.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import os
-import socket
-from collections.abc import Callable
-from typing import TypeVar
+import sys
+from typing import Any
 
 from invarlock.core import settings
 from invarlock.core.exceptions import NetworkError
@@ -18,12 +21,14 @@ from invarlock.core.exceptions import NetworkError
 __all__ = ["enforce_network_policy", "network_allowed"]
 
 _SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
-_METHODS = {name: getattr(socket.socket, name) for name in ("connect", "connect_ex", "sendto")}
-_LOOK_UPS = {
-    name: getattr(socket, name) for name in ("getaddrinfo", "gethostbyname", "gethostbyname_ex", "gethostbyaddr")
-}
-
-T = TypeVar("T")
+_INHERITED = "_INVARLOCK_NETWORK_CLOSED_BY"  # set for child processes: the id of the process that closed it
+#: events of the interpreter, and which of their arguments is the address
+_EVENTS = {
+    "socket.connect": 1, "socket.sendto": 1, "socket.sendmsg": 1, "socket.getaddrinfo": 0, "socket.gethostbyname": 0,
+    "socket.gethostbyaddr": 0, "socket.getnameinfo": 0,
+}  # fmt: skip
+_closed = False  # whether this process's sockets are; an audit hook cannot be taken out again
+_hooked = False
 
 
 def network_allowed() -> bool:
@@ -48,24 +53,15 @@ def _refuse(host: object) -> None:
         )
 
 
-def _guarded(original: Callable[..., T]) -> Callable[..., T]:
-    """Wrap a method of sockets whose last argument is the address."""
-
-    def connect(self: socket.socket, *arguments: object) -> T:
-        address = arguments[-1]
-        if self.family in (socket.AF_INET, socket.AF_INET6) and isinstance(address, tuple):
-            _refuse(address[0])
-        return original(self, *arguments)
-
-    return connect
-
-
-def _guarded_look_up(original: Callable[..., T]) -> Callable[..., T]:
-    def look_up(host: object, *arguments: object, **options: object) -> T:
-        _refuse(host)
-        return original(host, *arguments, **options)
-
-    return look_up
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    place = _EVENTS.get(event)
+    if place is None or not _closed:
+        return
+    address = arguments[place]
+    if isinstance(address, tuple):  # (host, port, ...); that of a Unix socket is text
+        _refuse(next((part for part in address[:1] if isinstance(part, (str, bytes))), None))
+    elif place == 0:
+        _refuse(address)
 
 
 def enforce_network_policy() -> None:
@@ -73,11 +69,17 @@ def enforce_network_policy() -> None:
 
     A library user who imports InvarLock keeps their process as it is; they call this function to get the same policy.
     """
+    global _closed, _hooked
     if network_allowed():
         return
     for switch in _SWITCHES:
         os.environ[switch] = "1"  # also over a "0": the variable of ours alone opens the network
-    for name, method in _METHODS.items():
-        setattr(socket.socket, name, _guarded(method))
-    for name, function in _LOOK_UPS.items():
-        setattr(socket, name, _guarded_look_up(function))
+    os.environ[_INHERITED] = str(os.getpid())
+    _closed = True
+    if not _hooked:
+        sys.addaudithook(_audit)
+        _hooked = True
+
+
+if os.environ.get(_INHERITED, str(os.getpid())) != str(os.getpid()):
+    enforce_network_policy()  # a child of a process that closed it

@@ -22,6 +22,7 @@ from invarlock.core.api import GuardWithPrepare, RunReport
 from invarlock.core.device import make_deterministic
 from invarlock.core.events import EventLog
 from invarlock.core.exceptions import CheckpointDamagedError, ConfigError, EditError, PairingError
+from invarlock.core.leftovers import sweep
 from invarlock.core.registry import nearest
 from invarlock.evidence.plan import Cut
 from invarlock.evidence.reference import TokenReference
@@ -146,6 +147,7 @@ def certify(request: CertifyRequest, tick: Tick | None = None) -> CertifyOutcome
     and for a damaged baseline, DataError for text that cannot serve, PairingError (E001 … E006) where the sides cannot
     be compared, ConfigError for a request that makes no sense.
     """
+    sweep(request.out)
     policy = resolve_policy(request.tier, request.profile, overrides=request.overrides)
     guards = steps.create_guards(tuple(dict.fromkeys(policy.values["guards"]["order"])), request.guard_arguments)
     job = open_job(

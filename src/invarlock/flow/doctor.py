@@ -23,6 +23,7 @@ from invarlock.core import registry, settings
 from invarlock.core.exceptions import ConfigError, InvarlockError
 from invarlock.core.files import read_json
 from invarlock.core.inventory import inventory
+from invarlock.core.leftovers import find_leftovers
 from invarlock.core.network import network_allowed
 from invarlock.core.registry import nearest
 from invarlock.eval.data import Wikitext2Provider
@@ -47,6 +48,7 @@ CODES: dict[str, tuple[Level, str]] = {
     "D008": ("WARNING", "an environment variable weakens or skips a check"),
     "D009": ("ERROR", "the temporary folder cannot be written, or is nearly full"),
     "D010": ("WARNING", "a plugin is broken, or two claim one name"),
+    "D011": ("NOTE", "a killed run left files behind"),
     "D020": ("ERROR", "the configuration is wrong"),
     "D021": ("ERROR", "a file or folder that the configuration names is not there"),
     "D022": ("WARNING", "the network would be needed and is off"),
@@ -103,7 +105,15 @@ class Finding:
 def examine(request: Request) -> list[Finding]:
     """Run every check and return what was found, gravest first; an empty list means that nothing is remarkable."""
     found: list[Finding] = []
-    for check in (_environment_variables, _libraries, _temporary_folder, _plugins, _configuration, _reports):
+    for check in (
+        _environment_variables,
+        _libraries,
+        _temporary_folder,
+        _leftovers,
+        _plugins,
+        _configuration,
+        _reports,
+    ):
         try:
             found += check(request)
         except ConfigError as error:  # a malformed variable or profile also stops the checks that read it
@@ -170,6 +180,12 @@ def _temporary_folder(request: Request) -> Iterator[Finding]:
             raise OSError(f"{folder} has {free / 1e9:.1f} GB free, and snapshots need more")
     except OSError as error:
         yield Finding("D009", f"temporary files have no place: {error}; set TMPDIR to a folder on a larger disk")
+
+
+def _leftovers(request: Request) -> Iterator[Finding]:
+    found = [*find_leftovers(Path(tempfile.gettempdir()), depth=1), *find_leftovers(Path("runs"))]
+    for path in found:
+        yield Finding("D011", f"{path} is left of a run that was killed; the next run under the same folder removes it")
 
 
 def _plugins(request: Request) -> Iterator[Finding]:

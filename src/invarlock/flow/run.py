@@ -19,6 +19,7 @@ from invarlock.checkpoints.side import Loading, Side
 from invarlock.core import registry, settings
 from invarlock.core.api import AdapterLike, ModelLike, RunConfig, RunReport
 from invarlock.core.exceptions import ConfigError, PairingError, RunInterruptedError
+from invarlock.core.leftovers import sweep
 from invarlock.evidence.windows import Windows
 from invarlock.flow import steps
 from invarlock.flow.execute import CoreRunner, StoredBaseline
@@ -130,6 +131,7 @@ def run(request: RunRequest, tick: Tick | None = None) -> RunOutcome:
     DataError and PairingError (E001 … E006) for what cannot be started; then nothing is written.
     """
     started, chosen = time.monotonic(), request.settings
+    sweep(request.out)
     job = _open(chosen, request.profile, tick)
     if request.until_pass:
         weaker_plan(chosen.edit.name or _NOOP, _whole_plan(chosen))

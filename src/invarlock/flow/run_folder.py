@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from invarlock.core import settings
 from invarlock.core.exceptions import ConfigError
 from invarlock.core.files import read_json, write_json
+from invarlock.core.leftovers import owned_folder
 
 __all__ = [
     "EVIDENCE",
@@ -75,12 +75,13 @@ def staged_folder(target: Path, *, keep: bool = False) -> Iterator[Path]:
     """
     require_free(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part"))
-    try:
-        yield staging
-        staging.chmod(0o755)
-        os.replace(staging, target)
-    except BaseException:
-        if not keep:
+    with owned_folder(target.parent, f".{target.name}.", ".part") as staging:
+        try:
+            yield staging
+            staging.chmod(0o755)
+            os.replace(staging, target)
+        except BaseException:
+            if keep:  # under a name that is nobody's, so that no later run removes it
+                os.replace(staging, target.with_name(f".{target.name}.kept.part"))
             shutil.rmtree(staging, ignore_errors=True)
-        raise
+            raise
