@@ -6,6 +6,7 @@
    configuration that acts on longer texts than the windows are.
 2. Under intent `restructure` the subject is built differently on purpose: shapes, names and layer counts are notes, and
    behaviour is judged in full. What its own architecture needs and does not have stays a failure.
+3. Under intent `finetune` rows of embeddings may have been trained; that they hold what other rows held stays a failure.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ _REBUILT = (
     "rmt_unusable", "variance_tap",
 )  # fmt: skip
 
+#: rows that training may have written anew, such as those of tokens that got a meaning
+_TRAINED = ("rows_overwritten", "rows_scaled")
+
 Finding = Mapping[str, Any]
 
 
@@ -54,6 +58,8 @@ def with_notes(sections: Mapping[str, GuardSection], r: Recorded, found: Figures
             lambda section, f: f["code"] in _REBUILT and f.get("module") not in needed,
             "of what was built differently are noted under intent restructure",
         )
+    if r.meta.intent == "finetune":
+        sections = _noted(sections, lambda section, f: f["code"] in _TRAINED, "on rows only warn under intent finetune")
     if not behaviour_preserved(found):
         return dict(sections)
     return _noted(sections, _exercised, "on weights that every token passes through are noted: behaviour is preserved")

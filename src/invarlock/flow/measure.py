@@ -22,8 +22,11 @@ from invarlock.flow.job import Job
 from invarlock.guards.base import StatsGuard
 from invarlock.guards.invariants import stats_of
 from invarlock.guards.peaks import BlockPeaks
+from invarlock.guards.rows import standing_rows
 from invarlock.guards.sketch import sketch_model
+from invarlock.guards.spectral import SpectralGuard
 
+_MOST_ROWS = 64
 __all__ = ["Measurement", "files_only", "followed", "measure", "model_facts"]
 
 
@@ -113,7 +116,22 @@ def measure(
         peaks=peaks.peaks() or None,
         runtime=_runtime(job, facts.dtype or "unknown", source.batch_tokens, thread_count()),
     )
+    if baseline is not None:
+        _name_rows(baseline.evidence, evidence, side)
     return Measurement(evidence, scores.reference)
+
+
+def _name_rows(baseline: Evidence, subject: Evidence, side: Side) -> None:
+    """Add to the subject's measurements the texts of the tokens whose rows stand out, those of special tokens first."""
+    name, tokenizer = SpectralGuard.name, side.tokenizer
+    if tokenizer is None or not {name} <= baseline.guards.keys() & subject.guards.keys():
+        return
+    rows = standing_rows(baseline.guards[name], subject.guards[name], at_least=len(tokenizer))
+    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+    first = sorted(rows, key=lambda row: (row not in special, row))[:_MOST_ROWS]
+    if first:
+        texts = tokenizer.convert_ids_to_tokens(first)
+        subject.guards[name]["tokens"] = [[row, str(text)] for row, text in zip(first, texts, strict=True)]
 
 
 def followed(

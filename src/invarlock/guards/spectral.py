@@ -21,6 +21,7 @@ from invarlock.eval.sources.base import Source
 from invarlock.evidence.windows import Window
 from invarlock.guards.base import Facts, Finding, Policy, Result, Stats, StatsGuard, by_name, finding, result
 from invarlock.guards.families import WeightMatrix, unreadable_weights, weight_matrices
+from invarlock.guards.rows import NamedTokens, compare_rows, row_codes, row_findings
 from invarlock.stats.linalg import (
     SIGMA_CONTRACT,
     finite,
@@ -80,13 +81,15 @@ class SpectralGuard(StatsGuard):
 
     def pair(self, baseline: Stats, subject: Stats) -> Facts:
         both, missing, extra = by_name(baseline["modules"], subject["modules"])
+        tokens = subject.get("tokens") or []
         packed, packed_now = set(baseline["unreadable"]), set(subject["unreadable"])
         return {
-            "modules": [_pair(old, new) for old, new in both],
+            "modules": [_pair(old, new, tokens) for old, new in both],
             "missing": [name for name in missing if name not in packed | packed_now],
             "extra": [name for name in extra if name not in packed | packed_now],
             "not_comparable": sorted(packed | packed_now),
             "packed_differently": sorted(packed ^ packed_now),
+            **({"tokens": tokens} if tokens else {}),
         }
 
     def judge(self, facts: Facts, policy: Policy) -> Result:
@@ -101,7 +104,9 @@ class SpectralGuard(StatsGuard):
         severities = dict.fromkeys((*facts["missing"], *facts["extra"]), _MAX_SEVERITY)
         for module in modules:
             fatal, mild, severities[module["name"]] = _judge_module(module)
-            errors += fatal
+            rows = row_findings(module["name"], module.get("changed_rows"), facts.get("tokens") or ())
+            severities[module["name"]] = _MAX_SEVERITY if rows else severities[module["name"]]
+            errors += [*rows, *fatal]
             warnings += mild
         violations = _violations(modules, policy)
         (errors if len(violations) > policy["max_caps"] else warnings).extend(violations)
@@ -165,6 +170,7 @@ def _measure(weight: WeightMatrix) -> dict[str, Any]:
         "frobenius": finite(math.sqrt(float(np.square(rows).sum()))),
         "rows": pack(rows if in_order else _profile(rows)),
         "columns": pack(_profile(columns)),
+        **({"directions": row_codes(tensor)} if in_order else {}),
     }
 
 
@@ -178,7 +184,9 @@ def _profile(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(ordered[picked], dtype=np.float64)
 
 
-def _pair(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+def _pair(before: Mapping[str, Any], after: Mapping[str, Any], tokens: NamedTokens) -> dict[str, Any]:
+    tables = [(unpack(side["rows"]), side["directions"]) for side in (before, after) if "directions" in side]
+    rows = compare_rows(tables[0], tables[1], [number for number, _ in tokens]) if len(tables) == 2 else None
     return {
         "name": before["name"],
         "family": before["family"],
@@ -187,6 +195,7 @@ def _pair(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]
         "row_norm": _extremes(_vector_norms(before, "rows"), _vector_norms(after, "rows")),
         "column_norm": _extremes(_vector_norms(before, "columns"), _vector_norms(after, "columns")),
         "by_row": before["role"] != "linear",
+        **({"changed_rows": rows} if rows is not None and rows["rows"] else {}),
     }
 
 
