@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from invarlock.checkpoints.behaviour import behaviour, load_config, usable_length, usage
-from invarlock.checkpoints.tokenizer import encodes_alike, tokenizer_facts
+from invarlock.checkpoints.tokenizer import encoded_differently, tokenizer_facts
 from invarlock.core.exceptions import ModelLoadError
 from invarlock.evidence.model import Structure, TensorFacts
 from invarlock.guards import InvariantsGuard
@@ -65,7 +65,7 @@ def test_another_form_of_the_same_tokenizer_has_the_same_digest(tokenizer: Any, 
     assert tokenizer_facts(again) == facts
     again("a text that is cut and padded", truncation=True, padding="max_length", max_length=4)
     assert tokenizer_facts(again) == facts
-    assert encodes_alike(tokenizer, again, ["some text", "def f(x): return x"] * 40) is None
+    assert encoded_differently(tokenizer, again, ["some text", "def f(x): return x"] * 40) == []
 
 
 def _lowercase(data: dict[str, Any]) -> None:
@@ -116,8 +116,8 @@ def test_the_first_text_that_is_encoded_otherwise_is_found(tokenizer: Any, tmp_p
     _edit(tmp_path / "tokenizer.json", _lowercase)
     other = AutoTokenizer.from_pretrained(tmp_path)
     plain = ["all in small letters"] * 70
-    assert encodes_alike(tokenizer, other, plain) is None
-    assert encodes_alike(tokenizer, other, [*plain, "With A Capital", "And Another"]) == "With A Capital"
+    assert encoded_differently(tokenizer, other, plain) == []
+    assert encoded_differently(tokenizer, other, ["With A Capital", *plain, "And Another"]) == [0, len(plain) + 1]
 
 
 # -- usage and what is said of it -------------------------------------------------------------------------------------

@@ -231,6 +231,7 @@ def _measured(
         culprits=changed,
         same_weights=same,
         peaks=r.activation_peaks,
+        experts=r.experts,
         types=(shipped_type(r.structure.baseline), shipped_type(r.structure.subject)),
         planned=r.looks,
     )

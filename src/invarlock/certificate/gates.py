@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from invarlock.certificate.figures import Figures
 from invarlock.certificate.schema import (
+    ExpertsRecord,
     Gate,
     GateDecision,
     GuardSection,
@@ -62,6 +63,7 @@ class Measured:
     peaks: PeaksRecord | None = None
     types: tuple[str | None, str | None] = (None, None)  # that the two sides ship in
     planned: LooksRecord | None = None  # where less than the planned text may decide
+    experts: ExpertsRecord | None = None
 
     def named(self, reason: str) -> str:
         """Add the weights at fault to a behavioural failure."""

@@ -2,8 +2,8 @@
 
 1. Where the behaviour is preserved to rounding, weights that every token passes through may differ: folded norm gains,
    smoothing, rotations and a head stored beside its embedding change weights and nothing else. What no token of the
-   windows shows stays a failure: rows of embeddings and heads, values that are not finite, missing tensors, and
-   configuration that acts on longer texts than the windows are.
+   windows shows stays a failure: rows of embeddings and heads, experts that no token was routed to, values that are not
+   finite, missing tensors, and configuration that acts on longer texts than the windows are.
 2. Under intent `restructure` the subject is built differently on purpose: shapes, names and layer counts are notes, and
    behaviour is judged in full. What its own architecture needs and does not have stays a failure.
 3. Under intent `finetune` rows of embeddings may have been trained; that they hold what other rows held stays a failure.
@@ -17,6 +17,7 @@ from typing import Any
 
 from invarlock.certificate.figures import Figures
 from invarlock.certificate.schema import GuardSection, Recorded
+from invarlock.guards.routing import expert_of, not_exercised
 
 __all__ = ["Finding", "behaviour_preserved", "with_notes"]
 
@@ -62,7 +63,12 @@ def with_notes(sections: Mapping[str, GuardSection], r: Recorded, found: Figures
         sections = _noted(sections, lambda section, f: f["code"] in _TRAINED, "on rows only warn under intent finetune")
     if not behaviour_preserved(found):
         return dict(sections)
-    return _noted(sections, _exercised, "on weights that every token passes through are noted: behaviour is preserved")
+    idle = not_exercised(r.experts.baseline, r.experts.subject) if r.experts is not None else set()
+
+    def noted(section: GuardSection, finding: Finding) -> bool:
+        return _exercised(section, finding) and expert_of(str(finding.get("module"))) not in idle
+
+    return _noted(sections, noted, "on weights that every token passes through are noted: behaviour is preserved")
 
 
 def _exercised(section: GuardSection, finding: Finding) -> bool:

@@ -15,6 +15,7 @@ from invarlock.certificate.schema import (
     SCHEMA_VERSION,
     BaselineRecord,
     DivergenceRecord,
+    ExpertsRecord,
     LooksRecord,
     Meta,
     MetricChoice,
@@ -93,6 +94,7 @@ def record(report: Report, baseline: Report) -> Recorded:
         data=subject.data,
         weights=WeightsRecord(changes=[] if refused else _changes(reference, subject, families)),
         activation_peaks=_peaks(reference, subject),
+        experts=_experts(reference, subject),
         evaluation_windows={
             split: pair_rows(
                 _reached(subject if refused else reference, subject, split), getattr(subject, split), split
@@ -224,6 +226,12 @@ def _peaks(baseline: Evidence, subject: Evidence) -> PeaksRecord | None:
     if baseline.peaks is None or subject.peaks is None:
         return None
     return PeaksRecord(baseline=baseline.peaks, subject=subject.peaks)
+
+
+def _experts(baseline: Evidence, subject: Evidence) -> ExpertsRecord | None:
+    if baseline.experts is None or subject.experts is None:
+        return None
+    return ExpertsRecord(baseline=baseline.experts, subject=subject.experts)
 
 
 def _divergence(baseline: Evidence, subject: Evidence) -> DivergenceRecord | None:

@@ -25,6 +25,7 @@ __all__ = [
     "Dataset",
     "Divergence",
     "DivergenceRecord",
+    "ExpertsRecord",
     "Gate",
     "GateDecision",
     "GuardRecord",
@@ -355,6 +356,13 @@ class Looks(LooksRecord):
     share_used: float
 
 
+class ExpertsRecord(Plain):
+    """How many tokens were routed to each expert on the two sides, by the block that holds them."""
+
+    baseline: dict[str, list[int]]
+    subject: dict[str, list[int]]
+
+
 class BaselineRecord(Plain):
     model_config = _RECORD
 
@@ -413,6 +421,7 @@ class Recorded(Plain):
     evaluation_windows: dict[Split, PairedRows]
     activation_peaks: Annotated[PeaksRecord | None, ABSENT] = None
     looks: Annotated[LooksRecord | None, ABSENT] = None  # None: all of the text, in one look
+    experts: Annotated[ExpertsRecord | None, ABSENT] = None
 
     @property
     def refused(self) -> str | None:

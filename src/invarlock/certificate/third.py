@@ -15,6 +15,7 @@ from invarlock.certificate.guards import GUARDS
 from invarlock.certificate.schema import GateDecision
 from invarlock.certificate.second import SECOND_ESTIMATORS, SECOND_GATES, effective_documents
 from invarlock.guards.base import StatsGuard
+from invarlock.guards.routing import expert_of, not_exercised
 
 __all__ = ["GATE_NAMES", "THIRD_ESTIMATORS", "THIRD_GATES", "THIRD_JUDGES"]
 
@@ -42,11 +43,38 @@ def _second(name: str, **changes: Any) -> GateKind:
     return replace(next(kind for kind in SECOND_GATES if kind.name == name), **changes)
 
 
+def _experts(m: Measured) -> Outcome | None:
+    """Let no change of an expert pass that the text did not reach, and say which those are."""
+    if m.experts is None:
+        return None
+    idle = not_exercised(m.experts.baseline, m.experts.subject)
+    total = sum(map(len, m.experts.baseline.values()))
+    if not idle:
+        return Outcome(0.0, 0.0, "tokens routed", "pass", f"each of {total} experts got tokens on a side")
+    reason = f"experts not exercised: {len(idle)} of {total}, {_listed(idle)}"
+    rows = m.culprits.named if m.culprits is not None else []
+    struck = [row for row in rows if expert_of(str(row["name"])) in idle]
+    decision: GateDecision = "pass" if m.same_weights else "warn"
+    if struck:
+        decision = "warn" if m.intent == "finetune" else "fail"
+        reason += f"; their weights stand out: {struck[0]['name']} ({struck[0]['what']})"
+        reason += f" and {len(struck) - 1} more" if len(struck) > 1 else ""
+    return Outcome(float(len(idle)), 0.0, "tokens routed", decision, reason)
+
+
+def _listed(experts: set[tuple[str, int]]) -> str:
+    blocks: dict[str, list[int]] = {}
+    for block, number in sorted(experts):
+        blocks.setdefault(block, []).append(number)
+    shown = [f"{block} {', '.join(map(str, numbers[:8]))}" for block, numbers in list(blocks.items())[:3]]
+    return "; ".join(shown) + (" and more" if len(blocks) > 3 or any(len(n) > 8 for n in blocks.values()) else "")
+
+
 _CHANGED: Mapping[str, GateKind] = {
     "sample_size": _second("sample_size", check=_sample),
     "activation_range": _second("activation_range", at_end=True),
 }
-_ADDED: tuple[GateKind, ...] = ()
+_ADDED: tuple[GateKind, ...] = (GateKind("experts_exercised", _experts, at_end=True),)
 THIRD_GATES: tuple[GateKind, ...] = (*(_CHANGED.get(kind.name, kind) for kind in SECOND_GATES), *_ADDED)
 #: what a gate may be called; that of a plugin guard is `plugin:<its name>`
 GATE_NAMES = tuple(kind.name for kind in THIRD_GATES if kind.name != PLUGINS)

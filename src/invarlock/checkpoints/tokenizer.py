@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["encodes_alike", "special_tokens_around", "tokenizer_facts", "tokenizer_usage"]
+__all__ = ["encoded_differently", "special_tokens_around", "tokenizer_facts", "tokenizer_usage"]
 
 _PROBE = "The quick brown fox — 1,234.5 naïve cafés; def f(x):\n\treturn x**2  # ok?"
 #: what tells the common rules of cutting text apart: runs of digits and blanks, contractions, scripts, marks, symbols
@@ -78,15 +78,17 @@ def special_tokens_around(tokenizer: Callable[..., Mapping[str, Any]]) -> tuple[
     return [], []  # one that encodes the text itself otherwise with them
 
 
-def encodes_alike(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, texts: Sequence[str]) -> str | None:
-    """Return the first text that the two encode differently, special tokens included; None where there is none."""
+def encoded_differently(
+    ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> list[int]:
+    """Return which of the texts the two encode differently, special tokens included, by their places."""
+    found: list[int] = []
     for start in range(0, len(texts), _BATCH):
         batch: list[str] = list(texts[start : start + _BATCH])
         sides = (tokenizer(batch, verbose=False)["input_ids"] for tokenizer in (ours, theirs))
-        for text, here, there in zip(batch, next(sides), next(sides), strict=True):
-            if here != there:
-                return text
-    return None
+        pairs = enumerate(zip(next(sides), next(sides), strict=True), start)
+        found += [place for place, (here, there) in pairs if here != there]
+    return found
 
 
 def _state(tokenizer: PreTrainedTokenizerBase) -> list[object]:

@@ -76,7 +76,8 @@ class ModelFacts(Plain):
 class DataFacts(Plain):
     """Where the windows came from; `digest` covers ids, documents and tokens. `prefix` and `suffix` are the special
     tokens around every window, not scored; evidence of earlier releases, which had none, does not say. `slices`: the
-    same of each kind of text, by name, where there are several."""
+    same of each kind of text, by name, where there are several. `vocabulary_seen`: how many ids the windows hold (`seen`)
+    of how many (`size`), the `share`, and `unseen_mass` (`stats.coverage`)."""
 
     provider: str
     options: dict[str, Any] = Field(default_factory=dict)
@@ -90,6 +91,7 @@ class DataFacts(Plain):
     prefix: Annotated[list[int] | None, ABSENT] = None
     suffix: Annotated[list[int] | None, ABSENT] = None
     slices: Annotated[dict[str, DataFacts] | None, ABSENT] = None
+    vocabulary_seen: Annotated[dict[str, float] | None, ABSENT] = None
 
 
 class Plan(Plain):
@@ -138,6 +140,7 @@ class Evidence(Plain):
     token_file: TokenFile | None = None
     plan: Annotated[Plan | None, ABSENT] = None  # None: all of the text was measured, in one look
     peaks: Annotated[dict[str, float | None] | None, ABSENT] = None  # largest |output| of each block, over all windows
+    experts: Annotated[dict[str, list[int]] | None, ABSENT] = None  # tokens routed to each expert, by block
     runtime: Runtime
 
     def digest(self) -> str:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,11 +18,12 @@ from typing import Any
 
 from invarlock.certificate.reports import make_certificate
 from invarlock.checkpoints.side import Loading, Side
+from invarlock.checkpoints.tokenizer import encoded_differently
 from invarlock.core import registry
 from invarlock.core.api import GuardWithPrepare, RunReport
 from invarlock.core.device import make_deterministic
 from invarlock.core.events import EventLog
-from invarlock.core.exceptions import CheckpointDamagedError, ConfigError, EditError, PairingError
+from invarlock.core.exceptions import CheckpointDamagedError, ConfigError, EditError, InvarlockError, PairingError
 from invarlock.core.leftovers import sweep
 from invarlock.core.registry import nearest
 from invarlock.evidence.plan import Cut
@@ -162,7 +164,10 @@ def certify(request: CertifyRequest, tick: Tick | None = None) -> CertifyOutcome
     if certificate is None:
         with job.timed("data"):
             stored = source.measured is not None
-            job.windows = reuse_windows(source.report) if stored else cut_windows(job, source.side, request.dataset)
+            if stored:
+                job.windows = reuse_windows(source.report)
+            job.windows = job.windows or cut_windows(job, source.side, request.dataset)
+            _encode_both(job, source.side, subject)
         certificate, report = _look_by_look(job, request, source, _Subject(subject))
         edited = _finish(job, request, report, certificate)
     return CertifyOutcome(certificate, source.path, edited, job.notes, job.timings)
@@ -230,15 +235,34 @@ def _refuse(job: Job, request: CertifyRequest, source: _Source, subject: Side) -
     old, new = (guard.stats_from(side.structure, side.behaviour, *side.tokenizer_facts, side.usage) for side in sides)
     findings = guard.pair(old, new)["findings"]
     foreign = [f for f in findings if f["code"] == "E002"]
+    if foreign:
+        with contextlib.suppress(InvarlockError):  # text that cannot be had does not make the tokenizer the right one
+            job.windows = job.windows or cut_windows(job, source.side, request.dataset)
+            _encode_both(job, source.side, subject)
+            new = guard.stats_from(subject.structure, subject.behaviour, *subject.tokenizer_facts, subject.usage)
+            foreign = [f for f in guard.pair(old, new)["findings"] if f["code"] == "E002"]
     if foreign and job.policy.limits.sample.shortfall == "stop" and job.intent != "restructure":
         raise PairingError(foreign[0]["message"] + "; put the baseline's tokenizer beside the subject", code="E002")
     if not any(_refuses(f, subject, job.intent) for f in findings):
         return None
+    job.windows = None
     left, right = (Measurement(files_only(job, side)) for side in sides)
     rebuilt = any(f["code"] in _REBUILT for f in findings) and job.intent != "restructure"
     why = _REFUSED + (_HOW_TO_ASK if rebuilt else "")
     report = steps.report(job, right, request.edit_facts, f"edited-{job.stamp}", refused=why)
     return make_certificate(report, steps.report(job, left, steps.NOOP, None))
+
+
+def _encode_both(job: Job, baseline: Side, subject: Side) -> None:
+    """Encode every document that windows are cut from with both tokenizers; the subject's usage says how many differ."""
+    ours, theirs = subject.tokenizer, baseline.tokenizer
+    if not job.texts or ours is None or theirs is None or subject.usage is None or "encoded" in subject.usage:
+        return
+    texts = {name: text for read in job.texts for name, text in read().items()}
+    names = list(texts)
+    differing = encoded_differently(ours, theirs, list(texts.values()))
+    facts = {"documents": len(names), "differing": len(differing), "first": names[differing[0]] if differing else None}
+    subject.usage = {**subject.usage, "encoded": facts}
 
 
 def _refuses(finding: Mapping[str, Any], subject: Side, intent: str) -> bool:

@@ -47,6 +47,7 @@ class Job:
     loading: Loading = Loading()
     tick: Tick = no_tick
     windows: Windows | None = None
+    texts: list[Callable[[], dict[str, str]]] = field(default_factory=list)  # read the documents of the windows, by id
     notes: list[str] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     now: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -12,19 +12,22 @@ from invarlock.checkpoints.side import Side
 from invarlock.core.api import AdapterLike, ModelLike
 from invarlock.core.device import library_versions, thread_count
 from invarlock.eval import divergence
+from invarlock.eval.metrics import Task
 from invarlock.eval.sources.base import Scores, Watch, score_all, scored_tokens
-from invarlock.evidence.model import Evidence, ModelFacts, Plan, Runtime, canonical_digest
+from invarlock.evidence.model import DataFacts, Evidence, ModelFacts, Plan, Runtime, canonical_digest
 from invarlock.evidence.plan import Cut
 from invarlock.evidence.reference import TokenReference, joined, reference_digest
 from invarlock.evidence.rows import WindowRows
-from invarlock.evidence.windows import Window, Windows
+from invarlock.evidence.windows import IGNORED, Window, Windows
 from invarlock.flow.job import Job
 from invarlock.guards.base import StatsGuard
 from invarlock.guards.invariants import stats_of
 from invarlock.guards.peaks import BlockPeaks
+from invarlock.guards.routing import RoutedTokens
 from invarlock.guards.rows import standing_rows
 from invarlock.guards.sketch import sketch_model
 from invarlock.guards.spectral import SpectralGuard
+from invarlock.stats.coverage import vocabulary_seen
 
 _MOST_ROWS = 64
 __all__ = ["Measurement", "files_only", "followed", "measure", "model_facts"]
@@ -96,15 +99,17 @@ def measure(
     sampled = _first_look(job, windows)
     watching = [guard.watch(model, job.adapter, len(sampled)) for guard in guards.values()]
     peaks = BlockPeaks(model)
+    routed = RoutedTokens(model)
     watch = [replace(one, windows=frozenset(sampled[i] for i in one.windows)) for one in watching if one is not None]
+    watch += [peaks.watch(len(windows.all)), routed.watch(len(windows.all))]
     source = job.source(model)
-    scores = _score(job, model, windows, what, baseline, ((0, 0), cut), [*watch, peaks.watch(len(windows.all))])
+    scores = _score(job, model, windows, what, baseline, ((0, 0), cut), watch)
     used = scores.reference if baseline is None else baseline.reference
     facts = model_facts(model, job.adapter, side)
     evidence = Evidence(
         metric_kind=job.metric.kind,
         model=facts,
-        data=job.windows.facts(),
+        data=_data(job, model, side.tokenizer_facts[1], windows),
         plan=_plan(job, cut),
         **_rows(scores, windows),
         structure=side.structure,
@@ -114,6 +119,7 @@ def measure(
         contracts=_contracts(job, windows, guards.values()),
         reference_digest=reference_digest(used) if used is not None else None,
         peaks=peaks.peaks() or None,
+        experts=routed.counts() or None,
         runtime=_runtime(job, facts.dtype or "unknown", source.batch_tokens, thread_count()),
     )
     if baseline is not None:
@@ -144,8 +150,9 @@ def followed(
     assert job.windows is not None
     start = earlier.reach
     windows = job.windows.between(start, cut)
-    peaks = BlockPeaks(model)
-    scores = _score(job, model, windows, what, baseline, (start, cut), [peaks.watch(len(windows.all))])
+    peaks, routed = BlockPeaks(model), RoutedTokens(model)
+    watch = [peaks.watch(len(windows.all)), routed.watch(len(windows.all))]
+    scores = _score(job, model, windows, what, baseline, (start, cut), watch)
     old, rows = earlier.evidence, _rows(scores, windows)
     more = Measurement(old.model_copy(update=rows), scores.reference)
     reference = joined(_in_turn(earlier, more)) if scores.reference is not None else None
@@ -157,6 +164,8 @@ def followed(
         "kl_histogram": None if None in counts else [a + b for a, b in zip(*counts, strict=True)],  # type: ignore[arg-type]
         "reference_digest": reference_digest(used) if used is not None else None,
         "peaks": _larger(old.peaks or {}, peaks.peaks()) or None,
+        "experts": routed.counts(old.experts or {}) or None,
+        "data": _data(job, model, old.model.tokenizer_size, job.windows.between((0, 0), cut)),
     }
     return Measurement(old.model_copy(update=changes), reference)
 
@@ -205,6 +214,28 @@ def _larger(old: Mapping[str, float | None], new: Mapping[str, float | None]) ->
     """Return the larger magnitudes; what is not finite is the largest."""
     pairs = {name: (old.get(name, 0.0), new.get(name, 0.0)) for name in {**old, **new}}
     return {name: None if a is None or b is None else max(a, b) for name, (a, b) in pairs.items()}
+
+
+def _data(job: Job, model: ModelLike, tokenizer_size: int | None, reached: Windows) -> DataFacts:
+    """Return the facts of the planned text, with how much of the vocabulary stands in what was reached of it."""
+    assert job.windows is not None
+    weight = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
+    rows = int(weight.shape[0]) if weight is not None else None
+    size = min(filter(None, (tokenizer_size, rows)), default=None)
+    ids = [token for window in reached.all for token in _shown(window.dressed(), job.metric.task)]
+    seen = vocabulary_seen([ids], max(size, max(ids) + 1))._asdict() if size and ids else None
+    return job.windows.facts().model_copy(update={"vocabulary_seen": seen})
+
+
+def _shown(window: Window, task: Task) -> Iterator[int]:
+    """Yield every token of a window once, whether it is an input, hidden behind a mask, or a target."""
+    if task == "seq2seq":
+        yield from (*window.input_ids, *(token for token in window.labels or () if token != IGNORED))
+    elif task == "mlm":
+        pairs = zip(window.input_ids, window.labels or window.input_ids, strict=True)
+        yield from (token if label == IGNORED else label for token, label in pairs)
+    else:
+        yield from window.input_ids
 
 
 def _runtime(job: Job, dtype: str, batch_tokens: int, threads: int) -> Runtime:

@@ -133,6 +133,8 @@ def _cut(job: Job, side: Side, dataset: Mapping[str, Any], counts: tuple[int, in
     cut = {"seq_len": seq_len, "stride": stride, "seed": seed, "split": split}
     cut |= {} if special else {"add_special_tokens": False}
     parts = _parts(job, provider, side.tokenizer, counts, where, **cut)
+    chosen = {name for part in parts for name in part.document_ids}
+    job.texts.append(lambda: provider.texts_of(chosen, split))
     told = provider.describe()
     origin = TextOrigin(told["name"], told["options"], stride, seed, split)
     return windows_from_provider(*parts, seq_len, counts, origin).used_by(job.metric.task)

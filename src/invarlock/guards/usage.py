@@ -100,9 +100,18 @@ def _roles(facts: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     return facts.get("roles", facts) if facts is not None else None
 
 
+def _encoded(facts: Mapping[str, Any] | None) -> str | None:
+    """Say how many of the chosen documents the two tokenizers encode differently; None where none, or none was encoded."""
+    if not facts or not facts["differing"]:
+        return None
+    counts = f"{facts['differing']} of {facts['documents']}"
+    return f"encodes {counts} documents otherwise than the baseline's, the first {facts['first']!r}"
+
+
 def tokenizer_findings(old: Stats, new: Stats, structure: Structure) -> Iterator[Finding]:
     ours, theirs = new.get("tokenizer_digest"), old.get("tokenizer_digest")
     facts, known = ((side.get("usage") or {}).get("tokenizer") or {} for side in (new, old))
+    encoded = _encoded((new.get("usage") or {}).get("encoded"))
     if facts and not known and old.get("usage") is None:
         ours = facts["first_digest"]  # as baselines of the first release have it
     if new.get("usage") is not None and bool(ours) != bool(theirs):
@@ -121,7 +130,10 @@ def tokenizer_findings(old: Stats, new: Stats, structure: Structure) -> Iterator
                 f"the tokenizer differs from the baseline's: {new.get('tokenizer_size')} tokens, digest {ours[:8]}; "
                 f"expected {old.get('tokenizer_size')}, {theirs[:8]}"
             )
-            yield _finding("E002", message, "tokenizer")
+            yield _finding("E002", message + (f"; it {encoded}" if encoded else ""), "tokenizer")
+            encoded = None
+    if encoded:
+        yield _finding("E002", f"the tokenizer {encoded}", "tokenizer")
     size = new.get("tokenizer_size")
     for what, rows in (("embedding", structure.embedding_rows), ("output layer", structure.output_rows)):
         if size is not None and rows is not None and rows < size:

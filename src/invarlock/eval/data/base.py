@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
@@ -175,6 +175,10 @@ class Provider(ABC):
         first, second = (sorted(rows, key=lambda row: order[row.document_id]) for rows in (preview, final))
         return _pack(first, *around), _pack(second, *around)
 
+    def texts_of(self, document_ids: Collection[str], split: str | None = None) -> dict[str, str]:
+        """The whole texts of documents that windows were cut from, by id; {} where the provider cannot tell."""
+        return {}
+
     def _around(self, tokenizer: Tokenizer) -> tuple[Sequence[int], Sequence[int]]:
         """What stands before and after the content of every window, unscored."""
         return (), ()
@@ -204,6 +208,10 @@ class TextProvider(Provider):
             encoded = tokenizer([document.text for document in batch], add_special_tokens=False, verbose=False)
             for document, ids in zip(batch, encoded["input_ids"], strict=True):
                 yield _cut(document.document_id, ids, request)
+
+    def texts_of(self, document_ids: Collection[str], split: str | None = None) -> dict[str, str]:
+        read = self.documents(split or self.split)
+        return {document.document_id: document.text for document in read if document.document_id in document_ids}
 
     def _around(self, tokenizer: Tokenizer) -> tuple[Sequence[int], Sequence[int]]:
         return special_tokens_around(tokenizer)
@@ -236,6 +244,13 @@ class PairProvider(Provider):
             for pair, source, target in zip(flat, sources, targets, strict=True):
                 rows[pair.document_id].append(request.window(pair.document_id, pair.pair_id, source, target))
             yield from map(_rank, rows.values())
+
+    def texts_of(self, document_ids: Collection[str], split: str | None = None) -> dict[str, str]:
+        found: dict[str, list[str]] = defaultdict(list)
+        for pair in self.pairs(split or self.split):
+            if pair.document_id in document_ids:
+                found[pair.document_id] += [pair.source, pair.target]
+        return {name: "\n".join(texts) for name, texts in found.items()}
 
 
 class FieldsProvider(Provider):
