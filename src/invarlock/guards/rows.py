@@ -44,7 +44,7 @@ _KINDS = {
     "overwritten": ("rows_overwritten", "with other values"),
 }
 
-Array = NDArray[np.float64]
+_Array = NDArray[np.float64]
 NamedTokens = Sequence[tuple[int, str]]  # ids and their texts, those to be named first in front
 
 
@@ -64,7 +64,7 @@ def row_codes(matrix: Tensor) -> str:
     return base64.b64encode(out.tobytes()).decode("ascii")
 
 
-def compare_rows(old: tuple[Array, str], new: tuple[Array, str], names: Iterable[int] = ()) -> dict[str, Any] | None:
+def compare_rows(old: tuple[_Array, str], new: tuple[_Array, str], names: Iterable[int] = ()) -> dict[str, Any] | None:
     """Compare two tables of rows, each (norms [n], codes); rows beyond the shorter table are new ones, and not compared.
 
     Returns the number of rows compared, the limit, how many changed in which way, and up to 8 of each, those in `names`
@@ -80,7 +80,7 @@ def compare_rows(old: tuple[Array, str], new: tuple[Array, str], names: Iterable
     return {**found, "counts": dict(sorted(counts.items())), "rows": kept}
 
 
-def changed_rows(old: tuple[Array, str], new: tuple[Array, str]) -> dict[str, Any] | None:
+def changed_rows(old: tuple[_Array, str], new: tuple[_Array, str]) -> dict[str, Any] | None:
     """Return {compared, limit, median, rows}: every row that stands out, in order; None where a norm is not finite."""
     count = min(len(old[0]), len(new[0]))
     (length, before), (length_now, after) = ((norms[:count], _unpacked(codes)[:count]) for norms, codes in (old, new))
@@ -148,12 +148,12 @@ def _shown(row: Mapping[str, Any], texts: Mapping[int, str]) -> str:
     return called(row["row"]) + (f" (that of {called(row['from'])})" if "from" in row else "")
 
 
-def _unpacked(codes: str) -> Array:
+def _unpacked(codes: str) -> _Array:
     values = np.frombuffer(base64.b64decode(codes, validate=True), dtype=np.int8)
     return values.reshape(-1, _K).astype(np.float64) / _STEP
 
 
-def _origins(before: Array, after: Array, turned: Array, rows: Sequence[int] | NDArray[np.intp]) -> list[int | None]:
+def _origins(before: _Array, after: _Array, turned: _Array, rows: Sequence[int] | NDArray[np.intp]) -> list[int | None]:
     """Return, for each of `rows`, the other row of the baseline that it holds now; None where it holds none of them."""
     found: list[int | None] = []
     picked, ours = np.asarray(rows, dtype=np.intp), (before**2).sum(axis=1)
@@ -170,7 +170,7 @@ def _origins(before: Array, after: Array, turned: Array, rows: Sequence[int] | N
     return found
 
 
-def _moved_among_many(before: Array, after: Array, turned: Array, living: NDArray[np.intp]) -> NDArray[np.intp]:
+def _moved_among_many(before: _Array, after: _Array, turned: _Array, living: NDArray[np.intp]) -> NDArray[np.intp]:
     """Return the rows that hold another row's values, where most rows changed: all of them, once a sample shows a few."""
     sample = living[:: max(1, len(living) // _SAMPLE)]
     if sum(origin is not None for origin in _origins(before, after, turned, sample)) < _FEWEST:
