@@ -178,6 +178,7 @@ GGUF_DAMAGE: dict[str, Callable[[Arrays], None]] = {
     "sign of the scales": lambda blocks: blocks["scales"].__imul__(-1),
     "scales times four": lambda blocks: blocks["scales"].__imul__(4),
     "NaN scale": lambda blocks: blocks["scales"].__setitem__(3, float("nan")),
+    "shuffled codes": lambda blocks: blocks["codes"].__setitem__(slice(None), blocks["codes"][::-1].copy()),
 }
 
 

@@ -10,6 +10,7 @@ from invarlock.evidence.model import Evidence
 from invarlock.guards.base import Facts, Policy, Result, StatsGuard, result
 from invarlock.guards.boundary import BUILT_IN_GUARDS
 from invarlock.guards.invariants import InvariantsGuard
+from invarlock.guards.packing import inside
 
 __all__ = ["GUARDS", "judge_guards", "not_measured", "pair_guards"]
 
@@ -27,8 +28,16 @@ def pair_guards(baseline: Evidence, subject: Evidence, order: Sequence[str]) -> 
         if name in order:
             old, new = baseline.guards.get(name), subject.guards.get(name)
             facts = GUARDS[name].pair(old, new) if old is not None and new is not None else None
+            if facts is not None and name == "spectral" and _packed(baseline, subject):
+                shapes = {module["name"]: module["shape"] for module in old["modules"]} if old else {}
+                facts["packed"] = inside(baseline.sketches, subject.sketches, shapes)
             records[name] = GuardRecord(facts=facts)
     return records
+
+
+def _packed(*sides: Evidence) -> bool:
+    """Whether weights of either side were read out of a packing."""
+    return any(side.model.describe.get("quant_method") for side in sides)
 
 
 def judge_guards(r: Recorded, judges: Mapping[str, StatsGuard]) -> dict[str, GuardSection]:

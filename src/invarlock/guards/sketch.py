@@ -35,6 +35,7 @@ __all__ = [
     "compare_all",
     "compare_sketches",
     "culprits",
+    "off_diagonal",
     "sketch_model",
     "sketch_stack",
     "sketch_tensor",
@@ -97,7 +98,7 @@ def compare_sketches(before: str, after: str) -> dict[str, float | None]:
     Unchanged zeros give 0, 1 and 1. Sketches of another length, values that are not finite, and a tensor that was
     zero and no longer is give None.
     """
-    return _compare(*(_informative(unpack(sketch)) for sketch in (before, after)))
+    return _compare(*(off_diagonal(unpack(sketch)) for sketch in (before, after)))
 
 
 def compare_all(
@@ -115,7 +116,7 @@ def compare_all(
         new = unpack(subject[name])
         family = (families or {}).get(name) or classify(name, ())[0]
         row: dict[str, Any] = {"name": name, "family": family if len(new) == _K * _K else "vector"}
-        row |= _compare(_informative(old[name]), _informative(new))
+        row |= _compare(off_diagonal(old[name]), off_diagonal(new))
         if row["cosine"] is not None and row["cosine"] < _MATCH and len(new) == _K * _K:
             row |= _recognise(name, new, old)
         elif row["cosine"] is None and old[name].shape == new.shape and not old[name].any():
@@ -167,7 +168,8 @@ def culprits(rows: Sequence[Mapping[str, Any]]) -> Culprits:
     return Culprits([], True, f"uniform: {len(changed)} of {len(rows)} tensors ({families}), relative change {size}")
 
 
-def _informative(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def off_diagonal(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the entries of a matrix's sketch that tell of its size and direction; those of a vector's all do."""
     return values[_OFF_DIAGONAL] if len(values) == _K * _K else values
 
 
@@ -188,7 +190,7 @@ def _compare(old: NDArray[np.float64], new: NDArray[np.float64]) -> dict[str, fl
 
 def _recognise(name: str, new: NDArray[np.float64], old: Mapping[str, NDArray[np.float64]]) -> dict[str, Any]:
     def alike(values: NDArray[np.float64]) -> bool:
-        return (_compare(_informative(values), _informative(new))["cosine"] or 0.0) > _MATCH
+        return (_compare(off_diagonal(values), off_diagonal(new))["cosine"] or 0.0) > _MATCH
 
     if alike(old[name].reshape(_K, _K).T.ravel()):
         return {"transposed": True}

@@ -21,6 +21,7 @@ from invarlock.eval.sources.base import Source
 from invarlock.evidence.windows import Window
 from invarlock.guards.base import Facts, Finding, Policy, Result, Stats, StatsGuard, by_name, finding, result
 from invarlock.guards.families import WeightMatrix, unreadable_weights, weight_matrices
+from invarlock.guards.packing import packing_findings
 from invarlock.guards.rows import NamedTokens, compare_rows, row_codes, row_findings
 from invarlock.stats.linalg import (
     SIGMA_CONTRACT,
@@ -108,6 +109,9 @@ class SpectralGuard(StatsGuard):
             severities[module["name"]] = _MAX_SEVERITY if rows else severities[module["name"]]
             errors += [*rows, *fatal]
             warnings += mild
+        for inner in packing_findings(facts.get("packed", ())):
+            errors.append(inner)
+            severities[inner["module"]] = _MAX_SEVERITY
         violations = _violations(modules, policy)
         (errors if len(violations) > policy["max_caps"] else warnings).extend(violations)
         order = sorted(severities, key=lambda name: -severities[name])  # stable: the model's order among equals
