@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from benchmarks.faults import reparametrise
 from benchmarks.faults.structure import Attention, attentions, bias_of, feed_forward, layer_of, layers
 from safetensors.torch import load_file, save_file
 
@@ -440,6 +441,22 @@ def foreign_tokenizer(folder: Path, place: Place) -> Culprits:
     return {"tokenizer"}
 
 
+def rewritten(change: Callable[[Path, torch.Generator], set[str] | None]) -> Callable[[Path, Place], Culprits]:
+    """An edit of the saved tensors that needs no model."""
+    return lambda folder, place: change(folder, place.rng)
+
+
+def unseen_rows(change: Callable[[Path, list[int]], set[str] | None]) -> Callable[[Path, Place], Culprits]:
+    """Change rows of the embedding that no window holds: two of them, and with every further seed many more."""
+
+    def apply(folder: Path, place: Place) -> Culprits:
+        unseen = sorted(set(range(place.model.get_input_embeddings().weight.shape[0])) - place.seen)
+        order = torch.randperm(len(unseen), generator=place.rng).tolist()
+        return change(folder, [unseen[i] for i in order[: 2 * 16 ** len(place.earlier)]])
+
+    return apply
+
+
 _THREE = (0.0, 0.5, 1.0)
 EDITS: tuple[Edit, ...] = (
     Edit("self", "harmless"),
@@ -455,6 +472,10 @@ EDITS: tuple[Edit, ...] = (
     Edit("permuted neurons", "harmless", permute_neurons, places=_THREE, seeds=4),
     Edit("permuted heads", "harmless", permute_heads, places=_THREE, seeds=3),
     Edit("factor moved", "harmless", move_factor(1.5), severity="1.5", places=_THREE, seeds=5),
+    Edit("gains folded", "harmless", files=rewritten(reparametrise.fold_gains)),
+    Edit("smoothed", "harmless", files=rewritten(reparametrise.smooth), seeds=2),
+    Edit("rotated", "harmless", files=rewritten(reparametrise.rotate), seeds=2),
+    Edit("head stored beside its embedding", "harmless", files=rewritten(reparametrise.store_head)),
     Edit("NaN", "structure", one_matrix(_put(float("nan"))), places=_THREE),
     Edit("Inf", "structure", one_matrix(_put(float("inf"))), places=_THREE),
     Edit("zeroed attention", "degenerate", one_matrix(lambda t, g: t * 0, "attn"), places=_THREE),
@@ -485,6 +506,8 @@ EDITS: tuple[Edit, ...] = (
     Edit("norms of a layer reset", "behaviour", reset_norms, places=_THREE),
     Edit("norms reset", "behaviour", reset_norms, places=(2.0,)),
     Edit("unseen tokens zeroed", "unseen", zero_unseen, seeds=3),
+    Edit("unseen rows moved", "unseen", files=unseen_rows(reparametrise.move_rows), seeds=3),
+    Edit("unseen rows overwritten", "unseen", files=unseen_rows(reparametrise.overwrite_rows), seeds=3),
     Edit("vocabulary shifted", "behaviour", shift_vocabulary),
     Edit("LoRA merged twice", "behaviour", low_rank(0.8), severity="80 %", seeds=3),
     Edit("rope base", "structure", files=configure("rope")),

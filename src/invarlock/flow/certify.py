@@ -270,6 +270,8 @@ def _refuses(finding: Mapping[str, Any], subject: Side, intent: str) -> bool:
     if intent == "restructure":
         broken = {*subject.structure.missing, *(line.split(":")[0] for line in subject.structure.misshapen)}
         return finding["code"] == "non_finite" or finding["tensor"] in broken
+    if finding["code"] == "untied" and subject.behaviour.get("tie_word_embeddings") is False:
+        return False  # it is loaded as it is stored, so that its behaviour decides: a rotation needs a head of its own
     return finding["group"] == "structure" or finding["code"] in ("E002", "vocabulary_size")
 
 
