@@ -109,7 +109,7 @@ def test_a_wrong_key_in_the_preset_is_one_line_and_2(
         ({"baseline_report": "nowhere"}, 2, "no report.json"),
         ({"baseline": "{demo}", "baseline_report": "nowhere"}, 2, "both"),
         ({}, 2, "neither"),
-        ({"baseline": "/no/such/model"}, 1, "no such folder"),
+        ({"baseline": "/no/such/model"}, 5, "no such folder"),
         ({"baseline": "{demo}", "profile": "nightly"}, 2, "nightly"),
         ({"baseline": "{demo}", "device": "abacus"}, 2, "abacus"),
         ({"baseline": "{demo}", "intent": "finetun"}, 2, "expected preserve or finetune"),

@@ -46,14 +46,15 @@ def cases(
     sweep = ["calibrate", "null-sweep", "--seeds", "2", "--out", str(tmp_path / "sweep")]
     missing = str(tmp_path / "missing")
     return {
-        "certify": Case([*certify, "--baseline", str(demo_model)], [*certify, "--baseline", missing], 1, "certify-v1"),
+        "certify": Case([*certify, "--baseline", str(demo_model)], [*certify, "--baseline", missing], 5, "certify-v1"),
         "run": Case(run, [*run, "--edit", "no_such_edit"], 2, "run-v1"),
         "verify": Case(["verify", str(certificate)], ["verify", missing], 2, "verify-v1"),
         "report": Case(["report", "explain", str(certificate)], ["report", "explain", missing], 2),
         "plugins": Case(["plugins", "list"], ["plugins", "guards", "--explain", "no_such_guard"], 2, "plugins-v1"),
         "calibrate": Case([*sweep, "-c", config], [*sweep, "-c", missing], 2, "calibration-v1"),
         "doctor": Case(["doctor"], ["doctor", "--config", missing], 1, "doctor-v1"),
-        "demo": Case(["demo", "--out", str(tmp_path / "demo")], ["demo", "--out", str(preset)], 1),
+        "demo": Case(["demo", "--out", str(tmp_path / "demo")], ["demo", "--out", str(preset)], 2),
+        "init": Case(["init", "-o", str(tmp_path / "new.yaml")], ["init", "-o", str(preset)], 2),
         "version": Case(["version"], ["version", "--no-such-flag"], 2, "version"),
     }
 
@@ -79,7 +80,7 @@ def test_a_success_exits_with_0_and_a_failure_is_one_line(script: Script, cases:
     assert len(failed.stderr.strip().splitlines()) <= 1
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("report", "demo")])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("report", "demo", "init")])
 def test_json_is_one_line_and_follows_the_shipped_schema(script: Script, cases: dict[str, Case], command: str) -> None:
     case = cases[command]
     assert case.envelope is not None

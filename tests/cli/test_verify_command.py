@@ -74,7 +74,7 @@ def test_the_json_envelope(cli: Cli, shelf: Path) -> None:
     assert len(result.stdout.strip().splitlines()) == 1
     shown = json.loads(result.stdout)
     assert set(shown) == {
-        "format_version", "summary", "certificate", "results", "resolution", "component", "ts"
+        "format_version", "kind", "summary", "certificate", "results", "resolution", "component", "ts"
     }  # fmt: skip
     assert (shown["format_version"], shown["component"]) == ("verify-v1", "verify")
     assert shown["certificate"]["count"] == 3
@@ -106,10 +106,10 @@ def test_model_folders_are_held_against_the_digests(
     right = cli("verify", certificate, "--baseline-model", str(demo_model), "--subject-model", str(harmless))
     assert right.exit_code == 0, right.output
     wrong = cli("verify", certificate, "--baseline-model", str(harmless))
-    assert wrong.exit_code == 1
+    assert wrong.exit_code == 1 and wrong.stdout.startswith("MISMATCH")
     assert "step 'weights' failed" in wrong.stdout and "baseline_digest" in wrong.stdout
     absent = cli("verify", certificate, "--subject-model", str(tmp_path / "nowhere"))
-    assert absent.exit_code == 1 and "no such folder" in absent.stderr
+    assert absent.exit_code == 5 and "no such folder" in absent.stderr
 
 
 def test_the_baselines_report_is_held_against_the_rows(
@@ -124,7 +124,7 @@ def test_the_baselines_report_is_held_against_the_rows(
     other = tmp_path / "report.json"
     other.write_text(json.dumps(report), encoding="utf-8")
     result = cli("verify", str(shelf / "pass"), "--baseline", str(other))
-    assert result.exit_code == 1
+    assert result.exit_code == 1 and result.stdout.startswith("MISMATCH")
     assert "differs from the baseline report" in result.stdout
     assert cli("verify", str(shelf / "pass"), "--baseline", str(tmp_path / "none.json")).exit_code == 2
 
@@ -132,7 +132,7 @@ def test_the_baselines_report_is_held_against_the_rows(
 def test_another_profile_than_the_one_expected_is_refused(cli: Cli, shelf: Path) -> None:
     assert cli("verify", str(shelf / "pass"), "--profile", "dev").exit_code == 0
     result = cli("verify", str(shelf / "pass"), "--profile", "release")
-    assert result.exit_code == 1
+    assert result.exit_code == 1 and result.stdout.startswith("MISMATCH")
     assert "made under profile dev; expected release" in result.stdout
 
 

@@ -119,8 +119,9 @@ TOLERANCES = (
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome. `intact`: every step held. `passed`: intact, and the verdict is PASS. `notes`: what a reader should
-    know beyond that, such as limits of one's own."""
+    """The outcome. `intact`: every step held. `passed`: intact, and the verdict is PASS. `mismatch`: the certificate itself
+    holds, but the report or the weights given beside it are others than those it was made of. `notes`: what a reader
+    should know beyond that, such as limits of one's own."""
 
     intact: bool
     verdict: str
@@ -129,6 +130,7 @@ class Verification:
     steps: list[str] = field(default_factory=list)
     not_checked: tuple[str, ...] = SIGNATURE_ONLY
     notes: list[str] = field(default_factory=list)
+    mismatch: bool = False
 
     @property
     def passed(self) -> bool:
@@ -266,6 +268,9 @@ def _spelling(case: _Case) -> Iterator[str]:
 def _rows(case: _Case) -> Iterator[str]:
     for name, rows in case.parsed.evaluation_windows.items():
         yield from row_problems(f"evaluation_windows.{name}", rows)
+
+
+def _baseline_given(case: _Case) -> Iterator[str]:
     if case.baseline is None:
         return
     evidence = evidence_of(case.baseline, "baseline")
@@ -311,7 +316,7 @@ def _policy(case: _Case) -> Iterator[str]:
         yield "resolved_policy does not follow from tier, profile and overrides"
 
 
-def _weights(case: _Case) -> Iterator[str]:
+def _weights_given(case: _Case) -> Iterator[str]:
     for side, digest in case.weights.items():
         recorded = getattr(case.parsed.weights, f"{side}_digest")
         if recorded != digest:
@@ -344,23 +349,25 @@ def _nothing(case: _Case) -> Iterator[str]:
 
 
 class Step(NamedTuple):
-    """One step of a verification: the sections that it compares, and what else it looks at before."""
+    """One step of a verification: the sections that it compares, what else it looks at before, and what it holds the
+    certificate against where the caller gave it."""
 
     name: str
     sections: tuple[str, ...] = ()
     check: Callable[[_Case], Iterator[str]] = _nothing
+    given: Callable[[_Case], Iterator[str]] = _nothing
 
 
 _STEPS = (
     Step("spelling of numbers", (), _spelling),  # 2
-    Step("pairing and counts", ("dataset",), _rows),  # 3
+    Step("pairing and counts", ("dataset",), _rows, _baseline_given),  # 3
     Step("window rows and metrics", ("evaluation_windows", "data"), _histogram),  # 4
     Step("ratio, interval and decision", ("primary_metric", "confidence")),  # 5
     Step("tail, drift and divergence", ("primary_metric_tail", "divergence", "slices")),  # 6
     Step("guard verdicts", (*BUILT_IN_GUARDS, "plugin_guards", "guard_overhead")),  # 7
     Step("measurement contracts", ("provenance",)),  # 8
     Step("policy", ("policy_digest",), _policy),  # 9
-    Step("weights", ("weights",), _weights),  # 10
+    Step("weights", ("weights",), given=_weights_given),  # 10
     Step("gates and verdict", ("gates", "validation", "verdict")),  # 11
 )
 _COMPARED = {section for step in _STEPS for section in step.sections}
@@ -387,7 +394,10 @@ def verify_certificate(
     8. measurement contracts; 9. the policy and its digest; 10. the weights' digests (against `weights`,
     {baseline|subject: digest}, where given); 11. gates and verdict; 12. names and the run id.
 
-    It stops at the first step that fails and names it. Not checked: `SIGNATURE_ONLY`. `tolerance` is relative, for floats
+    It stops at the first step that fails and names it; what was given beside the certificate and is not its own
+    (`mismatch`) comes last, so that it is said of a certificate that holds.
+
+    Not checked: `SIGNATURE_ONLY`. `tolerance` is relative, for floats
     that TOLERANCES does not name. Raises CertificateError where the certificate does not follow the schema, or is of a
     derivation that only a later release knows.
     """
@@ -404,6 +414,7 @@ def verify_certificate(
         message = f"the recorded evidence does not give a certificate ({type(error).__name__}: {error})"
         return Verification(False, parsed.verdict.status, "window rows and metrics", [message], done, notes=notes)
     case = _Case(given, parsed, derived, rules, tolerance, baseline, weights or {})
+    other: tuple[str, list[str]] | None = None
     for step in STEPS:
         ours, theirs = ({name: side[name] for name in step.sections if name in side} for side in (given, derived))
         problems = [*step.check(case), *case.differences(ours, theirs)]
@@ -411,6 +422,11 @@ def verify_certificate(
             found = problems[:_MOST_PROBLEMS]
             return Verification(False, parsed.verdict.status, step.name, found, done, notes=notes)
         done.append(step.name)
+        if other is None and (problems := list(step.given(case))):
+            other = step.name, problems[:_MOST_PROBLEMS]
+    if other is not None:
+        done.remove(other[0])
+        return Verification(False, parsed.verdict.status, *other, done, notes=notes, mismatch=True)
     return Verification(True, parsed.verdict.status, steps=done, notes=notes)
 
 

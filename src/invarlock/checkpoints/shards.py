@@ -36,12 +36,16 @@ class SafetensorsFolder:
         return any(folder.glob("*.safetensors")) or (folder / _INDEX).is_file()
 
     def structure(self) -> Structure:
-        return structure_of(self.tensors(), self.layout, "file")
+        """See `Checkpoint`. What stands in an absent shard is missing, where the architecture says what there should be."""
+        return structure_of(self._tensors(absent_too=self.layout is None), self.layout, "file")
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See `Checkpoint`. Also refuses one tensor that stands in two files with different values."""
+        return self._tensors()
+
+    def _tensors(self, *, absent_too: bool = True) -> Iterator[tuple[str, Tensor]]:
         where: dict[str, Path] = {}
-        for path in self.files():
+        for path in self.files(absent_too=absent_too):
             try:
                 with open_tensors(path) as shard:
                     for name in shard.keys():  # noqa: SIM118 - safe_open is no mapping
@@ -61,8 +65,8 @@ class SafetensorsFolder:
         """Return how many tensors the files hold, by their headers alone."""
         return len({name for path in self.files() for name in read_header(path)})
 
-    def files(self) -> list[Path]:
-        """Return the files that hold the weights, as the loader resolves them.
+    def files(self, *, absent_too: bool = True) -> list[Path]:
+        """Return the files that hold the weights, as the loader resolves them; with `absent_too=False` those that are there.
 
         Raises ModelLoadError where the index is broken, names absent files or another file than the one that holds a
         tensor, and where the folder holds two sets of weights: which of them is read depends on the tool.
@@ -83,11 +87,11 @@ class SafetensorsFolder:
                 f"{index} cannot be read ({first_line(error)}); expected a safetensors index"
             ) from None
         absent = [name for name in names if not (self.folder / name).is_file()]
-        if absent:
+        if absent and (absent_too or len(absent) == len(names)):
             raise ModelLoadError(
                 f"{self.folder} lacks {', '.join(absent[:3])}, which {_INDEX} names; copy the missing shards"
             )
-        files = [self.folder / name for name in names]
+        files = [self.folder / name for name in names if name not in absent]
         others = {single, *self.folder.glob(_SHARDS)} - set(files)
         self._refuse_second_set(files, sorted(path for path in others if path.is_file()))
         self._check_map(where, files)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import importlib
-import os
 import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperGroup
 
-from invarlock.cli.console import setup_logging
+import invarlock
+from invarlock.cli.console import quiet_pipe, say, setup_logging
 from invarlock.cli.errors import report_error
 from invarlock.cli.options import plain_typer, remembered_profile
 from invarlock.core import settings
@@ -35,6 +35,7 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "certify": Command("invarlock.cli.certify:certify", "Certify an edited checkpoint against its baseline."),
+    "init": Command("invarlock.cli.init:init", "Write a commented preset to start from."),
     "run": Command("invarlock.cli.run:run", "Apply an edit under guards, as a configuration says."),
     "verify": Command("invarlock.cli.verify:verify", "Re-check certificates offline, without the models."),
     "report": Command("invarlock.cli.report:app", "Show certificates and runs in other forms."),
@@ -48,6 +49,8 @@ COMMANDS: dict[str, Command] = {
 
 class _LazyGroup(TyperGroup):
     """Lists commands from `COMMANDS` without importing them, and is the boundary where errors become exit codes."""
+
+    json = False  # whether the arguments ask for it: errors are objects on stdout then, also those in the arguments
 
     def list_commands(self, ctx: Context) -> list[str]:
         return list(COMMANDS)
@@ -78,15 +81,12 @@ class _LazyGroup(TyperGroup):
         try:
             _start()
             value = super().invoke(ctx)
-            sys.stdout.flush()
+            with quiet_pipe():
+                sys.stdout.flush()
         except (typer.Exit, typer.Abort, SystemExit):
             raise
-        except BrokenPipeError:
-            # the reader has gone; what is still buffered must not raise again when the interpreter exits
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(1) from None
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the outermost boundary: reported, never lost
-            raise typer.Exit(report_error(error, remembered_profile(ctx.meta))) from None
+            raise typer.Exit(report_error(error, remembered_profile(ctx.meta), json=self.json)) from None
         return value
 
     def main(
@@ -99,13 +99,14 @@ class _LazyGroup(TyperGroup):
         **extra: object,
     ) -> Any:
         """As in typer, but errors in the arguments are one line too, and a command may return its exit code."""
+        self.json = "--json" in (sys.argv[1:] if args is None else args)
         try:
             value = super().main(args, prog_name or "invarlock", complete_var, False, windows_expand_args, **extra)
             code = value if isinstance(value, int) else 0
         except typer.Abort:
-            code = report_error(KeyboardInterrupt())
+            code = report_error(KeyboardInterrupt(), json=self.json)
         except Exception as error:  # noqa: BLE001 - see `invoke`; here it is the parsing of the first arguments
-            code = _show_help(error) or report_error(error)
+            code = _show_help(error) or report_error(error, json=self.json)
         if standalone_mode:
             sys.exit(code)
         return code
@@ -115,7 +116,7 @@ def _show_help(error: Exception) -> int:
     """Print the help that a bare command asks for and return its exit code; 0 where `error` is something else."""
     if type(error).__name__ != "NoArgsIsHelpError":
         return 0
-    sys.stdout.write(f"{error.format_message()}\n")  # type: ignore[attr-defined]  # typer's own click is not public
+    say(error.format_message())  # type: ignore[attr-defined]  # typer's own click is not public
     return 2
 
 
@@ -127,27 +128,69 @@ def _start() -> None:
         sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # None makes an import raise
 
 
-app = plain_typer(cls=_LazyGroup, no_args_is_help=True)
+app = plain_typer(cls=_LazyGroup, no_args_is_help=True, completion=True)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        say(f"invarlock {invarlock.__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def _invarlock() -> None:
+def _invarlock(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """May this edited model ship? Measure it against its baseline and get a verdict.
 
     The network is off unless INVARLOCK_ALLOW_NETWORK=1.
 
-    Exit codes: 0 pass, 1 failure, 2 wrong usage or configuration, 3 hard stop, 4 inconclusive.
+    Exit codes: 0 PASS, 1 FAIL, 2 wrong usage or configuration, 3 the sides cannot be compared, 4 INCONCLUSIVE,
+    5 anything else that could not be read or run.
     """
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt("terminated; no certificate was written")
+class _Interruption:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt, again where it was lost.
+
+    A callback of C code, a `__del__` or a broad `except` within a library swallows an exception; while libraries are
+    imported that is common. So an alarm looks every half second whether one is on its way up, and raises it again if not.
+    """
+
+    def __init__(self) -> None:
+        self.why: tuple[str, ...] = ()
+
+    def raise_it(self, number: int, frame: FrameType | None) -> None:
+        self.why = ("terminated; no certificate was written",) if number == signal.SIGTERM else ()
+        signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
+        raise KeyboardInterrupt(*self.why)
+
+    def raise_again(self, number: int, frame: FrameType | None) -> None:
+        error = sys.exception()
+        while error is not None and not isinstance(error, KeyboardInterrupt):
+            error = error.__context__
+        if error is None:
+            raise KeyboardInterrupt(*self.why)
+
+    def __enter__(self) -> None:
+        signal.signal(signal.SIGALRM, self.raise_again)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.raise_it)
+
+    def __exit__(self, *error: object) -> None:
+        """From here on only the interpreter's own end is left: nothing is raised in it any more."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def main() -> None:
     """Run the command line and exit the process."""
-    signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
-    app()
+    with _Interruption():
+        code = app(standalone_mode=False)
+    sys.exit(code)

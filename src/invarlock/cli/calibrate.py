@@ -82,7 +82,7 @@ def _measured(chosen: _Sweep, config: Path, seeds: int, device: str | None, prof
     from invarlock.flow import calibration  # needs torch
 
     settings = load_config(config, cli_overrides={"model.device": device}, profile=profile)
-    with progress() as tick:
+    with progress("calibrate") as tick:
         opened = open_model(settings, profile or "dev", tick)
         for text in opened.notes:
             note(f"NOTE: {text}")

@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
+import typer
 from typer import Option
 
-from invarlock.checkpoints.side import Loading
-from invarlock.cli.console import note, progress, show
+from invarlock.assurance.certification import Certification, request_from
+from invarlock.assurance.certification import certify as certify_models
+from invarlock.cli.console import progress, say, show
 from invarlock.cli.errors import VERDICT_CODES
 from invarlock.cli.options import DeviceOption, JsonOption, ProfileOption, TierOption, TimingOption
-from invarlock.flow.certify import CertifyRequest
-from invarlock.flow.certify import certify as run_certify
-from invarlock.flow.sampling import dataset_options
-from invarlock.policy.config import RunSettings, load_config, load_edit_config
-from invarlock.reporting.bundle import CERTIFICATE, HTML, write_bundle
+from invarlock.policy.presets import PRESETS
+from invarlock.reporting.bundle import CERTIFICATE, HTML, folder_for
 from invarlock.reporting.terminal import summary_lines
 
 __all__ = ["certify", "request_from"]
 
-_LIMIT = "certify does not use it; the limit of a verdict is metrics.pm_ratio.limit"
-#: keys of a configuration, or whole sections, that would have no effect here, so that nobody believes they had one
-_REFUSED = {
-    "model.id": "certify does not use it; name the models with --baseline and --subject",
-    "edit": "certify does not use it; give the edit with --edit-config",
-    "eval.max_pm_ratio": _LIMIT,
-    "eval.spike_threshold": _LIMIT,
-    "eval.gates_off": "certify does not use it; a verdict holds every gate",
-    **dict.fromkeys(
-        ("auto.enabled", "auto.probes", "auto.target_pm_ratio", "context", "output.save_model", "output.model_dir",
-         "output.model_subdir", "output.save_report"),
-        "certify does not use it; remove it from the preset",
-    ),
-}  # fmt: skip
+
+def _list_presets(value: str | None) -> str | None:
+    if value == "list":
+        for name, meaning in PRESETS.items():
+            say(f"{name:<10}{meaning}")
+        raise typer.Exit
+    return value
 
 
 def certify(
@@ -50,9 +41,18 @@ def certify(
     intent: Annotated[
         str, Option(help="preserve; finetune: meant to differ; restructure: built differently, meant to do the same.")
     ] = "preserve",
-    preset: Annotated[Path | None, Option(help="YAML with data, metric and guards.")] = None,
+    preset: Annotated[
+        str | None,
+        Option(
+            callback=_list_presets,
+            is_eager=True,
+            help="YAML with data, metric and guards, or a packaged preset; `list` shows those.",
+        ),
+    ] = None,
     out: Annotated[Path | None, Option(help="Folder of the two runs; default: runs.")] = None,
-    cert_out: Annotated[Path, Option(help="Folder of the certificate.")] = Path("reports/cert"),
+    cert_out: Annotated[
+        Path | None, Option(help="Folder of the certificate; default: reports/ and the subject's name.")
+    ] = None,
     edit_config: Annotated[Path | None, Option(help="YAML with an edit to apply to the subject once loaded.")] = None,
     edit_label: Annotated[str | None, Option(help="Name of the edit in the certificate.")] = None,
     no_early_stop: Annotated[bool, Option("--no-early-stop", help="Measure all of the text, in one look.")] = False,
@@ -62,37 +62,36 @@ def certify(
     """Measure a baseline and an edited subject on the same text, compare them, and write a certificate.
 
     Without a preset the text is wikitext2 where it is cached or the network is allowed, else documentation and source
-    code of this Python. The profile defaults to ci (200 + 200 windows), the tier to balanced.
+    code of this Python. The profile defaults to ci (200 + 200 windows), the tier to balanced. An earlier certificate in
+    the folder is moved to a subfolder before anything is measured.
 
-    Exit codes: 0 PASS, 1 FAIL or error, 2 wrong configuration, 3 the sides cannot be paired, 4 INCONCLUSIVE.
+    Exit codes: 0 PASS, 1 FAIL, 2 wrong usage or configuration, 3 the sides cannot be paired, 4 INCONCLUSIVE, 5 something
+    could not be read or run.
     """
-    flags = {"model.adapter": adapter, "model.device": device, "auto.tier": tier, "output.dir": out and str(out)}
-    early = {"eval.early_stop": None if not no_early_stop else False}
-    request = request_from(
-        load_config(preset, cli_overrides={**flags, **early}, profile=profile, require_model=False, refused=_REFUSED),
-        profile=profile or "ci",
-        subject=subject,
-        baseline=baseline,
-        baseline_report=baseline_report,
-        intent=intent,
-        edit=load_edit_config(edit_config).model_dump() if edit_config else None,
-        edit_label=edit_label,
-    )
-    with progress() as tick:
-        outcome = run_certify(request, tick)
-    certificate, files = outcome.certificate, write_bundle(outcome.certificate, cert_out)
-    rows = certificate["evaluation_windows"]
+    with progress("certify", passes=1 if baseline_report else 2) as tick:
+        outcome = certify_models(
+            subject=subject,
+            baseline=baseline,
+            baseline_report=baseline_report,
+            preset=preset,
+            output=cert_out or folder_for(subject, edit_label),
+            runs=out,
+            profile=profile,
+            tier=tier,
+            intent=intent,
+            adapter=adapter,
+            device=device,
+            edit=edit_config,
+            edit_label=edit_label,
+            early_stop=not no_early_stop,
+            tick=tick,
+        )
+    rows = outcome.certificate["evaluation_windows"]
     return show(
         "certify-v1",
-        {
-            "verdict": certificate["verdict"],
-            "primary_metric": certificate["primary_metric"],
-            "files": {name: str(path) for name, path in files.items()},
-            "source_report": outcome.source_report and str(outcome.source_report),
-            "edited_report": outcome.edited_report and str(outcome.edited_report),
-        },
-        summary_lines(certificate),
-        {"Certificate": files[CERTIFICATE], "Page": files[HTML]},
+        _fields(outcome),
+        summary_lines(outcome.certificate),
+        {"Certificate": outcome.files[CERTIFICATE], "Page": outcome.files[HTML]},
         notes=outcome.notes,
         timings=outcome.timings,
         measured=(("baseline", "subject"), 2 * sum(sum(rows[split]["tokens"]) for split in ("preview", "final"))),
@@ -102,35 +101,11 @@ def certify(
     )
 
 
-def request_from(
-    config: RunSettings,
-    *,
-    profile: str,
-    subject: str,
-    baseline: str | None = None,
-    baseline_report: Path | None = None,
-    intent: str = "preserve",
-    edit: Mapping[str, object] | None = None,
-    edit_label: str | None = None,
-) -> CertifyRequest:
-    """Return the request that a preset and the flags make together."""
-    for text in config.notes:
-        note(f"NOTE: {text}")
-    return CertifyRequest(
-        subject=subject,
-        baseline=baseline,
-        baseline_report=baseline_report,
-        adapter=config.model.adapter,
-        device=config.model.device,
-        loading=Loading.of(config.model),
-        profile=profile,
-        tier=config.auto.tier,
-        intent=intent,
-        metric_kind=config.eval.metric_kind,
-        dataset=dataset_options(config.dataset),
-        overrides=config.policy_overrides(),
-        guard_arguments={name: config.plugin_arguments(name) for name in config.guards.by_name},
-        edit=edit,
-        edit_label=edit_label,
-        out=Path(config.output.dir),
-    )
+def _fields(outcome: Certification) -> dict[str, object]:
+    return {
+        "verdict": outcome.certificate["verdict"],
+        "primary_metric": outcome.certificate["primary_metric"],
+        "files": {name: str(path) for name, path in outcome.files.items()},
+        "source_report": outcome.source_report and str(outcome.source_report),
+        "edited_report": outcome.edited_report and str(outcome.edited_report),
+    }

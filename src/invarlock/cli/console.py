@@ -7,6 +7,7 @@ import logging
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,15 +17,18 @@ from invarlock.core import settings
 
 __all__ = [
     "Tick",
+    "clear_line",
     "emit_json",
     "is_terminal",
     "note",
     "progress",
+    "quiet_pipe",
     "say",
     "setup_logging",
     "show",
 ]
 
+_PLAIN_SECONDS = 15.0  # between two lines where no terminal shows a bar
 #: what long work calls to show how far it is: what it does, how much is done, how much there is
 Tick = Callable[[str, int, int], None]
 
@@ -35,8 +39,19 @@ def is_terminal(stream: TextIO) -> bool:
 
 
 def say(text: str = "") -> None:
-    """Write one line to stdout as it is."""
-    sys.stdout.write(text + "\n")
+    """Write one line to stdout as it is. Where the reader has gone (`| head`) the rest is dropped and the work goes on."""
+    with quiet_pipe():
+        sys.stdout.write(text + "\n")
+
+
+@contextmanager
+def quiet_pipe() -> Iterator[None]:
+    """Send stdout to nowhere once its reader has gone, so that a command still ends with its own exit code."""
+    try:
+        yield
+    except BrokenPipeError:
+        # what is still buffered must not raise again when the interpreter exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def note(text: str) -> None:
@@ -74,7 +89,7 @@ def show(
     if telemetry or settings.flag("INVARLOCK_TELEMETRY"):
         _show_telemetry(timings, *measured)
     if json:
-        emit_json(format_version=form, **fields, timings=timings, exit_code=code)
+        emit_json(format_version=form, kind="verdict", **fields, timings=timings, exit_code=code)
         return code
     for line in lines[:1] if settings.flag("INVARLOCK_MINIMAL") else lines:
         say(line)
@@ -96,28 +111,98 @@ def _show_telemetry(timings: Mapping[str, float], measuring: Iterable[str], toke
     sys.stderr.write(f"TELEMETRY: {sum(timings.values()):.2f} s in all ({steps}); memory {memory:.0f} MB; {speed}\n")
 
 
-@contextmanager
-def progress() -> Iterator[Tick]:
-    """Give a function to call as work proceeds; it draws bars on stderr where that is a terminal, else does nothing.
+class _Way:
+    """How far a command is, over all the passes in which it measures, and how long the rest will take.
 
-    Work under the same description moves one bar; a new description starts a new one.
+    `tick` hears of one step after the other; those that measure count tokens. The rest is told from the tokens per second
+    so far, and from how long the first model took to load.
     """
-    if not is_terminal(sys.stderr) or settings.flag("INVARLOCK_MINIMAL"):
-        yield lambda description, done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        tasks: dict[str, TaskID] = {}
+    def __init__(self, passes: int) -> None:
+        self.passes, self.finished = passes, 0
+        self.step, self.done, self.total = "starting", 0, 0
+        self.tokens, self.measuring, self.loading = 0, 0.0, 0.0  # in all: tokens, seconds measuring, seconds of a load
+        self.since = time.monotonic()
 
-        def tick(description: str, done: int, total: int) -> None:
-            if description not in tasks:
-                tasks[description] = bars.add_task(description, total=total)
-            bars.update(tasks[description], completed=done, total=total)
+    def tick(self, step: str, done: int, total: int) -> bool:
+        """Take note; return whether a step began."""
+        now, began = time.monotonic(), step != self.step or done < self.done
+        spent, before = now - self.since, 0 if began else self.done
+        measured, self.since = self.step.startswith("measuring"), now
+        if began and measured:
+            self.finished = min(self.finished + 1, self.passes - 1)
+        if self.step.startswith("loading"):
+            self.loading = self.loading or spent
+        if step.startswith("measuring"):
+            self.tokens += done - before
+            self.measuring += spent if measured or done else 0.0
+            self.total = total
+        self.step, self.done = step, done
+        return began
 
-        yield tick
+    @property
+    def share(self) -> float:
+        """The share of all tokens that is measured, from 0 to 1."""
+        here = self.done if self.step.startswith("measuring") else 0
+        return min(1.0, (self.finished + here / max(1, self.total)) / self.passes) if self.total else 0.0
+
+    def rest(self) -> str:
+        """Say how fast it is and how long it will take still; nothing before that can be told."""
+        if not self.tokens or self.measuring < 0.5:
+            return ""
+        speed = self.tokens / self.measuring
+        left = (1 - self.share) * self.total * self.passes / speed + self.loading * (self.passes - 1 - self.finished)
+        minutes, seconds = divmod(round(left), 60)
+        told = f"{minutes} min" if minutes > 2 else f"{60 * minutes + seconds} s"
+        return f"{speed:,.0f} tokens/s, about {told} left"
+
+
+@contextmanager
+def progress(command: str, passes: int = 1) -> Iterator[Tick]:
+    """Give a function to call as work proceeds. `passes`: how many times every window is measured.
+
+    On a terminal there is one line with a bar for the whole way; elsewhere a plain line where a model is loaded, and
+    every quarter of a minute. INVARLOCK_MINIMAL silences both.
+    """
+    way, terminal = _Way(passes), is_terminal(sys.stderr)
+    if settings.flag("INVARLOCK_MINIMAL"):
+        yield lambda step, done, total: None
+    elif not terminal:
+        last = time.monotonic()
+
+        def tell(step: str, done: int, total: int) -> None:
+            nonlocal last
+            began = way.tick(step, done, total) and step.startswith("loading")
+            if began or time.monotonic() - last > _PLAIN_SECONDS:
+                last = time.monotonic()
+                share = f"{way.share:.0%} of all" if way.share else ""
+                sys.stderr.write(f"{command}: {', '.join(filter(None, (step, share, way.rest())))}\n")
+                sys.stderr.flush()
+
+        yield tell
+    else:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+        texts = ("{task.description}", "{task.percentage:.0f}%", "{task.fields[rest]}")
+        what, share, rest = map(TextColumn, texts)
+        columns = (SpinnerColumn("line"), what, BarColumn(None), share, rest)
+        clear_line()
+        with Progress(*columns, console=Console(stderr=True), transient=True, expand=True) as bars:
+            task = bars.add_task("starting", total=1.0, rest="")
+
+            def draw(step: str, done: int, total: int) -> None:
+                way.tick(step, done, total)
+                bars.update(task, description=step, completed=way.share, rest=way.rest())
+
+            yield draw
+
+
+def clear_line() -> None:
+    """Take away a line on the terminal that says that a command is at work; what follows stands in its place."""
+    if sys.stderr is not None and is_terminal(sys.stderr):
+        sys.stderr.write("\r\x1b[K")
+        sys.stderr.flush()
 
 
 def setup_logging() -> None:

@@ -12,7 +12,7 @@ from invarlock.cli.console import progress, say
 from invarlock.cli.errors import VERDICT_CODES
 from invarlock.core.exceptions import InvarlockError
 from invarlock.flow.certify import CertifyRequest, certify
-from invarlock.reporting.bundle import HTML, write_bundle
+from invarlock.reporting.bundle import HTML, claimed, write_bundle
 from invarlock.reporting.terminal import summary_lines
 
 __all__ = ["DEMO_EDITS", "demo"]
@@ -41,10 +41,10 @@ def demo(out: Annotated[Path, Option(help="Folder for the two certificates.")] =
             edit_label=label,
             out=out / "runs",
         )
-        with progress() as tick:
+        with claimed(out / label), progress("demo", passes=1 if measured else 2) as tick:
             outcome = certify(request, tick)
+            pages.append(write_bundle(outcome.certificate, out / label)[HTML])
         measured = outcome.source_report
-        pages.append(write_bundle(outcome.certificate, out / label)[HTML])
         say(f"$ invarlock certify --baseline demo --subject demo-{label}")
         say("\n".join(summary_lines(outcome.certificate)))
         say(f"exit code {VERDICT_CODES[outcome.status]}\n")

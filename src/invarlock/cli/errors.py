@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 
 import typer
 
+from invarlock.cli.console import clear_line, emit_json
 from invarlock.core import settings
 from invarlock.core.exceptions import CODES, ConfigError, DependencyError, InvarlockError, PairingCode, PairingError
 
-__all__ = ["INTERRUPTED", "VERDICT_CODES", "exit_code", "report_error"]
+__all__ = ["INTERRUPTED", "OTHER", "VERDICT_CODES", "exit_code", "report_error"]
 
 #: exit code of a verdict
 VERDICT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 4}
 INTERRUPTED = CODES["INTERRUPTED"][0]
+OTHER = CODES["INVARLOCK"][0]
 
 # typer may carry click within itself, so its classes are reached through the one that it exports
 _UsageError, _ClickException = typer.BadParameter.__mro__[1:3]
@@ -36,9 +39,9 @@ _EXTRAS = {
 def exit_code(error: BaseException, profile: str | None) -> int:
     """Return the exit code that an exception stands for. Pairing errors are a hard stop in the ci and release profiles."""
     if isinstance(error, PairingError) and not (profile or "ci").startswith(("ci", "release")):
-        return 1
+        return OTHER
     own = [kind.code for kind in type(error).__mro__ if issubclass(kind, InvarlockError)]
-    return next((CODES[code][0] for code in (_code(error), *own) if code in CODES), 1)
+    return next((CODES[code][0] for code in (_code(error), *own) if code in CODES), OTHER)
 
 
 def _code(error: BaseException) -> str:
@@ -49,14 +52,22 @@ def _code(error: BaseException) -> str:
     return "USAGE" if isinstance(error, _ClickException) else type(error).__name__
 
 
-def report_error(error: BaseException, profile: str | None = None) -> int:
-    """Write one line about `error` to stderr, under INVARLOCK_DEBUG_TRACE its traceback too; return the exit code."""
+def report_error(error: BaseException, profile: str | None = None, *, json: bool = False) -> int:
+    """Write one line about `error` to stderr, under INVARLOCK_DEBUG_TRACE its traceback too; return the exit code.
+
+    With `json` the envelope `error-v1` goes to stdout as well, so that a script finds one object on every path.
+    """
     code = exit_code(error, profile)
     if _wants_traceback():
         traceback.print_exception(error, file=sys.stderr)
     if isinstance(error, ModuleNotFoundError) and (missing := str(error.name).partition(".")[0]) in _EXTRAS:
         error = DependencyError(missing, _EXTRAS[missing])
-    sys.stderr.write(_line(error) + "\n")
+    line = _line(error)
+    clear_line()
+    if json:
+        message = re.sub(r"^(ERROR \[.*?\]|[A-Z-]+:) ", "", line)
+        emit_json(format_version="error-v1", kind="error", code=_code(error), message=message, exit_code=code)
+    sys.stderr.write(line + "\n")
     return code
 
 

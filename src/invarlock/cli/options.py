@@ -26,9 +26,18 @@ Profile = Literal["dev", "ci", "ci_cpu", "release"]
 Tier = Literal["conservative", "balanced", "aggressive"]
 
 
-def plain_typer(*, cls: type[TyperGroup] = TyperGroup, no_args_is_help: bool = False) -> typer.Typer:
+def plain_typer(
+    *, cls: type[TyperGroup] = TyperGroup, no_args_is_help: bool = False, completion: bool = False
+) -> typer.Typer:
     """Return a Typer whose help is plain text and whose errors are left to `cli.app`; for groups of commands."""
-    made = typer.Typer(cls=cls, no_args_is_help=no_args_is_help, rich_markup_mode=None, add_completion=False)
+    names = {"help_option_names": ["-h", "--help"]}
+    made = typer.Typer(
+        cls=cls,
+        no_args_is_help=no_args_is_help,
+        rich_markup_mode=None,
+        add_completion=completion,
+        context_settings=names,
+    )
     made.pretty_exceptions_enable = False
     return made
 

@@ -16,7 +16,7 @@ from invarlock.cli.options import plain_typer, remember_profile
 from invarlock.cli.verify import verify
 from invarlock.core.files import write_whole
 from invarlock.flow.run_folder import read_report
-from invarlock.reporting.bundle import BUNDLE, FORMATS, HTML, read_certificate, write_bundle
+from invarlock.reporting.bundle import BUNDLE, FORMATS, HTML, claimed, folder_for, read_certificate, write_bundle
 from invarlock.reporting.explain import explain as explanation
 from invarlock.reporting.html import render_html
 from invarlock.reporting.markdown import compare as comparison
@@ -85,8 +85,10 @@ def _of_run(context: typer.Context, run: Path, baseline: Path | None, format_: F
     certificate = make_certificate(subject, read_report(baseline or own)[0])
     if format_ in ("cert", "all"):
         formats = (*BUNDLE, "junit") if format_ == "all" else BUNDLE
-        for path in write_bundle(certificate, output or Path("reports/cert"), formats).values():
-            say(str(path))
+        folder = output or folder_for(certificate["meta"]["subject_model"]["id"], certificate["edit"].get("label"))
+        with claimed(folder):
+            for path in write_bundle(certificate, folder, formats).values():
+                say(str(path))
     else:
         name, render = FORMATS[format_]
         _put(render(certificate), output and output / name)

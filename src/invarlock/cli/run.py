@@ -10,6 +10,7 @@ from typer import Option
 
 from invarlock.certificate.third import GATE_NAMES
 from invarlock.cli.console import progress, show
+from invarlock.cli.errors import OTHER
 from invarlock.cli.options import DeviceOption, JsonOption, ProfileOption, TierOption, TimingOption
 from invarlock.flow.run import RunOutcome, RunRequest
 from invarlock.flow.run import run as run_pipeline
@@ -17,6 +18,9 @@ from invarlock.policy.config import MetricKind, load_config
 from invarlock.reporting.wording import MISSING, clean, interval, ratio
 
 __all__ = ["run"]
+
+#: exit code of a status: an edit that was taken back is a FAIL, a run that did not end an error
+_CODES = {"success": 0, "rollback": 1, "failed": OTHER}
 
 
 def run(
@@ -42,7 +46,8 @@ def run(
     The profile defaults to dev (32 + 32 windows). Without an edit the model is measured as it is; such a run serves as
     --baseline here and as --baseline-report of `invarlock certify`.
 
-    Exit codes: 0 kept, 1 rolled back or failed, 2 wrong configuration, 3 the sides cannot be paired (ci and release).
+    Exit codes: 0 kept, 1 rolled back, 2 wrong usage or configuration, 3 the sides cannot be paired (ci and release),
+    5 failed: something could not be read or run.
     """
     flags = {
         "model.device": device,
@@ -64,7 +69,7 @@ def run(
         timeout=timeout,
         cleanup=not no_cleanup,
     )
-    with progress() as tick:
+    with progress("run", passes=1 if baseline or not chosen.edit.name else 2) as tick:
         outcome = run_pipeline(request, tick)
     return show(
         "run-v1",
@@ -74,7 +79,7 @@ def run(
         notes=outcome.report["meta"]["warnings"],
         timings=outcome.timings,
         measured=(("guard_prepare", "eval"), _tokens(outcome.report)),
-        code=0 if outcome.status == "success" else 1,
+        code=_CODES[outcome.status],
         json=json,
         timing=timing,
         telemetry=telemetry,

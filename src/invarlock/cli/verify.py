@@ -22,7 +22,13 @@ from invarlock.reporting.bundle import find_certificate, read_certificate
 __all__ = ["verify"]
 
 #: exit codes, the worst last
-_SEVERITY = (0, 4, 1, 2)
+_SEVERITY = (0, 4, 1, 5, 2)
+#: what an intact certificate shows, and what it does not
+_PROVEN = (
+    "derived: every figure, gate and the verdict follow from what was recorded, by the rules of its release",
+    "unsigned: not shown who recorded it, and that it is of these models; to check the weights: --baseline-model, "
+    "--subject-model",
+)
 
 
 def verify(
@@ -36,8 +42,10 @@ def verify(
 ) -> int:
     """Derive every number, gate and verdict of a certificate again from the evidence that it holds.
 
-    Exit codes: 0 intact and PASS, 1 altered or FAIL, 2 not a certificate, 4 intact and INCONCLUSIVE. With --profile a
-    certificate made under another profile is refused.
+    INTACT: everything follows from what was recorded. ALTERED: it does not. MISMATCH: it holds, but was made under
+    another profile, or of other files, than those given. It is not signed: who recorded it is not shown.
+
+    Exit codes: 0 INTACT and PASS; 1 FAIL, ALTERED or MISMATCH; 2 not a certificate; 4 INTACT and INCONCLUSIVE.
     """
     models = {"baseline": baseline_model, "subject": subject_model}
     weights = {side: _digest(path) for side, path in models.items() if path is not None}
@@ -47,6 +55,7 @@ def verify(
         passed = sum(result["exit_code"] == 0 for result in results)
         emit_json(
             format_version="verify-v1",
+            kind="verdict" if any(result["verdict"] for result in results) else "error",
             summary={"ok": code == 0, "passed": passed, "failed": len(results) - passed},
             certificate={"count": len(results)},
             results=results,
@@ -75,14 +84,16 @@ def _check(
         report = read_report(baseline)[0] if baseline is not None else None
         outcome = verify_certificate(certificate, baseline=report, weights=weights, tolerance=tolerance)
     except InvarlockError as error:
-        return {"path": str(target), "intact": False, "verdict": None, "failed_step": "schema",
-                "problems": [str(error)], "exit_code": report_error(error)}  # fmt: skip
+        return {"path": str(target), "status": "INVALID", "intact": False, "verdict": None, "failed_step": "schema",
+                "problems": [str(error)], "code": error.code, "exit_code": report_error(error)}  # fmt: skip
     failed_step, problems, made_under = outcome.failed_step, list(outcome.problems), certificate["meta"]["profile"]
+    other = outcome.mismatch
     if outcome.intact and profile not in (None, made_under):
-        failed_step, problems = "profile", [f"made under profile {made_under}; expected {profile}"]
+        failed_step, problems, other = "profile", [f"made under profile {made_under}; expected {profile}"], True
     intact = outcome.intact and not problems
     return {
         "path": str(target),
+        "status": "INTACT" if intact else "MISMATCH" if other else "ALTERED",
         "intact": intact,
         "verdict": outcome.verdict,
         "failed_step": failed_step,
@@ -96,11 +107,15 @@ def _check(
 
 
 def _lines(result: Mapping[str, Any]) -> list[str]:
-    if result["verdict"] is None:
-        return [f"INVALID  {result['path']}: {result['problems'][0]}"]
-    if not result["intact"]:
-        head, rest = f"ALTERED  {result['path']}: step '{result['failed_step']}' failed", result["problems"]
+    start, step = f"{result['status']:<8} {result['path']}", result["failed_step"]
+    if result["status"] == "INVALID":
+        return [f"{start}: {result['problems'][0]}"]
+    if result["status"] == "ALTERED":
+        head, rest = f"{start}: step '{step}' failed", result["problems"]
+    elif result["status"] == "MISMATCH":
+        head = f"{start}: it holds, but is not of what was given: step '{step}' failed"
+        rest = result["problems"]
     else:
-        head = f"INTACT   {result['path']}: {len(result['steps'])} steps hold; verdict {result['verdict']}"
-        rest = [*result["reasons"], *(f"note: {text}" for text in result["notes"])]
+        head = f"{start}: {len(result['steps'])} steps hold; verdict {result['verdict']}"
+        rest = [*result["reasons"], *(f"note: {text}" for text in result["notes"]), *_PROVEN]
     return [head, *(f"  {line}" for line in rest)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 
-from invarlock import __version__
+import invarlock
 from invarlock.cli.console import emit_json, say
 from invarlock.cli.options import JsonOption
 
@@ -16,6 +16,6 @@ _SCHEMA = "v1"  # of certificates; a test compares it with the certificate model
 def version(json: JsonOption = False) -> None:
     """Show the version and the certificate schema."""
     if json:
-        emit_json(version=__version__, schema_version=_SCHEMA, python=platform.python_version())
+        emit_json(version=invarlock.__version__, schema_version=_SCHEMA, python=platform.python_version())
     else:
-        say(f"invarlock {__version__} (certificate schema {_SCHEMA})")
+        say(f"invarlock {invarlock.__version__} (certificate schema {_SCHEMA})")

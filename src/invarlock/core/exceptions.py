@@ -2,8 +2,8 @@
 
     InvarlockError
     ├── ConfigError           a setting, flag or file of settings is wrong            exit 2
-    ├── DependencyError       an optional extra is missing           DEPENDENCY-MISSING  exit 1
-    ├── ModelLoadError        a checkpoint cannot be read
+    ├── DependencyError       an optional extra is missing           DEPENDENCY-MISSING  exit 5
+    ├── ModelLoadError        a checkpoint cannot be read                               exit 5
     │   └── CheckpointDamagedError   it reads, but its tensors are damaged; names them
     ├── AdapterError          an adapter cannot do what it was asked
     ├── EditError             an edit cannot be applied
@@ -16,7 +16,8 @@
     └── RunInterruptedError        the run was stopped before it ended                exit 130
 
 A message is one line: what was got, what was expected, what to do. `CODES` says what each code means and with which
-exit code a command ends. Only the command line turns errors into exit codes.
+exit code a command ends; 5 where nothing else is said. 1 is a verdict, never an error.
+Only the command line turns errors into exit codes.
 """
 
 from __future__ import annotations
@@ -46,16 +47,17 @@ __all__ = [
 #: what the exit code of a command means
 EXIT_CODES: dict[int, str] = {
     0: "pass",
-    1: "failure",
-    2: "wrong schema, configuration or usage",
-    3: "hard stop in ci and release",
+    1: "FAIL: the subject must not ship, an edit was taken back, a certificate does not hold, or doctor found an error",
+    2: "wrong usage, configuration or schema",
+    3: "hard stop in ci and release: the two sides cannot be compared",
     4: "inconclusive",
+    5: "any other error: something could not be read or run",
     130: "interrupted",
 }
 
 
 class PairingCode(StrEnum):
-    """Why two sides cannot be compared. Such an error ends a command with 3, or with 1 under the profile `dev`."""
+    """Why two sides cannot be compared. Such an error ends a command with 3, or with 5 under the profile `dev`."""
 
     SCHEDULE = "E001"
     TOKENIZER = "E002"
@@ -74,19 +76,20 @@ CODES: dict[str, tuple[int, str]] = {
     "PAIRING": (3, "The two sides were not measured on the same windows"),
     "USAGE": (2, "The command line is wrong"),
     "CONFIG": (2, "A setting, flag or file of settings is wrong"),
+    "FOLDER-IN-USE": (2, "Another run is writing into the folder that was named for the certificate"),
     "CERTIFICATE": (2, "A certificate does not follow the schema, or cannot be made"),
-    "DEPENDENCY-MISSING": (1, "An optional extra is missing"),
-    "MODEL-LOAD": (1, "A checkpoint cannot be read"),
-    "UNSUPPORTED-FORMAT": (1, "A checkpoint is stored in a form that is not read: neither damage nor a verdict"),
-    "CHECKPOINT-DAMAGED": (1, "A checkpoint reads, but its tensors are damaged"),
-    "ADAPTER": (1, "An adapter cannot do what it was asked"),
-    "EDIT": (1, "An edit cannot be applied"),
-    "GUARD": (1, "A guard broke its contract or raised"),
-    "DATA": (1, "Evaluation text is missing or malformed"),
-    "TOO-LITTLE-TEXT": (1, "There is text, but not enough"),
-    "NETWORK": (1, "The network was needed and is not allowed"),
+    "DEPENDENCY-MISSING": (5, "An optional extra is missing"),
+    "MODEL-LOAD": (5, "A checkpoint cannot be read"),
+    "UNSUPPORTED-FORMAT": (5, "A checkpoint is stored in a form that is not read: neither damage nor a verdict"),
+    "CHECKPOINT-DAMAGED": (5, "A checkpoint reads, but its tensors are damaged"),
+    "ADAPTER": (5, "An adapter cannot do what it was asked"),
+    "EDIT": (5, "An edit cannot be applied"),
+    "GUARD": (5, "A guard broke its contract or raised"),
+    "DATA": (5, "Evaluation text is missing or malformed"),
+    "TOO-LITTLE-TEXT": (5, "There is text, but not enough"),
+    "NETWORK": (5, "The network was needed and is not allowed"),
     "INTERRUPTED": (130, "The run was stopped before it ended"),
-    "INVARLOCK": (1, "Any other error of ours"),
+    "INVARLOCK": (5, "Any other error of ours"),
 }
 
 

@@ -77,7 +77,7 @@ class CertifyRequest:
             raise ConfigError(f"intent is {self.intent!r}{known}")
         if (self.baseline is None) == (self.baseline_report is None):
             got = "neither" if self.baseline is None else "both"
-            raise ConfigError(f"got {got} of --baseline and --baseline-report; expected exactly one of the two")
+            raise ConfigError(f"got {got} of baseline and baseline report; expected exactly one of the two")
 
     @property
     def edit_facts(self) -> dict[str, Any]:

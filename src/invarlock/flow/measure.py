@@ -184,7 +184,8 @@ def _score(
     scored = job.source(model).score(
         windows.all, reference=reference, keep_reference=keep, correct=job.metric.is_accuracy, watch=watch
     )
-    return score_all(scored, len(windows.all), lambda done, total: job.tick(f"measuring {what}", done, total))
+    total = sum(scored_tokens(window, job.metric.task) for window in windows.all)
+    return score_all(scored, len(windows.all), lambda tokens: job.tick(f"measuring {what}", tokens, total))
 
 
 def _first_look(job: Job, windows: Windows) -> list[int]:

@@ -19,8 +19,10 @@ __all__ = [
     "GUARD_MEASUREMENTS",
     "REPORT",
     "find_report",
+    "folder_size",
     "read_report",
     "require_free",
+    "require_writable",
     "staged_folder",
     "write_report",
 ]
@@ -59,6 +61,19 @@ def write_report(report: Mapping[str, Any], folder: Path) -> Path:
         write_json(folder / GUARD_MEASUREMENTS, {**shown, "results": report.get("guards")})
     write_json(folder / REPORT, report)
     return folder / REPORT
+
+
+def require_writable(folder: Path) -> None:
+    """Raise ConfigError where runs cannot be written below `folder`; tried before anything long is started."""
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        what = f"{above} is {'not writable' if above.is_dir() else 'a file'}"
+        raise ConfigError(f"runs cannot be written to {folder}: {what}; name another folder with output.dir or --out")
+
+
+def folder_size(folder: Path) -> int:
+    """Return how many bytes lie below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
 def require_free(target: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from glob import glob
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -16,6 +17,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, Va
 from invarlock.core import registry
 from invarlock.core.exceptions import ConfigError
 from invarlock.core.registry import Registry, nearest
+from invarlock.policy.presets import is_packaged
 from invarlock.policy.resolve import merge, profile_values, resolve_policy
 from invarlock.policy.yaml_source import Document, KeyPath, read_yaml
 
@@ -58,6 +60,9 @@ _EXPECTED = {
     "dataset.provider": "a provider's name, or a mapping with `kind`",
     "eval.loss": "auto, causal, mlm or seq2seq, or a mapping with `type`",
 }
+
+#: keys of a data set that name files
+_DATA_PATHS = ("file", "path", "data_files", "dataset_name")
 
 _Count = Annotated[int, Field(ge=1)]
 _Ratio = Annotated[float, Field(gt=0)]
@@ -284,8 +289,9 @@ def load_config(
 ) -> RunSettings:
     """Read a configuration; without a path the command line and the profile are all there is.
 
-    `cli_overrides` maps dotted keys (`model.device`) to values; None means not given. `profile` is the one asked for, or
-    None where the command fell back on its default, which then stands below the file. `require_model=False` is for
+    Paths of data are relative to the file's folder. `cli_overrides` maps dotted keys (`model.device`) to values; None
+    means not given. `profile` is the one asked for, or None where the command fell back on its default, which then stands
+    below the file. `require_model=False` is for
     presets, which hold data and policy only; `refused` are keys that have no use there, and what to do instead; `gates`
     are the names that `eval.gates_off` may hold, any where none are given. Raises ConfigError naming the key, its line,
     and the nearest valid key.
@@ -302,6 +308,8 @@ def load_config(
     for dotted, reason in {**_REFUSED, **(refused or {})}.items():
         if _at(data, dotted.split(".")) not in (None, {}):
             raise document.error(tuple(dotted.split(".")), f"{dotted} is refused: {reason}")
+    if path is not None and not is_packaged(Path(path)):
+        data = _placed(data, Path(path).parent)
     data, notes = _lay_profile(data, profile)
     for dotted, value in (cli_overrides or {}).items():
         if value is not None:
@@ -317,6 +325,23 @@ def load_config(
         raise document.error((), "model.id is missing; expected a folder or a hub id")
     resolved._notes = tuple(notes)
     return resolved
+
+
+def _placed(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return `data` with the paths of its data set taken from the folder of the file that names them, where they lead to
+    something; else they are left to the current folder."""
+
+    def place(value: object, path: bool) -> object:
+        if isinstance(value, Mapping):
+            return {key: place(item, key in _DATA_PATHS) for key, item in value.items()}
+        if isinstance(value, list):
+            return [place(item, path) for item in value]
+        if not (path and isinstance(value, str) and value) or Path(value).is_absolute():
+            return value
+        beside = folder / value
+        return str(beside) if beside.exists() or glob(str(beside)) else value
+
+    return {**data, "dataset": place(data["dataset"], False)} if "dataset" in data else data
 
 
 def load_edit_config(path: Path | str) -> EditSection:

@@ -1,14 +1,22 @@
-"""The files of a certification: certificate, Markdown, HTML, JUnit where asked for, and a manifest with their digests."""
+"""The files of a certification: certificate, Markdown, HTML, JUnit where asked for, and a manifest with their digests.
+
+Their folder belongs to one run at a time (`claimed`), and an earlier certificate leaves its place before anything is
+measured, so that none is ever taken for the result of a run that ended in an error.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from invarlock.core.exceptions import ConfigError
 from invarlock.core.files import read_json, write_together
 from invarlock.reporting.html import render_html
 from invarlock.reporting.junit import render_junit
@@ -21,8 +29,11 @@ __all__ = [
     "HTML",
     "MANIFEST",
     "MARKDOWN",
+    "EARLIER",
     "certificate_text",
+    "claimed",
     "find_certificate",
+    "folder_for",
     "read_certificate",
     "write_bundle",
 ]
@@ -31,6 +42,8 @@ CERTIFICATE = "evaluation.cert.json"
 MARKDOWN = "evaluation_certificate.md"
 HTML = "evaluation.html"
 MANIFEST = "manifest.json"
+EARLIER = "earlier"
+_LOCK = ".invarlock.lock"
 
 
 def certificate_text(certificate: Mapping[str, Any]) -> str:
@@ -63,6 +76,58 @@ def write_bundle(certificate: Mapping[str, Any], folder: Path, formats: Sequence
     files[MANIFEST] = json.dumps(manifest, indent=1) + "\n"
     write_together(folder, files)
     return {name: folder / name for name in files}
+
+
+def folder_for(subject: str, label: str | None = None) -> Path:
+    """Return the folder in which a subject's certificate goes where none was named: `reports/` and its name."""
+    name = Path(subject).name if Path(subject).name not in ("", "..") else Path(subject).resolve().name
+    return Path("reports") / "-".join(part.replace("/", "-") for part in (name or "subject", label) if part)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[Path | None]:
+    """Hold the folder of a certificate while it is made, and move an earlier certificate out of its place first.
+
+    Yields where that went, None where there was none. Raises ConfigError where the folder cannot be written, and, with
+    the code FOLDER-IN-USE, where another run holds it.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o644)
+    except OSError as error:
+        why = f"the certificate's folder {folder} cannot be written ({error.strerror}); name another"
+        raise ConfigError(why) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        who = f"another run is writing its certificate into {folder}"
+        raise ConfigError(f"{who}; wait for it or name another folder", code="FOLDER-IN-USE") from None
+    try:
+        yield _set_aside(folder)
+    finally:
+        (folder / _LOCK).unlink(missing_ok=True)
+        os.close(handle)
+        for path in new:  # what was made for nothing goes away again
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def _set_aside(folder: Path) -> Path | None:
+    names = [*(name for name, _ in FORMATS.values()), MANIFEST]
+    old = [path for path in (folder / name for name in names) if path.is_file()]
+    if not old:
+        return None
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(max(path.stat().st_mtime for path in old)))
+    number, place = 1, folder / EARLIER / stamp
+    while place.exists():
+        number += 1
+        place = folder / EARLIER / f"{stamp}-{number}"
+    place.mkdir(parents=True)
+    for path in old:
+        os.replace(path, place / path.name)
+    return place
 
 
 def find_certificate(path: Path) -> Path:

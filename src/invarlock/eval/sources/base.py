@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Column", "Progress", "Scored", "Scores", "Source", "Watch", "score_all", "scored_tokens"]
 
 Column = list[float | None]
-Progress = Callable[[int, int], None]
+Progress = Callable[[int], None]  # how many tokens are scored so far
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,9 @@ def score_all(parts: Iterable[Scored], count: int, progress: Progress | None = N
                 column[index] = value
         kl += part.kl
         references.update(zip(part.indices, part.references, strict=False))
-        done += len(part.indices)
+        done += sum(int(value or 0) for value in part.columns["tokens"])
         if progress is not None:
-            progress(done, count)
+            progress(done)
     return Scores(
         columns,
         histogram(np.concatenate(kl)).tolist() if kl else None,
