@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 _REGION = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
 _PUBLIC = (
+    "invarlock.assurance.certification",
     "invarlock.core.api",
     "invarlock.core.runner",
     "invarlock.core.exceptions",

@@ -10,17 +10,12 @@ Measure a model into a piece of evidence; compare two pieces of evidence into a 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from invarlock.assurance.certification import certify
-
 __all__ = ["__version__", "certify"]
 __version__: str
 
 
 def __getattr__(name: str) -> object:
-    """Fetch what takes time to import when it is asked for: the command line must answer at once."""
+    """Fetch what takes time to import when it is asked for: the command line must answer at once. See `__init__.pyi`."""
     if name == "__version__":
         from importlib.metadata import PackageNotFoundError, version
 

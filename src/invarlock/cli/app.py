@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 import invarlock
 from invarlock.cli.console import quiet_pipe, say, setup_logging
-from invarlock.cli.errors import report_error
+from invarlock.cli.errors import INTERRUPTED, report_error
 from invarlock.cli.options import plain_typer, remembered_profile
 from invarlock.core import settings
 from invarlock.core.network import enforce_network_policy
@@ -51,6 +51,7 @@ class _LazyGroup(TyperGroup):
     """Lists commands from `COMMANDS` without importing them, and is the boundary where errors become exit codes."""
 
     json = False  # whether the arguments ask for it: errors are objects on stdout then, also those in the arguments
+    told = False  # whether the error that ended the command was reported
 
     def list_commands(self, ctx: Context) -> list[str]:
         return list(COMMANDS)
@@ -86,6 +87,7 @@ class _LazyGroup(TyperGroup):
         except (typer.Exit, typer.Abort, SystemExit):
             raise
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the outermost boundary: reported, never lost
+            self.told = True
             raise typer.Exit(report_error(error, remembered_profile(ctx.meta), json=self.json)) from None
         return value
 
@@ -103,6 +105,8 @@ class _LazyGroup(TyperGroup):
         try:
             value = super().main(args, prog_name or "invarlock", complete_var, False, windows_expand_args, **extra)
             code = value if isinstance(value, int) else 0
+            if code == INTERRUPTED and not self.told:  # before the command had begun
+                code = report_error(KeyboardInterrupt(), json=self.json)
         except typer.Abort:
             code = report_error(KeyboardInterrupt(), json=self.json)
         except Exception as error:  # noqa: BLE001 - see `invoke`; here it is the parsing of the first arguments
