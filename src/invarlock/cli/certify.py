@@ -10,7 +10,7 @@ from typer import Option
 
 from invarlock.assurance.certification import Certification, request_from
 from invarlock.assurance.certification import certify as certify_models
-from invarlock.cli.console import progress, say, show
+from invarlock.cli.console import progress, say, show, width
 from invarlock.cli.errors import VERDICT_CODES
 from invarlock.cli.options import DeviceOption, JsonOption, ProfileOption, TierOption, TimingOption
 from invarlock.policy.presets import PRESETS
@@ -90,7 +90,7 @@ def certify(
     return show(
         "certify-v1",
         _fields(outcome),
-        summary_lines(outcome.certificate),
+        summary_lines(outcome.certificate, outcome.files[CERTIFICATE].parent, width()),
         {"Certificate": outcome.files[CERTIFICATE], "Page": outcome.files[HTML]},
         notes=outcome.notes,
         timings=outcome.timings,

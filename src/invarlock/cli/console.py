@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from invarlock.core import settings
 __all__ = [
     "Tick",
     "clear_line",
+    "coloured",
     "emit_json",
     "is_terminal",
     "note",
@@ -26,6 +28,7 @@ __all__ = [
     "say",
     "setup_logging",
     "show",
+    "width",
 ]
 
 _PLAIN_SECONDS = 15.0  # between two lines where no terminal shows a bar
@@ -42,6 +45,24 @@ def say(text: str = "") -> None:
     """Write one line to stdout as it is. Where the reader has gone (`| head`) the rest is dropped and the work goes on."""
     with quiet_pipe():
         sys.stdout.write(text + "\n")
+
+
+#: how the word that a line begins with looks on a terminal
+_COLOURS = {"PASS": 32, "SUCCESS": 32, "INTACT": 32, "FAIL": 31, "FAILED": 31, "ALTERED": 31, "ROLLBACK": 31,
+            "INVALID": 31, "MISMATCH": 33, "INCONCLUSIVE": 33, "warning": 33, "next": 36}  # fmt: skip
+
+
+def coloured(line: str) -> str:
+    """Return the line with its first word in its colour, where stdout is a terminal and NO_COLOR is not set."""
+    word = line.partition(" ")[0]
+    if word not in _COLOURS or os.environ.get("NO_COLOR") or not is_terminal(sys.stdout):
+        return line
+    return f"\x1b[1;{_COLOURS[word]}m{word}\x1b[0m{line.removeprefix(word)}"
+
+
+def width() -> int:
+    """Return how wide text may be on stdout: the terminal's width within limits that read well, 80 elsewhere."""
+    return max(40, min(120, shutil.get_terminal_size((80, 24)).columns))
 
 
 @contextmanager
@@ -92,7 +113,7 @@ def show(
         emit_json(format_version=form, kind="verdict", **fields, timings=timings, exit_code=code)
         return code
     for line in lines[:1] if settings.flag("INVARLOCK_MINIMAL") else lines:
-        say(line)
+        say(coloured(line))
     for label, path in places.items():
         if path is not None:
             say(f"{label:<13}{path}")

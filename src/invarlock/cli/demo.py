@@ -8,7 +8,7 @@ from typing import Annotated
 
 from typer import Option
 
-from invarlock.cli.console import progress, say
+from invarlock.cli.console import progress, say, width
 from invarlock.cli.errors import VERDICT_CODES
 from invarlock.core.exceptions import InvarlockError
 from invarlock.flow.certify import CertifyRequest, certify
@@ -46,7 +46,7 @@ def demo(out: Annotated[Path, Option(help="Folder for the two certificates.")] =
             pages.append(write_bundle(outcome.certificate, out / label)[HTML])
         measured = outcome.source_report
         say(f"$ invarlock certify --baseline demo --subject demo-{label}")
-        say("\n".join(summary_lines(outcome.certificate)))
+        say("\n".join(summary_lines(outcome.certificate, out / label, width())))
         say(f"exit code {VERDICT_CODES[outcome.status]}\n")
         if outcome.status != expected:
             raise InvarlockError(f"the {label} edit of the demo model got {outcome.status}; expected {expected}")

@@ -1,12 +1,17 @@
-"""The few lines that a terminal shows of a certificate."""
+"""The few lines that a terminal shows of a certificate: the verdict and why, the figures, what to do next."""
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from invarlock.certificate.gates import base_name
 from invarlock.certificate.schema import Certificate
+from invarlock.guards.boundary import BUILT_IN_GUARDS
+from invarlock.reporting.story import next_steps, warnings
 from invarlock.reporting.view import View, parse, view
 from invarlock.reporting.wording import MISSING, clean, middle_cut
 
@@ -15,39 +20,54 @@ __all__ = ["WIDTH", "summary_lines", "wrapped"]
 WIDTH = 80
 _LABEL = 14
 _REASONS = 6
+_JARGON = re.compile(r" \(z = [^)]*\)")  # for the page and the file
+_BY_TENSOR = {*BUILT_IN_GUARDS, "activation_range"}
 
 
-def wrapped(label: str, text: str) -> list[str]:
-    """Return `label  text` in lines of at most WIDTH characters, continued under the text."""
+def wrapped(label: str, text: str, width: int = WIDTH) -> list[str]:
+    """Return `label  text` in lines of at most `width` characters, continued under the text."""
     lead = f"{label:<{_LABEL}}"
-    return textwrap.wrap(text or MISSING, WIDTH, initial_indent=lead, subsequent_indent=" " * _LABEL)
+    return textwrap.wrap(text or MISSING, width, initial_indent=lead, subsequent_indent=" " * _LABEL)
 
 
-def summary_lines(certificate: Mapping[str, Any]) -> list[str]:
-    """Return verdict, figures, guards and culprits as plain text, no line longer than 80 characters.
+def summary_lines(certificate: Mapping[str, Any], place: Path | None = None, width: int = WIDTH) -> list[str]:
+    """Return verdict, reason, figures, guards, culprits and next steps as plain text, no line longer than `width`.
 
-    Raises CertificateError where the certificate does not follow the schema.
+    `place` is the folder of the certificate, for the commands. Raises CertificateError where the certificate does not
+    follow the schema.
     """
     c = parse(certificate)
     shown = view(c)
-    return [line for label, text in _entries(c, shown) for line in wrapped(label, text)]
+    return [line for label, text in _entries(c, shown, place, width) for line in wrapped(label, text, width)]
 
 
-def _entries(c: Certificate, shown: View) -> Iterator[tuple[str, str]]:
+def _entries(c: Certificate, shown: View, place: Path | None, width: int) -> Iterator[tuple[str, str]]:
     yield shown.status, shown.headline
-    yield "subject", middle_cut(shown.subject, WIDTH - _LABEL)
-    yield "baseline", middle_cut(shown.baseline, WIDTH - _LABEL)
-    for reason in shown.reasons[:_REASONS]:
-        yield "why", f"{reason.label}: {reason.value}"
-    if len(shown.reasons) > _REASONS:
-        yield "", f"and {len(shown.reasons) - _REASONS} more"
-    for warning in shown.warnings:
-        yield "warning", f"{warning.label}: {warning.value}"
+    if shown.why:
+        yield "why", shown.why
+    yield "subject", middle_cut(shown.subject, width - _LABEL)
+    yield "baseline", middle_cut(shown.baseline, width - _LABEL)
+    yield from _findings(c)
+    for warning in warnings(c):
+        yield "warning", warning
     for figure in shown.figures:
         yield figure.short, f"{figure.value}  ({figure.note})"
     guards = [row for row in shown.gates if row.basis in ("guard", "plugin guard")]
     yield "guards", ", ".join(f"{row.gate.removeprefix('plugin:')} {row.badge.word}" for row in guards) or "none ran"
     yield "culprits", _culprits(c)
+    for sentence, command in next_steps(c, place):
+        yield "next", f"{sentence}: {command}"
+
+
+def _findings(c: Certificate) -> Iterator[tuple[str, str]]:
+    """What the guards hold against the subject, as far as the sentence of reasons does not name it."""
+    failed = {gate.name for gate in c.gates if gate.decision == "fail"}
+    found = [clean(r.message) for r in c.verdict.reasons if r.gate in failed and base_name(r.gate) in _BY_TENSOR]
+    found = list(dict.fromkeys(_JARGON.sub("", message) for message in found))
+    for message in found[:_REASONS]:
+        yield "found", message
+    if len(found) > _REASONS:
+        yield "", f"and {len(found) - _REASONS} more"
 
 
 def _culprits(c: Certificate) -> str:

@@ -14,6 +14,7 @@ from invarlock.certificate.gates import base_name
 from invarlock.certificate.schema import Certificate, Gate, GateDecision, GuardSection, PluginGuardSection, Status
 from invarlock.certificate.verify import parse_certificate
 from invarlock.guards.boundary import BUILT_IN_GUARDS
+from invarlock.reporting.story import next_steps, reason_why, strength
 from invarlock.reporting.wording import (
     DECISIONS,
     FORMS,
@@ -125,6 +126,7 @@ class GateRow:
 class View:
     status: Status
     headline: str
+    why: str
     subject: str
     baseline: str
     context: Sequence[Fact]
@@ -133,6 +135,7 @@ class View:
     figures: list[Figure]
     gates: list[GateRow]
     sections: list[Section]
+    next_steps: list[tuple[str, str]]
     run_id: str
     created: str
 
@@ -149,6 +152,7 @@ def view(c: Certificate) -> View:
     return View(
         status=c.verdict.status,
         headline=_headline(c),
+        why=reason_why(c),
         subject=clean(c.meta.subject_model.id),
         baseline=clean(c.meta.baseline_model.id),
         context=[fact for section in _section(c, "context") for fact in section.facts],
@@ -157,6 +161,7 @@ def view(c: Certificate) -> View:
         figures=list(_figures(c)),
         gates=gates,
         sections=list(_sections(c)),
+        next_steps=next_steps(c),
         run_id=clean(c.run_id),
         created=clean(c.meta.created),
     )
@@ -170,14 +175,15 @@ def _with_tensor(message: str, tensor: str | None) -> str:
 def _headline(c: Certificate) -> str:
     judged = [gate.decision for gate in c.gates if gate.decision != "off"]
     failed, warned = judged.count("fail"), judged.count("warn")
+    rests = f", on {strength(c)}" if strength(c) else ""
     if c.verdict.status == "PASS":
         extra = f", {warned} of them with a warning" if warned else ""
-        return f"The subject may ship: all {len(judged)} gates passed{extra}."
+        return f"The subject may ship: all {len(judged)} gates passed{extra}{rests}."
     if c.verdict.status == "FAIL":
         refused = " It was refused before evaluation." if c.primary_metric.decision == "not_evaluated" else ""
-        return f"The subject must not ship: {failed} of {len(judged)} gates failed.{refused}"
+        return f"The subject must not ship: {failed} of {len(judged)} gates failed{rests}.{refused}"
     undecided = judged.count("inconclusive") + judged.count("not_evaluated")
-    return f"Not decided: {undecided} of {len(judged)} gates could not be settled, none failed."
+    return f"Not decided: {undecided} of {len(judged)} gates could not be settled, none failed{rests}."
 
 
 def _gate_row(gate: Gate, c: Certificate) -> GateRow:
@@ -233,9 +239,12 @@ def _more_windows(c: Certificate, advice: str) -> str:
 def values(c: Certificate) -> dict[str, object]:
     """Return what `words.toml` may name."""
     pm, tail, d = c.primary_metric, c.primary_metric_tail, c.divergence
-    r = reading(pm)
+    r, settled = reading(pm), c.verdict.status != "INCONCLUSIVE" or c.confidence.label != "High"
+    sure = "nothing was measured" if pm.decision == "not_evaluated" else None if settled else "the verdict is open"
     return {
         "c": c,
+        "confidence": c.confidence.label if sure is None else "none",
+        "confidence_note": sure or c.confidence.basis,
         "meta": c.meta,
         "pm": pm,
         "measured": pm.decision != "not_evaluated",

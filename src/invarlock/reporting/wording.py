@@ -29,6 +29,7 @@ __all__ = [
     "clean",
     "count",
     "effect",
+    "excess",
     "family_order",
     "fill",
     "find",
@@ -42,6 +43,9 @@ __all__ = [
     "points",
     "ratio",
     "reading",
+    "share",
+    "two",
+    "worse",
 ]
 
 MISSING = "—"
@@ -112,7 +116,35 @@ percent = _form(lambda value: f"{value:.2%}")
 change = _form(lambda value: f"{value:+.2%}" if abs(value) < 1e3 else f"{value:+.3g}")
 nats = _form(_small)
 points = _form(lambda value: f"{value:+.2f} pp")
+#: for sentences: two digits; a share in per cent; a ratio as what it means
+two = _form(lambda value: _two(value))
+share = _form(lambda value: _percent(value))
+excess = _form(lambda value: _percent(value - 1))
+worse = _form(lambda value: _worse(value - 1))
 count = _form(lambda value: f"{value:,.0f}")
+
+
+def _percent(value: float) -> str:
+    """Return a share with as many digits as a reader takes in: 66%, 2.5%, 0.04%."""
+    shown = abs(100 * value)
+    return (
+        f"{100 * value:.0f}%"
+        if shown >= 10 or shown == 0
+        else f"{100 * value:.2g}%"
+        if shown >= 0.01
+        else "under 0.01%"
+    )
+
+
+def _two(value: float) -> str:
+    small = 0 < abs(value) < 1e-3
+    return "under 0.001" if small else f"{value:.2g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def _worse(value: float) -> str:
+    if abs(value) < 5e-4:
+        return "as well as the baseline"
+    return f"{_percent(abs(value))} {'worse' if value > 0 else 'better'} than the baseline"
 
 
 def plain(value: object) -> str:
@@ -137,7 +169,8 @@ def interval(pair: Iterable[object], form: Form) -> str:
     return MISSING if number(lo) is None or number(hi) is None else f"[{form(lo)}, {form(hi)}]"
 
 
-#: what may stand after the colon of a field in a template; `[nats]` is an interval of `nats`
+#: what may stand after the colon of a field in a template; `[nats]` is an interval of `nats`, `<nats>` the
+#: same in words
 FORMS: Mapping[str, Form] = {
     "": plain,
     "name": lambda value: plain(value) if value is None else clean(value, 120),
@@ -148,6 +181,10 @@ FORMS: Mapping[str, Form] = {
     "nats": nats,
     "points": points,
     "count": count,
+    "two": two,
+    "share": share,
+    "excess": excess,
+    "worse": worse,
 }
 
 
@@ -165,9 +202,10 @@ class _Filler(Formatter):
         return find(kwargs, field_name), field_name
 
     def format_field(self, value: object, format_spec: str) -> str:
-        if format_spec.startswith("["):
+        if format_spec.startswith(("[", "<")):
             pair = value if isinstance(value, list | tuple) and len(value) == 2 else (None, None)
-            return interval(pair, FORMS[format_spec[1:-1]])
+            shown = interval(pair, FORMS[format_spec[1:-1]])
+            return shown if format_spec.startswith("[") else shown.strip("[]").replace(", ", " and ")
         return FORMS[format_spec](value)
 
 
@@ -191,11 +229,15 @@ class GateWords(NamedTuple):
     undecided: str
     form: str = ""
     bound: str = ""
+    clause: str = ""
+    doubt: str = ""
 
 
 #: by the gate's name, with the metric's unit behind it where that makes a difference
 GATES: Mapping[str, GateWords] = {
-    name: GateWords(**{key: text.format(**WORDS["advice"]) for key, text in words.items()})
+    name: GateWords(
+        **{k: text if k in ("clause", "doubt") else text.format(**WORDS["advice"]) for k, text in words.items()}
+    )
     for name, words in WORDS["gates"].items()
 }
 
