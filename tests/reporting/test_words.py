@@ -10,10 +10,11 @@ import pytest
 
 from invarlock.certificate.third import GATE_NAMES
 from invarlock.reporting import compare, explain, explanations, render_markdown, summary_lines
-from invarlock.reporting.view import parse, values
+from invarlock.reporting.view import parse, values, view
 from invarlock.reporting.wording import (
     FORMS,
     GATES,
+    MISSING,
     WORDS,
     change,
     clean,
@@ -87,7 +88,53 @@ def test_summary_is_plain_short_lines_with_all_that_matters(each: dict[str, Any]
 def test_summary_of_a_failure_names_reasons_and_culprits(cert: Cert) -> None:
     text = "\n".join(summary_lines(cert("fail")))
     assert "spectral FAIL" in text and "culprits      h.1.attn.c_proj.weight, h.2.mlp.c_fc.weight" in text
-    assert "why           PRIMARY_METRIC" in text
+    assert "why           It predicts the text " in text
+    assert not re.search(r"hysteresis|\bz = |\bq95\b", text)
+
+
+def test_the_headline_says_on_how_much_text_it_rests_and_that_dev_is_a_look(each: dict[str, Any]) -> None:
+    headline = " ".join(line.strip() for line in summary_lines(each, width=1000)[:1])
+    stats = each["dataset"]["windows"]["stats"]
+    measured = stats["tokens"] > 0
+    assert (f"on {stats['documents']:,} documents ({stats['tokens']:,} tokens)" in headline) is measured
+    assert ("A look, not a release certificate" in headline) is (measured and each["meta"]["profile"] == "dev")
+
+
+def test_every_verdict_says_why_once_and_what_comes_next(each: dict[str, Any]) -> None:
+    shown = view(parse(each))
+    assert shown.why.endswith(".") and "\N{EM DASH}" not in shown.why
+    clauses = shown.why.rstrip(".").split("; ")
+    assert len(set(clauses)) == len(clauses)
+    commands = [command for _, command in shown.next_steps]
+    wanted = {
+        "PASS": "invarlock verify",
+        "FAIL": "invarlock report explain",
+        "INCONCLUSIVE": "invarlock report explain",
+    }
+    assert any(command.startswith(wanted[each["verdict"]["status"]]) for command in commands)
+
+
+def test_nothing_is_sure_that_was_not_measured_or_decided(each: dict[str, Any]) -> None:
+    label = next(figure.value for figure in view(parse(each)).figures if figure.short == "confidence")
+    if each["primary_metric"]["decision"] == "not_evaluated":
+        assert label == "none"
+    assert not (each["verdict"]["status"] == "INCONCLUSIVE" and label == "High")
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "text"),
+    [
+        ("worse", 1.66, "66% worse than the baseline"),
+        ("worse", 0.98, "2% better than the baseline"),
+        ("worse", 1.0001, "as well as the baseline"),
+        ("excess", 1.1, "10%"),
+        ("share", 0.00001, "under 0.01%"),
+        ("two", 4e-6, "under 0.001"),
+        ("two", None, MISSING),
+    ],
+)
+def test_sentences_round_for_people(form: str, value: object, text: str) -> None:
+    assert FORMS[form](value) == text
 
 
 def test_markdown_holds_no_markup_from_the_certificate(cert: Cert) -> None:
