@@ -106,7 +106,8 @@ def certify(
     output: folder of the certificate's files; None writes none. runs: folder of the two runs (default: runs).
     profile: dev, ci (default), ci_cpu or release; tier: conservative, balanced (default) or aggressive;
     intent: preserve, finetune or restructure. edit: {name, plan}, or a file that holds it, applied to the subject once
-    loaded. early_stop: stop once the text decides; False measures all of it in one look. tick(what, done, total) is called as work proceeds.
+    loaded. early_stop: stop once the text decides; False measures all of it in one look. tick(what, done, total) is
+    called as work proceeds.
 
     Returns for PASS, FAIL and INCONCLUSIVE alike. Raises ConfigError for arguments that make no sense, ModelLoadError for
     a checkpoint that cannot be read, DataError for text that cannot serve, PairingError (E001 ... E006) where the two
@@ -118,14 +119,11 @@ def certify(
             f"certify has no argument {name!r}{nearest(name, known)}; expected one of: {', '.join(known)}"
         )
     _choose(profile=(profile, PROFILES), intent=(intent, INTENTS), tier=(tier, TIERS))
+    flags: dict[str, object] = {"model.adapter": adapter, "model.device": device, "auto.tier": tier, "dataset": dataset}
+    flags |= {"eval.early_stop": None if early_stop else False, "output.dir": None if runs is None else os.fspath(runs)}
     with _output(output) as moved:
-        flags = {"model.adapter": adapter, "model.device": device, "auto.tier": tier, "dataset": dataset}
-        flags |= {"eval.early_stop": None if early_stop else False, "output.dir": None if runs is None else os.fspath(runs)}
         path = None if preset is None else preset_path(preset)
         config = load_config(path, cli_overrides=flags, profile=profile, require_model=False, refused=_REFUSED)
-        given = load_edit_config(Path(edit)).model_dump() if isinstance(edit, str | os.PathLike) else edit
-        if given is not None:
-            registry.edits.entry(str(given.get("name")))
         request = request_from(
             config,
             profile=profile or "ci",
@@ -133,13 +131,21 @@ def certify(
             baseline=None if baseline is None else os.fspath(baseline),
             baseline_report=None if baseline_report is None else Path(baseline_report),
             intent=intent,
-            edit=given,
+            edit=_edit(edit),
             edit_label=edit_label,
         )
         require_writable(request.out)
         outcome = run_certify(request, tick)
         outcome.notes[:0] = [*config.notes, *moved]
         return _result(outcome, {} if output is None else write_bundle(outcome.certificate, Path(output)))
+
+
+def _edit(given: Mapping[str, Any] | _Path | None) -> Mapping[str, Any] | None:
+    """Return an edit's name and plan, read where a file holds them. Raises ConfigError for a name that nobody knows."""
+    edit = load_edit_config(Path(given)).model_dump() if isinstance(given, str | os.PathLike) else given
+    if edit is not None:
+        registry.edits.entry(str(edit.get("name")))
+    return edit
 
 
 def _choose(**asked: tuple[object, tuple[str, ...]]) -> None:

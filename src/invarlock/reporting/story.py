@@ -31,7 +31,7 @@ def reason_why(c: Certificate) -> str:
     """Return one sentence: what failed, what stayed open, or how close the subject is. Each clause stands there once."""
     status = c.verdict.status
     asked = {"FAIL": ("fail",), "INCONCLUSIVE": _UNDECIDED}.get(status, ())
-    gates = [gate for gate in c.gates if gate.decision in asked]
+    gates = [gate for gate in _each_once(c) if gate.decision in asked]
     if status == "PASS":
         shown = [gate for gate in c.gates if gate.name in ("primary_metric", "divergence_kl", "token_flips")]
         clauses = [_clause(gate, c) for gate in shown]
@@ -46,6 +46,12 @@ def reason_why(c: Certificate) -> str:
     more = len(clauses) - _CLAUSES
     said = clauses[:_CLAUSES] + ([f"and {more} more"] if more > 0 else [])
     return _sentence("; ".join(said)) if said else ""
+
+
+def _each_once(c: Certificate) -> list[Gate]:
+    """Return the gates without those on one kind of text that decided as the gate on all of it did."""
+    whole = {gate.name: gate.decision for gate in c.gates}
+    return [gate for gate in c.gates if gate.name == (base := base_name(gate.name)) or whole.get(base) != gate.decision]
 
 
 def _sentence(text: str) -> str:
@@ -78,13 +84,14 @@ def _clause(gate: Gate, c: Certificate) -> str:
 
 def warnings(c: Certificate) -> list[str]:
     """Return what is no failure but should be known, a sentence each."""
-    told = (_clause(gate, c) for gate in c.gates if gate.decision == "warn")
+    told = (_clause(gate, c) for gate in _each_once(c) if gate.decision == "warn")
     return list(dict.fromkeys(map(_sentence, told)))
 
 
 def _told(gate: Gate, title: str, kind: str) -> str:
     reason = clean(gate.reason, 200).removeprefix(f"on {kind}: ")
-    return reason if gate.name in ("primary_metric", *BUILT_IN_GUARDS) else f"{title.lower()}: {reason}"
+    plain = gate.name in ("primary_metric", *BUILT_IN_GUARDS)
+    return reason if plain else f"{title.lower().removesuffix(f' on {kind}')}: {reason}"
 
 
 def next_steps(c: Certificate, place: Path | None = None) -> list[tuple[str, str]]:
