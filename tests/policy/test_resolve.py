@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +141,25 @@ def test_limits_are_typed_and_a_wrong_one_is_named() -> None:
     assert off.limits.divergence.mode == "off"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({"metrics": {"pm_ratio": {"limt": 1.2}}}, "metrics.pm_ratio 'limt' (did you mean 'limit'"),
+        ({"metrics": {"pm_rato": {"limit": 1.2}}}, "key in metrics 'pm_rato' (did you mean 'pm_ratio'"),
+        ({"sample": {"previw": 4}}, "key in sample 'previw' (did you mean 'preview'"),
+        ({"guards": {"spectral": {"deadbnd": 0.1}}}, "guards.spectral 'deadbnd' (did you mean 'deadband'"),
+    ],
+)
+def test_overrides_from_python_are_held_to_the_keys_that_there_are(overrides: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        resolve_policy(overrides=overrides)
+
+
 def test_tiny_relax_counts_in_the_dev_profile_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INVARLOCK_TINY_RELAX", "1")
-    assert resolve_policy("balanced", "dev").values["sample"]["preview"] == 1
+    sample = resolve_policy("balanced", "dev").values["sample"]
+    assert (sample["min_tokens"], sample["min_documents"]) == (0, 1)
+    assert (sample["preview"], sample["final"]) == (32, 32)  # floors are lowered, never the windows asked for
     assert resolve_policy("balanced", "dev").relaxed
     for profile in ("ci", "ci_cpu", "release"):
         policy = resolve_policy("balanced", profile)

@@ -31,7 +31,6 @@ _Path = str | os.PathLike[str]
 _LIMIT = "certify does not use it; the limit of a verdict is metrics.pm_ratio.limit"
 #: keys of a configuration, or whole sections, that would have no effect here, so that nobody believes they had one
 _REFUSED = {
-    "model.id": "certify does not use it; name the models as baseline and subject",
     "edit": "certify does not use it; give the edit apart (--edit-config, or edit=)",
     "eval.max_pm_ratio": _LIMIT,
     "eval.spike_threshold": _LIMIT,
@@ -136,7 +135,7 @@ def certify(
         )
         require_writable(request.out)
         outcome = run_certify(request, tick)
-        outcome.notes[:0] = [*config.notes, *moved]
+        outcome.notes[:0] = moved
         return _result(outcome, {} if output is None else write_bundle(outcome.certificate, Path(output)))
 
 
@@ -171,8 +170,11 @@ def _result(outcome: CertifyOutcome, files: dict[str, Path]) -> Certification:
 
 def request_from(config: RunSettings, *, profile: str, subject: str, **asked: Any) -> CertifyRequest:
     """Return the request that a preset and what was asked for besides make together; `asked` are fields of it."""
+    if asked.get("baseline") is None and asked.get("baseline_report") is None:
+        asked["baseline"] = config.model.id  # one preset serves run and certify; what is named besides wins
     return CertifyRequest(
         subject=subject,
+        notes=config.notes,
         adapter=config.model.adapter,
         device=config.model.device,
         loading=Loading.of(config.model),

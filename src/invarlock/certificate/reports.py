@@ -135,9 +135,19 @@ def _plain(report: Report) -> dict[str, Any]:
     raise CertificateError(f"a report is {type(report).__name__}; expected a RunReport or a loaded report.json")
 
 
+def _check_sections(data: Mapping[str, Any], what: str) -> None:
+    """Raise CertificateError where a section of a report is no mapping."""
+    metric = data["metrics"].get("primary_metric") if isinstance(data.get("metrics"), Mapping) else None
+    sections = {name: data.get(name) for name in ("meta", "edit", "guards", "metrics", "evidence")}
+    for name, section in {**sections, "metrics.primary_metric": metric}.items():
+        if section is not None and not isinstance(section, Mapping):
+            raise CertificateError(f"the {what} report's {name} is {type(section).__name__}; expected a mapping")
+
+
 def evidence_of(report: Report, what: str) -> Evidence:
     """Return the evidence in a report; CertificateError says why there is none."""
     data = _plain(report)
+    _check_sections(data, what)
     metric = (data.get("metrics") or {}).get("primary_metric") or {}
     if metric.get("mock"):
         raise CertificateError(
@@ -174,11 +184,14 @@ def policy_of(report: Mapping[str, Any]) -> Policy:
 
 def check_baseline(baseline: Mapping[str, Any]) -> None:
     """Raise CertificateError where a report is of an edited model, which is no baseline."""
+    _check_sections(baseline, "baseline")
     edit = baseline.get("edit") or {}
-    changed = (edit.get("deltas") or {}).get("params_changed", 0)
-    if edit.get("name") not in (None, "noop", "checkpoint") and changed:
+    judged = "verdict" in (baseline.get("metrics") or {})  # the edited side of a certificate
+    changed = (edit.get("deltas") or {}).get("params_changed", edit.get("name") != "checkpoint" or judged)
+    if edit.get("name") not in (None, "noop") and changed and not edit.get("dry_run"):
         raise CertificateError(
-            f"the baseline report is of a model edited by {edit['name']!r}; expected an unedited one: run it with NoopEdit"
+            f"the baseline report is of a model edited by {edit['name']!r}; expected an unedited one: that of the run "
+            "under source/, or of a run with NoopEdit"
         )
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from invarlock.core.exceptions import AdapterError, ConfigError
 from invarlock.core.files import plain
+from invarlock.core.registry import nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,6 +83,26 @@ class Batches(Protocol):
     def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
 
 
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+_Config = TypeVar("_Config", bound=type)
+
+
+def _named(config: _Config) -> _Config:
+    """Let a dataclass answer an argument that it does not have with the nearest one."""
+    known, make = [item.name for item in fields(config)], config.__init__  # type: ignore[misc]
+
+    @functools.wraps(make)
+    def init(self: object, *args: object, **given: object) -> None:
+        for name in given.keys() - set(known):
+            what = f"{config.__name__} has no argument {name!r}{nearest(name, known)}"
+            raise ConfigError(f"{what}; expected one of: {', '.join(known)}")
+        make(self, *args, **given)
+
+    config.__init__ = init  # type: ignore[misc]
+    return config
+
+
+@_named
 @dataclass
 class RunConfig:
     """How `CoreRunner.execute` behaves.
@@ -99,9 +122,13 @@ class RunConfig:
     context: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
+            raise ConfigError(f"RunConfig.device is {self.device!r}; expected auto, cpu, mps, cuda or cuda:N")
+        if not isinstance(self.context, Mapping):
+            raise ConfigError(f"RunConfig.context is {type(self.context).__name__}; expected a mapping")
         for name in ("max_pm_ratio", "spike_threshold"):
             value = getattr(self, name)
-            if not value > 0:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise ConfigError(f"RunConfig.{name} is {value!r}; expected a ratio above 0, such as 1.5")
         if self.checkpoint_interval < 0:
             raise ConfigError(f"RunConfig.checkpoint_interval is {self.checkpoint_interval}; expected 0 (off) or more")

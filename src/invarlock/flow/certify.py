@@ -33,7 +33,7 @@ from invarlock.flow import steps
 from invarlock.flow.job import INTENTS, Job, Tick, open_job, resolved_metric
 from invarlock.flow.measure import Measurement, files_only, followed, measure
 from invarlock.flow.run_folder import find_report
-from invarlock.flow.sampling import cut_windows, reuse_windows
+from invarlock.flow.sampling import check_same_data, cut_windows, reuse_windows
 from invarlock.guards.boundary import BUILT_IN_GUARDS
 from invarlock.guards.invariants import InvariantsGuard, baseline_damage
 from invarlock.policy.resolve import resolve_policy
@@ -70,6 +70,7 @@ class CertifyRequest:
     edit: Mapping[str, Any] | None = None
     edit_label: str | None = None
     out: Path = Path("runs")
+    notes: tuple[str, ...] = ()  # what else a reader of the certificate should know
 
     def __post_init__(self) -> None:
         if self.intent not in INTENTS:
@@ -153,7 +154,14 @@ def certify(request: CertifyRequest, tick: Tick | None = None) -> CertifyOutcome
     policy = resolve_policy(request.tier, request.profile, overrides=request.overrides)
     guards = steps.create_guards(tuple(dict.fromkeys(policy.values["guards"]["order"])), request.guard_arguments)
     job = open_job(
-        policy, request.adapter, request.device, guards, tick, intent=request.intent, loading=request.loading
+        policy,
+        request.adapter,
+        request.device,
+        guards,
+        tick,
+        intent=request.intent,
+        loading=request.loading,
+        notes=[*request.notes],
     )
     with job.timed("baseline files"):
         source = _read_baseline(job, request)
@@ -165,6 +173,7 @@ def certify(request: CertifyRequest, tick: Tick | None = None) -> CertifyOutcome
         with job.timed("data"):
             stored = source.measured is not None
             if stored:
+                check_same_data(source.report, request.dataset)
                 job.windows = reuse_windows(source.report)
             job.windows = job.windows or cut_windows(job, source.side, request.dataset)
             _encode_both(job, source.side, subject)

@@ -24,8 +24,8 @@ from invarlock.evidence.windows import Windows
 from invarlock.flow import steps
 from invarlock.flow.execute import CoreRunner, StoredBaseline
 from invarlock.flow.job import Job, Tick, open_job, resolved_metric
-from invarlock.flow.run_folder import REPORT, require_free, staged_folder
-from invarlock.flow.sampling import cut_windows, dataset_options, reuse_windows
+from invarlock.flow.run_folder import REPORT, read_report, require_free, staged_folder
+from invarlock.flow.sampling import check_same_data, cut_windows, dataset_options, reuse_windows
 from invarlock.policy.config import RunSettings
 from invarlock.policy.resolve import resolve_policy
 
@@ -142,6 +142,7 @@ def run(request: RunRequest, tick: Tick | None = None) -> RunOutcome:
         if request.baseline is None:
             job.windows = cut_windows(job, work.side, dataset_options(chosen.dataset))
         else:
+            check_same_data(read_report(request.baseline)[0], dataset_options(chosen.dataset))
             work.baseline = _stored_baseline(job, request.baseline, work.side)
     with staged_folder(final, keep=not request.cleanup) as folder:
         with job.timed("load"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import glob
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from invarlock.certificate.reports import evidence_of
@@ -14,13 +16,18 @@ from invarlock.eval.data import EvaluationWindow, Provider, get_provider
 from invarlock.eval.data.base import Tokenizer
 from invarlock.eval.data.wikitext2 import Wikitext2Provider
 from invarlock.eval.sources.base import scored_tokens
+from invarlock.evidence.model import DataFacts
 from invarlock.evidence.windows import TextOrigin, Windows, mask_tokens, windows_from_provider
 from invarlock.flow.job import Job
 from invarlock.policy.config import DatasetSection, SliceSection
 
-__all__ = ["EMBEDDED", "MOST_SEQ_LEN", "cut_windows", "dataset_options", "reuse_windows"]
+__all__ = ["EMBEDDED", "MOST_SEQ_LEN", "check_same_data", "cut_windows", "dataset_options", "reuse_windows"]
 
 MOST_SEQ_LEN = 512
+_SEED = 42
+_FILES = ("file", "path", "data_files")
+#: keys of a data section that are not the provider's own
+_CUT = ("provider", "split", "seq_len", "stride", "seed", "add_special_tokens", "slices", "share")
 
 
 def dataset_options(section: DatasetSection) -> dict[str, Any]:
@@ -52,6 +59,69 @@ def reuse_windows(report: Mapping[str, Any], *, reused: bool = True) -> Windows:
     if windows.digest() != data.digest:
         raise PairingError("the baseline report's windows are not those it measured; measure it again", code="E006")
     return windows
+
+
+def check_same_data(report: Mapping[str, Any], dataset: Mapping[str, Any]) -> None:
+    """Raise ConfigError, naming the key, where `dataset` asks for other data than a stored report was measured on.
+
+    Its windows are measured again as they are, so that what else was asked for would be recorded and not done.
+    """
+    data = evidence_of(report, "baseline").data
+    slices = dataset.get("slices")
+    if (slices is None) != (data.slices is None) and dataset.get("provider", slices) is not None:
+        raise _other_data("slices", sorted(slices or ()), sorted(data.slices or ()))
+    for name, asked in (slices or {}).items():
+        if name not in (data.slices or {}):
+            raise _other_data(f"slices.{name}", asked, "no such slice")
+        _check_same(f"slices.{name}.", {k: v for k, v in asked.items() if k != "share"}, (data.slices or {})[name])
+    if slices is None:
+        _check_same("", dataset, data)
+
+
+def _check_same(where: str, dataset: Mapping[str, Any], data: DataFacts) -> None:
+    recorded = {
+        **data.options,
+        "provider": data.provider,
+        "split": data.split,
+        "stride": data.stride,
+        "seed": data.seed,
+    }
+    recorded |= {"seq_len": data.seq_len, "add_special_tokens": bool(data.prefix or data.suffix)}
+    own = get_provider(dataset["provider"], **_own_options(dataset)).describe() if dataset.get("provider") else {}
+    for key, asked in {**dataset, **own.get("options", {})}.items():
+        there = recorded.get(key)
+        if key in _FILES and not _paths(asked) <= {os.path.abspath(str(p)) for p in _listed(there)}:
+            raise _other_data(f"{where}{key}", asked, there)
+        if key == "seq_len" and data.seq_len <= asked <= data.seq_len + len(data.prefix or ()) + len(data.suffix or ()):
+            continue  # shortened, so that the special tokens fit
+        if key == "seed" and asked == _SEED:
+            continue  # the default: nobody asked
+        if key not in (*_FILES, "add_special_tokens", "slices") and asked != there and key in recorded:
+            raise _other_data(f"{where}{key}", asked, there)
+
+
+def _own_options(dataset: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in dataset.items() if key not in _CUT}
+
+
+def _listed(given: object) -> Sequence[object]:
+    return given if isinstance(given, list | tuple) else [given]
+
+
+def _paths(given: object) -> set[str]:
+    """Return the files that an option names, wherever the caller stands. Raises ConfigError for one that is not there."""
+    names = [str(path) for path in _listed(given)]
+    absent = [name for name in names if not os.path.exists(name) and not glob.glob(name)]
+    if absent:
+        raise ConfigError(f"{absent[0]!r} does not exist; expected the data file that the baseline was measured on")
+    return {os.path.abspath(name) for name in names}
+
+
+def _other_data(key: str, asked: object, there: object) -> ConfigError:
+    return ConfigError(
+        f"dataset.{key} is {asked!r}, and the stored baseline was measured with {there!r}; leave the data out to measure on "
+        "its windows, or measure a baseline on these data"
+    )
 
 
 def cut_windows(job: Job, side: Side, dataset: Mapping[str, Any]) -> Windows:
@@ -94,7 +164,7 @@ def _around(job: Job, tokenizer: Tokenizer) -> int:
 
 
 def _seed(dataset: Mapping[str, Any]) -> int:
-    return int(dataset.get("seed", 42))
+    return int(dataset.get("seed", _SEED))
 
 
 def _without_share(own: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from dataclasses import replace
 from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 from invarlock.core.api import AdapterLike, Context, Guard, ModelLike
-from invarlock.core.exceptions import GuardError
+from invarlock.core.exceptions import ConfigError, GuardError
+from invarlock.core.registry import nearest
 from invarlock.eval.sources.base import Source, Watch
 from invarlock.eval.sources.torch_model import TorchSource, task_of_model
 from invarlock.evidence.windows import Window, calibration_windows
@@ -48,6 +49,27 @@ def by_name(baseline: list[Stats], subject: list[Stats]) -> tuple[list[tuple[Sta
     return both, [name for name in before if name not in after], [name for name in after if name not in before]
 
 
+def _check(guard: StatsGuard, given: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a constructor argument that the guard's policy does not have, or that is of another type."""
+    for key, value in given.items() if guard.defaults else ():
+        if key not in guard.defaults:
+            raise ConfigError(
+                f"guard {guard.name!r} has no argument {key!r}{nearest(key, guard.defaults)}; expected one of: "
+                f"{', '.join(guard.defaults)}"
+            )
+        kinds, expected = _KINDS.get(type(guard.defaults[key]), (object, ""))
+        wrong = not isinstance(value, kinds) or (isinstance(value, bool) and expected == "a number")
+        if value is not None and wrong:
+            raise ConfigError(f"guard {guard.name!r} got {key}={value!r}; expected {expected}")
+
+
+#: type of a default -> the types that stand in its place, and their name
+_KINDS: dict[type, tuple[Any, str]] = {
+    bool: (bool, "True or False"), int: ((int, float), "a number"), float: ((int, float), "a number"), str: (str, "text"),
+    dict: ((Mapping, int, float), "a mapping"), list: ((list, tuple), "a list"),
+}  # fmt: skip
+
+
 class StatsGuard(Guard):
     """A guard in the measure / pair / judge form."""
 
@@ -55,6 +77,7 @@ class StatsGuard(Guard):
     defaults: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, **overrides: Any) -> None:
+        _check(self, overrides)
         self.overrides: dict[str, Any] = overrides
         self.policy: dict[str, Any] = {**self.defaults, **overrides}
         self.baseline: Stats | None = None

@@ -121,10 +121,15 @@ class InvariantsGuard(StatsGuard):
     }
 
     def __init__(
-        self, *, strict_mode: bool | None = None, on_fail: str | None = None, profile_checks: list[str] | None = None
+        self,
+        *,
+        strict_mode: bool | None = None,
+        on_fail: str | None = None,
+        profile_checks: list[str] | None = None,
+        **others: object,
     ) -> None:
         given = {"strict_mode": strict_mode, "on_fail": on_fail, "profile_checks": profile_checks}
-        super().__init__(**{key: value for key, value in given.items() if value is not None})
+        super().__init__(**{key: value for key, value in given.items() if value is not None}, **others)
 
     def contract(self) -> dict[str, Any]:
         return {"tensors": "names, shapes, types, sha256 digests, non-finite counts"}

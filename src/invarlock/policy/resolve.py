@@ -43,12 +43,14 @@ TIERS = ("conservative", "balanced", "aggressive")
 PROFILES = ("dev", "ci", "ci_cpu", "release")
 _PROFILE_ONLY = {"device"}
 _PACKAGE = resources.files("invarlock.data")
-#: the sample floors that INVARLOCK_TINY_RELAX sets, in the dev profile only
+#: the sample floors that INVARLOCK_TINY_RELAX sets, in the dev profile only; with tiers of version 4 and earlier also the
+#: windows that are measured, since a floor was all that those counts were
 _TINY: _Values = {
-    "sample": {"preview": 1, "final": 1, "min_tokens": 0, "shortfall": "warn"},
+    "sample": {"min_tokens": 0, "shortfall": "warn"},
     "metrics": {"pm_tail": {"min_windows": 1}, "accuracy": {"min_examples": 1}},
 }
 #: variable -> the value of the policy that it sets; counts of windows in the ci profiles only
+_FLOORS_ALONE = 5
 _ENVIRONMENT = {
     "INVARLOCK_CI_PREVIEW": ("sample", "preview"),
     "INVARLOCK_CI_FINAL": ("sample", "final"),
@@ -134,9 +136,24 @@ def resolve_policy(
     custom = {"tiers": {tier: tiers[tier]}, "profile": given}
     if _versioned(version, tier, profile) == (tiers[tier], given):
         custom = {}
+    _check_keys(overrides or {}, tiers[tier])
     explicit = merge(_environment_overrides(profile) if relaxed is None else {}, overrides or {})
     chosen = settings.flag("INVARLOCK_TINY_RELAX") if relaxed is None else relaxed
     return _resolve(tier, profile, version, custom, explicit, edit_adjustments or {}, chosen)
+
+
+def _check_keys(overrides: Mapping[str, Any], base: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a limit or a guard's key that does not exist; the policy of a plugin guard is its own."""
+    for section, groups in overrides.items():
+        known = base.get(section)
+        if not isinstance(groups, Mapping) or not isinstance(known, Mapping):
+            continue
+        for name, values in groups.items():
+            if section != "guards":
+                _known(name, tuple(known), f"key in {section}")
+            if isinstance(values, Mapping) and isinstance(known.get(name), Mapping):
+                for key in values:
+                    _known(key, tuple(known[name]), f"key in {section}.{name}")
 
 
 def resolve_recorded(provenance: Mapping[str, Any]) -> Policy:
@@ -179,6 +196,8 @@ def _resolve(
     values = copy.deepcopy(base)
     measured = {key: value for key, value in given.items() if key not in _PROFILE_ONLY}
     tiny = merge(_TINY, {"sample": {"min_documents": 1}}) if "min_documents" in base["sample"] else _TINY
+    if version < _FLOORS_ALONE:
+        tiny = merge(tiny, {"sample": {"preview": 1, "final": 1}})
     for layer in (measured, tiny if relaxed else {}, edit_adjustments, overrides):
         values = merge(values, layer)
     _typed(values)

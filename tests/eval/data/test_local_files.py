@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from invarlock.core.exceptions import DataError
+from invarlock.core.exceptions import ConfigError, DataError
 from invarlock.eval.data import get_provider
 
 
@@ -93,3 +93,10 @@ def test_windows_from_a_file_carry_its_line_as_document(tmp_path: Path, byte_tok
     path = write(tmp_path / "t.jsonl", *({"text": f"line number {i} of the file"} for i in range(6)))
     preview, final = get_provider("local_jsonl", file=path).windows(byte_tokenizer, preview_n=3, final_n=3, seq_len=64)
     assert sorted(preview.document_ids + final.document_ids) == [f"t.jsonl:{i}" for i in range(1, 7)]
+
+
+def test_a_split_that_files_do_not_have_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "one two three"}\n')
+    with pytest.raises(ConfigError, match=r"dataset.split is 'test', and files have no splits"):
+        get_provider("local_jsonl", file=str(path)).documents("test")

@@ -82,7 +82,11 @@ def load_split(dataset_name: str, config_name: str | None, split: str | None) ->
             ) from error
         raise DataError(f"cannot read the data set '{dataset_name}': {reason}") from error
     if isinstance(loaded, datasets.Dataset):  # saved by itself, without the name of a split
-        return split or "data", loaded
+        if split not in (None, "data"):
+            raise DataError(
+                f"the data set '{dataset_name}' was saved without splits: got split '{split}'; leave it out"
+            )
+        return "data", loaded
     chosen = split or next((name for name in _PREFERRED_SPLITS if name in loaded), next(iter(loaded), ""))
     base, _, part = chosen.partition("[")
     if base not in loaded:

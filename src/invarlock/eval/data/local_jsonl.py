@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from invarlock.core.exceptions import DataError
+from invarlock.core.exceptions import ConfigError, DataError
 from invarlock.core.reading import lines_of, open_regular, parse_json
 from invarlock.eval.data.base import FieldPairsProvider, FieldsProvider, FieldTextProvider
 
@@ -20,7 +20,7 @@ __all__ = ["LocalJsonlPairsProvider", "LocalJsonlProvider"]
 class _LocalFiles(FieldsProvider):
     """`file`, `path` and `data_files` mean the same: a path, a list of paths, or a pattern with `*`.
 
-    Files have no splits: `split` is accepted and has no effect.
+    Files have no splits: one that is asked for is refused.
     """
 
     file: str | os.PathLike[str] | list[str] | None = None
@@ -48,6 +48,8 @@ class _LocalFiles(FieldsProvider):
         return {path.absolute().relative_to(common).as_posix(): path for path in found}
 
     def texts(self, split: str | None, *names: str) -> Iterator[Sequence[str]]:
+        if split or self.split:
+            raise ConfigError(f"dataset.split is {split or self.split!r}, and files have no splits; leave it out")
         for name, path in self._files().items():
             if path.suffix == ".txt" and len(names) == 1:
                 yield name, "".join(_text(name, *line) for line in _lines(name, path))
