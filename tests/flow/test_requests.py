@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from invarlock.certificate.reports import check_baseline
 from invarlock.assurance.certification import request_from
+from invarlock.certificate.reports import check_baseline
 from invarlock.core.api import RunConfig
 from invarlock.core.exceptions import CertificateError, ConfigError
 from invarlock.flow.sampling import check_same_data

@@ -35,6 +35,7 @@ from invarlock.evidence.plain import canonical
 from invarlock.evidence.rows import WindowRows, pair_rows
 from invarlock.guards.boundary import BUILT_IN_GUARDS
 from invarlock.guards.diagnosis import mark_shifts
+from invarlock.guards.pairing import renamed, renumbered
 from invarlock.guards.sketch import compare_all
 from invarlock.policy.resolve import Policy, resolve_recorded
 
@@ -69,6 +70,9 @@ def record(report: Report, baseline: Report) -> Recorded:
     refused = meta.get("refused")
     if not refused:
         _check_pairing(reference, subject)
+    measured, rebuilt = subject, meta.get("intent") == "restructure" and not refused
+    layers = renumbered(reference.sketches, subject.sketches) if rebuilt else {}
+    subject = _under_old_numbers(subject, layers) if layers else subject
     spectra = reference.guards.get("spectral", {}).get("modules", ())
     families = {row["name"]: row["family"] for row in spectra if "family" in row}
     skipped = {**_EVALUATED_NOTHING, "skipped": "nothing was evaluated"} if refused else _EVALUATED_NOTHING
@@ -90,11 +94,12 @@ def record(report: Report, baseline: Report) -> Recorded:
         telemetry={"timings": dict(meta.get("timings") or {})},
         resolved_policy=policy.values,
         policy_provenance=policy.provenance(),
-        provenance=_provenance(meta, reference, subject),
+        provenance=_provenance(meta, reference, measured),
         data=subject.data,
         weights=WeightsRecord(changes=[] if refused else _changes(reference, subject, families)),
         activation_peaks=_peaks(reference, subject),
         experts=_experts(reference, subject),
+        layers_paired=layers or None,
         evaluation_windows={
             split: pair_rows(
                 _reached(subject if refused else reference, subject, split), getattr(subject, split), split
@@ -105,6 +110,12 @@ def record(report: Report, baseline: Report) -> Recorded:
     )
     # what follows is derived from what a reader will find
     return Recorded.model_validate(canonical(recorded.model_dump(mode="json")))
+
+
+def _under_old_numbers(subject: Evidence, layers: Mapping[str, str]) -> Evidence:
+    """Return the measurements of a pruned subject under the names that its layers have in the baseline."""
+    fields = {name: renamed(getattr(subject, name), layers) for name in ("guards", "sketches", "peaks", "experts")}
+    return subject.model_copy(update=fields)
 
 
 def _reached(side: Evidence, subject: Evidence, split: str) -> WindowRows:

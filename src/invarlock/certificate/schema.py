@@ -422,6 +422,7 @@ class Recorded(Plain):
     activation_peaks: Annotated[PeaksRecord | None, ABSENT] = None
     looks: Annotated[LooksRecord | None, ABSENT] = None  # None: all of the text, in one look
     experts: Annotated[ExpertsRecord | None, ABSENT] = None
+    layers_paired: Annotated[dict[str, str] | None, ABSENT] = None  # of a pruned subject: its layer, the baseline's
 
     @property
     def refused(self) -> str | None:
