@@ -45,8 +45,8 @@ EXTRAS = (
     ("invarlock.flow.measure", "reference_digest"),
     ("invarlock.flow.steps", "write_reference"),
     ("invarlock.guards.spectral", "SpectralGuard.measure"),
-    ("invarlock.guards.rmt", "Observation.receive"),
-    ("invarlock.guards.variance", "_Spread.add"),
+    ("invarlock.guards.rmt", "_see"),
+    ("invarlock.guards.variance", "_see"),
     ("invarlock.guards.sketch", "sketch_model"),
 )
 WITHOUT = {"guards": {"order": ["invariants"]}, "metrics": {"divergence": {"mode": "off"}}}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -183,6 +186,7 @@ class HF_Causal_Adapter(HF_Adapter):
         dense: dict[str, Any] = {}
         if weights is not None and not isinstance(weights, SafetensorsFolder):
             dense = {"state_dict": {name: _in_type(tensor, wanted) for name, tensor in weights.tensors()}}
+        options = _placed(options, stays=bool(dense))
         try:
             with quiet_transformers():
                 model, info = (self._class_of(config, trust) if dense else self.auto_class).from_pretrained(
@@ -198,7 +202,7 @@ class HF_Causal_Adapter(HF_Adapter):
             message = f"{model_id} cannot be loaded as {self.auto_class_name}: {first_line(error)}"
             raise ModelLoadError(message) from error
         _refuse_made_up(model_id, info)
-        model = model.to(device).eval()
+        model = (model if "device_map" in options else model.to(device)).eval()
         _origins[model] = Origin(str(model_id), folder, loading)
         return model
 
@@ -226,6 +230,20 @@ class HF_Seq2Seq_Adapter(HF_Causal_Adapter):
 def _reading_facts(folder: Path) -> dict[str, Any]:
     """Return how a checkpoint was read and is executed; {} for one of plain weights."""
     return {**packing_facts(folder), **adapter_facts(folder), **gguf_facts(folder)}
+
+
+def _placed(options: Mapping[str, Any], *, stays: bool) -> dict[str, Any]:
+    """Return the options with where accelerate is to leave the weights. `device_map: disk` leaves all of them in their
+    files. `stays`: they are in memory already, where the model is then built of them."""
+    others = {key: value for key, value in options.items() if key not in ("device_map", "offload_folder")}
+    if "device_map" not in options or stays:
+        return others
+    require_extra("device_map", "adapters", "accelerate")
+    chosen, folder = options["device_map"], options.get("offload_folder")
+    if folder is None:
+        folder = tempfile.mkdtemp(prefix="invarlock-offload-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return {**others, "device_map": {"": "disk"} if chosen == "disk" else chosen, "offload_folder": folder}
 
 
 def _torch_dtype(name: str, device: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from invarlock.checkpoints.side import Loading
 from invarlock.core import registry
 from invarlock.core.exceptions import ConfigError
+from invarlock.core.ranks import follows
 from invarlock.core.registry import nearest
 from invarlock.flow.certify import CertifyOutcome, CertifyRequest
 from invarlock.flow.certify import certify as run_certify
@@ -89,6 +90,8 @@ def certify(
     profile: str | None = None,
     tier: str | None = None,
     intent: str = "preserve",
+    engine: str | None = None,
+    baseline_engine: str | None = None,
     adapter: str | None = None,
     device: str | None = None,
     dataset: Mapping[str, Any] | None = None,
@@ -104,7 +107,8 @@ def certify(
     preset: a YAML file, or the name of a packaged preset. dataset: {provider, seq_len, ...} in place of its section.
     output: folder of the certificate's files; None writes none. runs: folder of the two runs (default: runs).
     profile: dev, ci (default), ci_cpu or release; tier: conservative, balanced (default) or aggressive;
-    intent: preserve, finetune or restructure. edit: {name, plan}, or a file that holds it, applied to the subject once
+    intent: preserve, finetune, restructure or engine. engine, baseline_engine: served engines that score a side, such as
+    vllm=http://127.0.0.1:8000. edit: {name, plan}, or a file that holds it, applied to the subject once
     loaded. early_stop: stop once the text decides; False measures all of it in one look. tick(what, done, total) is
     called as work proceeds.
 
@@ -120,6 +124,7 @@ def certify(
     _choose(profile=(profile, PROFILES), intent=(intent, INTENTS), tier=(tier, TIERS))
     flags: dict[str, object] = {"model.adapter": adapter, "model.device": device, "auto.tier": tier, "dataset": dataset}
     flags |= {"eval.early_stop": None if early_stop else False, "output.dir": None if runs is None else os.fspath(runs)}
+    output = None if follows() else output  # under torchrun the leader alone writes
     with _output(output) as moved:
         path = None if preset is None else preset_path(preset)
         config = load_config(path, cli_overrides=flags, profile=profile, require_model=False, refused=_REFUSED)
@@ -130,6 +135,8 @@ def certify(
             baseline=None if baseline is None else os.fspath(baseline),
             baseline_report=None if baseline_report is None else Path(baseline_report),
             intent=intent,
+            engine=engine,
+            baseline_engine=baseline_engine,
             edit=_edit(edit),
             edit_label=edit_label,
         )

@@ -50,11 +50,12 @@ def judge_guards(r: Recorded, judges: Mapping[str, StatsGuard]) -> dict[str, Gua
         if name == InvariantsGuard.name:
             if name in policies["order"] or r.refused is not None:
                 policy["intent"] = r.meta.intent
-                outcome = judges[name].judge(_structures(r), policy)
+                absent = _served(r) and not (r.structure.baseline.tensors and r.structure.subject.tensors)
+                outcome = _not_given(name, r) if absent else judges[name].judge(_structures(r), policy)
                 sections[name] = _section(outcome, None, policy)
         elif name in policies["order"] and r.refused is None:
             sections[name] = (
-                not_measured(name, policy)
+                _section(_not_given(name, r), None, policy)
                 if facts is None
                 else _section(judges[name].judge(facts, policy), facts, policy)
             )
@@ -65,6 +66,28 @@ def not_measured(name: str, policy: Policy) -> GuardSection:
     """Return the section of a guard that a side has no measurements for."""
     outcome = result(False, f"{name} was not measured on both sides", action="none", evaluated=False)
     return _section(outcome, None, policy)
+
+
+def _served(r: Recorded) -> list[str]:
+    """Say which sides were scored by a served engine."""
+    engines = {side: runtime.engine for side, runtime in r.provenance.runtime.items()}
+    return [f"the {side} was served by {engine.kind}" for side, engine in engines.items() if engine is not None]
+
+
+def _not_given(name: str, r: Recorded) -> Result:
+    """Return the result of a guard that a side has no measurements for.
+
+    An engine gives no activations: such a guard is left out, and so is every guard where behaviour alone is judged.
+    Weights that were to be judged and are not at hand leave the verdict open.
+    """
+    served, needs = _served(r), GUARDS[name].needs
+    if not served:
+        return result(False, f"{name} was not measured on both sides", action="none", evaluated=False)
+    message = f"{name} is not evaluated: {' and '.join(served)}, which gives no {needs}"
+    if r.meta.intent == "engine" or needs == "activations":
+        return result(True, message, action="none", evaluated=False)
+    files = "; give the checkpoint's folder, or judge behaviour alone with --intent engine"
+    return result(False, message + files, action="none", evaluated=False)
 
 
 def _structures(r: Recorded) -> Facts:

@@ -7,6 +7,8 @@
 2. Under intent `restructure` the subject is built differently on purpose: shapes, names and layer counts are notes, and
    behaviour is judged in full. What its own architecture needs and does not have stays a failure.
 3. Under intent `finetune` rows of embeddings may have been trained; that they hold what other rows held stays a failure.
+4. Under intent `engine` the same weights are served in another way: behaviour alone is judged, and what the files differ
+   in is noted, but for values that are not finite.
 """
 
 from __future__ import annotations
@@ -61,6 +63,8 @@ def with_notes(sections: Mapping[str, GuardSection], r: Recorded, found: Figures
         )
     if r.meta.intent == "finetune":
         sections = _noted(sections, lambda section, f: f["code"] in _TRAINED, "on rows only warn under intent finetune")
+    if r.meta.intent == "engine":
+        return _noted(sections, lambda section, f: f["code"] != "non_finite", "are noted under intent engine")
     if not behaviour_preserved(found):
         return dict(sections)
     idle = not_exercised(r.experts.baseline, r.experts.subject) if r.experts is not None else set()

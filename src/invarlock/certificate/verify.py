@@ -337,8 +337,11 @@ def _names(case: _Case) -> Iterator[str]:
         doubles.append((f"meta.{side}_model.behaviour", model.behaviour, behaviour))
         doubles.append((f"meta.{side}_model.usage", model.usage, getattr(c.structure, f"{side}_usage")))
         doubles.append((f"structure.{side}_tokenizer", tuple(getattr(c.structure, f"{side}_tokenizer")), facts))
-        if side in c.provenance.runtime:
-            doubles.append((f"provenance.runtime.{side}.device", c.provenance.runtime[side].device, c.meta.device))
+        runtime = c.provenance.runtime.get(side)
+        if runtime is not None:
+            here = c.meta.device if c.meta.device != "served" else runtime.device
+            expected = here if runtime.engine is None else "served"
+            doubles.append((f"provenance.runtime.{side}.device", runtime.device, expected))
     for path, left, right in doubles:
         if left != right:
             yield f"{path} disagrees with what stands elsewhere in the certificate"

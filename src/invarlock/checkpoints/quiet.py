@@ -16,11 +16,14 @@ def quiet_transformers() -> Iterator[None]:
 
     level = hf_logging.get_verbosity()
     bars = hf_logging.is_progress_bar_enabled()
+    accelerate, before = logging.getLogger("accelerate"), logging.getLogger("accelerate").level
+    accelerate.setLevel(logging.ERROR)
     hf_logging.set_verbosity(logging.ERROR)
     hf_logging.disable_progress_bar()
     try:
         yield
     finally:
         hf_logging.set_verbosity(level)
+        accelerate.setLevel(before)
         if bars:
             hf_logging.enable_progress_bar()

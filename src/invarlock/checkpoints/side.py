@@ -75,6 +75,7 @@ class Side:
     usage: dict[str, Any] | None = (
         None  # see `behaviour.usage`; {} where no file says anything, None where none was read
     )
+    engine: str | None = None  # where it is served, as `kind=address`
 
 
 def read_side(adapter: AdapterLike, model_id: str, loading: Loading) -> Side:

@@ -18,6 +18,7 @@ from invarlock.cli.errors import INTERRUPTED, report_error
 from invarlock.cli.options import plain_typer, remembered_profile
 from invarlock.core import settings
 from invarlock.core.network import enforce_network_policy
+from invarlock.core.ranks import under_torchrun
 from invarlock.core.registry import nearest
 
 if TYPE_CHECKING:
@@ -156,6 +157,11 @@ def _invarlock(
     """
 
 
+_RANK_GONE = (
+    "ERROR [RANK-LOST] told to end while other ranks measure: one of them is gone; start again with the same --out"
+)
+
+
 class _Interruption:
     """Ctrl-C and SIGTERM raise KeyboardInterrupt, again where it was lost.
 
@@ -167,7 +173,8 @@ class _Interruption:
         self.why: tuple[str, ...] = ()
 
     def raise_it(self, number: int, frame: FrameType | None) -> None:
-        self.why = ("terminated; no certificate was written",) if number == signal.SIGTERM else ()
+        ended = _RANK_GONE if under_torchrun() else "terminated; no certificate was written"
+        self.why = (ended,) if number == signal.SIGTERM else ()
         signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
         raise KeyboardInterrupt(*self.why)
 

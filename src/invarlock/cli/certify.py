@@ -12,7 +12,17 @@ from invarlock.assurance.certification import Certification, request_from
 from invarlock.assurance.certification import certify as certify_models
 from invarlock.cli.console import progress, say, show, width
 from invarlock.cli.errors import VERDICT_CODES
-from invarlock.cli.options import DeviceOption, JsonOption, ProfileOption, TierOption, TimingOption
+from invarlock.cli.options import (
+    BaselineEngineOption,
+    DeviceOption,
+    EngineOption,
+    IntentOption,
+    JsonOption,
+    ProfileOption,
+    TierOption,
+    TimingOption,
+)
+from invarlock.core.ranks import follows
 from invarlock.policy.presets import PRESETS
 from invarlock.reporting.bundle import CERTIFICATE, HTML, folder_for
 from invarlock.reporting.terminal import summary_lines
@@ -28,6 +38,16 @@ def _list_presets(value: str | None) -> str | None:
     return value
 
 
+_Preset = Annotated[
+    str | None,
+    Option(
+        callback=_list_presets,
+        is_eager=True,
+        help="YAML with data, metric and guards, or a packaged preset; `list` shows those.",
+    ),
+]
+
+
 def certify(
     subject: Annotated[str, Option("--subject", "--edited", help="The edited checkpoint: folder or hub id.")],
     baseline: Annotated[str | None, Option("--baseline", "--source", help="The checkpoint it came from.")] = None,
@@ -38,17 +58,10 @@ def certify(
     device: DeviceOption = None,
     profile: ProfileOption = None,
     tier: TierOption = None,
-    intent: Annotated[
-        str, Option(help="preserve; finetune: meant to differ; restructure: built differently, meant to do the same.")
-    ] = "preserve",
-    preset: Annotated[
-        str | None,
-        Option(
-            callback=_list_presets,
-            is_eager=True,
-            help="YAML with data, metric and guards, or a packaged preset; `list` shows those.",
-        ),
-    ] = None,
+    intent: IntentOption = "preserve",
+    engine: EngineOption = None,
+    baseline_engine: BaselineEngineOption = None,
+    preset: _Preset = None,
     out: Annotated[Path | None, Option(help="Folder of the two runs; default: runs.")] = None,
     cert_out: Annotated[
         Path | None, Option(help="Folder of the certificate; default: reports/ and the subject's name.")
@@ -79,6 +92,8 @@ def certify(
             profile=profile,
             tier=tier,
             intent=intent,
+            engine=engine,
+            baseline_engine=baseline_engine,
             adapter=adapter,
             device=device,
             edit=edit_config,
@@ -86,6 +101,8 @@ def certify(
             early_stop=not no_early_stop,
             tick=tick,
         )
+    if follows():
+        return 0
     rows = outcome.certificate["evaluation_windows"]
     return show(
         "certify-v1",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from invarlock.core import settings
+from invarlock.core.ranks import follows
 
 __all__ = [
     "Tick",
@@ -77,7 +78,7 @@ def quiet_pipe() -> Iterator[None]:
 
 def note(text: str) -> None:
     """Write one line to stderr; INVARLOCK_MINIMAL silences it."""
-    if not settings.flag("INVARLOCK_MINIMAL"):
+    if not settings.flag("INVARLOCK_MINIMAL") and not follows():
         sys.stderr.write(text + "\n")
 
 
@@ -186,7 +187,7 @@ def progress(command: str, passes: int = 1) -> Iterator[Tick]:
     every quarter of a minute. INVARLOCK_MINIMAL silences both.
     """
     way, terminal = _Way(passes), is_terminal(sys.stderr)
-    if settings.flag("INVARLOCK_MINIMAL"):
+    if settings.flag("INVARLOCK_MINIMAL") or follows():
         yield lambda step, done, total: None
     elif not terminal:
         last = time.monotonic()

@@ -10,7 +10,10 @@ from typer import Option
 from typer.core import TyperGroup
 
 __all__ = [
+    "BaselineEngineOption",
     "DeviceOption",
+    "EngineOption",
+    "IntentOption",
     "JsonOption",
     "Profile",
     "ProfileOption",
@@ -70,3 +73,14 @@ TierOption = Annotated[Tier | None, Option(help="How strict the limits are.")]
 DeviceOption = Annotated[str | None, Option(help="auto, cpu, cuda, cuda:N or mps.")]
 TimingOption = Annotated[bool, Option("--timing", help="Print how long each step took.")]
 JsonOption = Annotated[bool, Option("--json", help="Print one JSON object on one line.")]
+IntentOption = Annotated[
+    str,
+    Option(
+        help="preserve; finetune: meant to differ; restructure: built differently, meant to do the same; "
+        "engine: the same weights served in another way, judged by behaviour alone."
+    ),
+]
+EngineOption = Annotated[
+    str | None, Option(help="A served engine that scores the subject: vllm=http://127.0.0.1:8000, or openai=...")
+]
+BaselineEngineOption = Annotated[str | None, Option(help="The same for the baseline.")]

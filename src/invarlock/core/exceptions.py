@@ -13,6 +13,8 @@
     ├── PairingError          the two sides were not measured on the same windows   Ennn  exit 3
     ├── CertificateError      a certificate does not follow the schema, or cannot be made  exit 2
     ├── NetworkError          the network was needed and is not allowed
+    ├── RankError             a process that measures together with this one is gone
+    ├── EngineError           a served engine does not answer, or not what it was asked
     └── RunInterruptedError        the run was stopped before it ended                exit 130
 
 A message is one line: what was got, what was expected, what to do. `CODES` says what each code means and with which
@@ -34,12 +36,14 @@ __all__ = [
     "DataError",
     "DependencyError",
     "EditError",
+    "EngineError",
     "GuardError",
     "InvarlockError",
     "ModelLoadError",
     "NetworkError",
     "PairingCode",
     "PairingError",
+    "RankError",
     "RunInterruptedError",
     "TooLittleTextError",
 ]
@@ -88,6 +92,16 @@ CODES: dict[str, tuple[int, str]] = {
     "DATA": (5, "Evaluation text is missing or malformed"),
     "TOO-LITTLE-TEXT": (5, "There is text, but not enough"),
     "NETWORK": (5, "The network was needed and is not allowed"),
+    "ENGINE-UNREACHABLE": (5, "A served engine does not answer"),
+    "ENGINE-REFUSED": (5, "A served engine refuses the request, or its answer cannot be read"),
+    "ENGINE-TRUNCATED": (5, "A served engine answers for fewer tokens than it was sent"),
+    "ENGINE-TOKENS": (5, "A served engine answers for other tokens than it was sent: it adds, drops or changes some"),
+    "ENGINE-VOCABULARY": (5, "The token ids of a served engine mean other tokens than the baseline's tokenizer says"),
+    "ENGINE-UNNORMALISED": (5, "The probabilities that a served engine tells are none: they do not sum"),
+    "ENGINE-SHIFTED": (5, "A served engine tells the distribution of another token than the one asked for: off by one"),
+    "ENGINE-INCONSISTENT": (5, "A served engine's answer for a prompt is not what it says comes next"),
+    "ENGINE-UNSTABLE": (5, "A served engine answers the same question differently"),
+    "RANK-LOST": (5, "A process that measures together with this one is gone or does not answer"),
     "INTERRUPTED": (130, "The run was stopped before it ended"),
     "INVARLOCK": (5, "Any other error of ours"),
 }
@@ -186,6 +200,18 @@ class NetworkError(InvarlockError):
     """The network was needed and is not allowed."""
 
     code = "NETWORK"
+
+
+class EngineError(InvarlockError):
+    """A served engine does not answer, or not what it was asked; the code says which."""
+
+    code = "ENGINE-REFUSED"
+
+
+class RankError(InvarlockError):
+    """A process that measures together with this one is gone or does not answer."""
+
+    code = "RANK-LOST"
 
 
 class RunInterruptedError(InvarlockError):

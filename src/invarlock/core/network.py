@@ -2,7 +2,7 @@
 
 Enforced twice: by the Hugging Face offline switches, set before those libraries are imported, and by an audit hook that
 the interpreter calls before any socket of this process connects, sends or looks up a name, from whichever module. Addresses
-on this machine (loopback, Unix sockets) stay open.
+on this machine (loopback, Unix sockets) stay open, and so does a host that the request itself names (a served engine).
 
 Not enforced: code that is not Python's (a native library that opens sockets of its own) and other programs. Child processes
 inherit the switches; those of Python that import InvarLock (workers of `multiprocessing`) close their sockets too.
@@ -10,15 +10,17 @@ inherit the switches; those of Python that import InvarLock (workers of `multipr
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
+import socket
 import sys
 from typing import Any
 
 from invarlock.core import settings
 from invarlock.core.exceptions import NetworkError
 
-__all__ = ["enforce_network_policy", "network_allowed"]
+__all__ = ["allow_host", "enforce_network_policy", "network_allowed"]
 
 _SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 _INHERITED = "_INVARLOCK_NETWORK_CLOSED_BY"  # set for child processes: the id of the process that closed it
@@ -29,11 +31,20 @@ _EVENTS = {
 }  # fmt: skip
 _closed = False  # whether this process's sockets are; an audit hook cannot be taken out again
 _hooked = False
+_named: set[str] = set()  # hosts that the request itself names, and their addresses
 
 
 def network_allowed() -> bool:
     """Return whether `INVARLOCK_ALLOW_NETWORK` is on."""
     return settings.flag("INVARLOCK_ALLOW_NETWORK")
+
+
+def allow_host(host: str) -> None:
+    """Open the way to one host that the request names, such as a served engine's; all others stay closed."""
+    _named.add(host)
+    if not _is_local(host):
+        with contextlib.suppress(OSError):  # whoever connects says so
+            _named.update(str(found[4][0]) for found in socket.getaddrinfo(host, None))
 
 
 def _is_local(host: object) -> bool:
@@ -47,7 +58,8 @@ def _is_local(host: object) -> bool:
 
 
 def _refuse(host: object) -> None:
-    if not network_allowed() and not _is_local(host):
+    named = (host.decode() if isinstance(host, bytes) else str(host)) in _named
+    if not network_allowed() and not named and not _is_local(host):
         raise NetworkError(
             f"a connection to {host!r} was refused: the network is off; set INVARLOCK_ALLOW_NETWORK=1 to allow it"
         )

@@ -26,6 +26,7 @@ class Setting:
     default: Value
     meaning: str
     choices: tuple[str, ...] = ()
+    secret: bool = False  # its value is never recorded
     minimum: float | None = None
 
     def parse(self, text: str) -> Value:
@@ -91,6 +92,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("INVARLOCK_PLUGINS_DRY_RUN", "bool", False, "`plugins install/uninstall --apply` only print the command."),
     Setting("INVARLOCK_READ_LIMITS", "float", 1.0,
             "Multiply the limits on the size of files that are read, for a large file that is sound.", minimum=0),
+    Setting("INVARLOCK_ENGINE_KEY", "str", None, "Key of a served engine, sent to it alone.", secret=True),
+    Setting("INVARLOCK_ENGINE_TIMEOUT", "float", 120.0, "Seconds to wait for one answer of a served engine.", minimum=0.1),
+    Setting("INVARLOCK_RANK_TIMEOUT", "float", 600.0, "Seconds that a rank waits for the others.", minimum=1),
     Setting("HF_DATASETS_OFFLINE", "bool", False, "Hugging Face's own switch: data sets from the cache only."),
     Setting("HF_HOME", "str", None, "Hugging Face's cache folder."),
 )  # fmt: skip
@@ -113,4 +117,5 @@ def flag(name: str) -> bool:
 def environment_flags(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the declared variables that are set, as text, for the record of a run."""
     environ = os.environ if environ is None else environ
-    return {setting.name: environ[setting.name] for setting in SETTINGS if setting.name in environ}
+    found = [setting for setting in SETTINGS if setting.name in environ]
+    return {setting.name: "set" if setting.secret else environ[setting.name] for setting in found}

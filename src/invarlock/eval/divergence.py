@@ -24,6 +24,7 @@ __all__ = [
     "is_top",
     "joined",
     "reference_rows",
+    "told_kl",
 ]
 
 TOP = 64
@@ -83,6 +84,26 @@ def coarsened_kl(
     ties = (reference.log_probs >= reference.log_probs[:, :1]).sum(-1)
     allowed = torch.where(ties == ids.shape[-1], log_probs.shape[-1], ties).clamp_min(TIES)
     return kl, ~is_top(log_probs, picked[:, 0], allowed)
+
+
+def told_kl(reference: TokenReference, told: TokenReference, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `coarsened_kl` does, of a subject that tells the log-probabilities of a few ids alone: `told` [n, k].
+
+    The cells are the ids that both sides know, the label and the rest. Fewer cells only lower the bound.
+    """
+    import torch
+
+    same = reference.ids[:, :, None] == told.ids[:, None, :]
+    known = same.any(-1)
+    picked = torch.where(same, told.log_probs[:, None, :], -torch.inf).amax(-1)
+    theirs = reference.log_probs.masked_fill(~known, -torch.inf)
+    apart = ~((reference.ids == labels[:, None]) & known).any(-1)
+    p = _cells(theirs, reference.label_log_prob, apart)
+    q = _cells(picked, told.label_log_prob, apart)
+    terms = torch.where(p > 0, p * (p / q.clamp_min(1e-300)).log(), 0.0)
+    lost = torch.isnan(told.label_log_prob) | torch.isnan(told.log_probs).any(-1)
+    kl = torch.where(lost, torch.nan, terms.sum(-1).clamp_min(0.0))
+    return kl, ~(picked[:, 0] >= told.log_probs.amax(-1))
 
 
 def is_top(log_probs: torch.Tensor, picked: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:

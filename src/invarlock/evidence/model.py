@@ -14,6 +14,7 @@ from invarlock.evidence.rows import WindowRows
 
 __all__ = [
     "DataFacts",
+    "EngineFacts",
     "Evidence",
     "ModelFacts",
     "Plan",
@@ -112,14 +113,27 @@ class TokenFile(Plain):
     bytes_per_token: float
 
 
+class EngineFacts(Plain):
+    """A served engine that scored the windows: who it is, and how many ids it tells of each token's distribution."""
+
+    kind: str
+    version: str | None
+    host: str
+    model: str
+    top: int
+    whole_vocabulary: bool
+    repeat_difference: float | None  # nats: the largest between two answers to one question
+
+
 class Runtime(Plain):
-    """What the numbers depend on besides model and text."""
+    """What the numbers depend on besides model and text. `device` is `served` where an engine computed."""
 
     device: str
     dtype: str
     batch_tokens: int
     threads: int
     versions: dict[str, str]
+    engine: Annotated[EngineFacts | None, ABSENT] = None
 
 
 class Evidence(Plain):

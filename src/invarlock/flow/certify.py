@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,9 @@ from invarlock.core.device import make_deterministic
 from invarlock.core.events import EventLog
 from invarlock.core.exceptions import CheckpointDamagedError, ConfigError, EditError, InvarlockError, PairingError
 from invarlock.core.leftovers import sweep
+from invarlock.core.ranks import follows, join
 from invarlock.core.registry import nearest
+from invarlock.eval.sources.engines import Address
 from invarlock.evidence.plan import Cut
 from invarlock.evidence.reference import TokenReference
 from invarlock.evidence.windows import WindowBatches
@@ -42,12 +45,16 @@ __all__ = ["CertifyOutcome", "CertifyRequest", "certify", "find_report"]
 
 _REFUSED = "the subject was refused before evaluation because of what its files hold"
 _HOW_TO_ASK = "; where it was built differently on purpose, certify it with --intent restructure"
+_PARTIAL = ".partial"  # folder of what a run that breaks off need not measure again
 _REBUILT = ("tensor_missing", "tensor_unexpected", "tensor_shape", "E002")
 
 
 @dataclass(frozen=True)
 class CertifyRequest:
     """What to certify, against what, and how. Paths are checkpoint folders or hub ids.
+
+    `engine` and `baseline_engine` (`kind=address`) are served engines that score the windows in place of a model here;
+    what of the checkpoint's files is at hand is still read.
 
     `dataset` holds `provider`, `seq_len`, `stride`, `split`, `seed` and the provider's options; `overrides` follows the
     shape of a policy; `guard_arguments` are constructor arguments of plugin guards. `edit` {name, plan} is applied to the
@@ -69,6 +76,8 @@ class CertifyRequest:
     guard_arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     edit: Mapping[str, Any] | None = None
     edit_label: str | None = None
+    engine: str | None = None
+    baseline_engine: str | None = None
     out: Path = Path("runs")
     notes: tuple[str, ...] = ()  # what else a reader of the certificate should know
 
@@ -79,6 +88,18 @@ class CertifyRequest:
         if (self.baseline is None) == (self.baseline_report is None):
             got = "neither" if self.baseline is None else "both"
             raise ConfigError(f"got {got} of baseline and baseline report; expected exactly one of the two")
+        for option, address in (("baseline engine", self.baseline_engine), ("engine", self.engine)):
+            if address is not None:
+                Address.parse(address, option)
+        if self.engine is not None and self.edit is not None:
+            raise ConfigError("got an engine with an edit; a served model cannot be edited: serve the edited one")
+        if self.baseline_engine is not None and self.baseline is None:
+            raise ConfigError("got a baseline engine with a baseline report, which was measured already; expected one")
+
+    @property
+    def served(self) -> bool:
+        """Whether an engine scores a side, so that there is no object to hand to a plugin guard."""
+        return self.engine is not None or self.baseline_engine is not None
 
     @property
     def edit_facts(self) -> dict[str, Any]:
@@ -146,27 +167,23 @@ class _Subject:
 def certify(request: CertifyRequest, tick: Tick | None = None) -> CertifyOutcome:
     """Certify a subject against its baseline.
 
+    Under `torchrun` every rank calls this with the same request and gets the same outcome; the leader alone writes.
+
     Returns the outcome for PASS, FAIL and INCONCLUSIVE alike. Raises ModelLoadError for checkpoints that cannot be read
     and for a damaged baseline, DataError for text that cannot serve, PairingError (E001 … E006) where the sides cannot
     be compared, ConfigError for a request that makes no sense.
     """
-    sweep(request.out)
+    if not follows():
+        sweep(request.out)
     policy = resolve_policy(request.tier, request.profile, overrides=request.overrides)
     guards = steps.create_guards(tuple(dict.fromkeys(policy.values["guards"]["order"])), request.guard_arguments)
-    job = open_job(
-        policy,
-        request.adapter,
-        request.device,
-        guards,
-        tick,
-        intent=request.intent,
-        loading=request.loading,
-        notes=[*request.notes],
-    )
+    facts = {"intent": request.intent, "loading": request.loading, "notes": [*request.notes], "ranks": join()}
+    job = open_job(policy, request.adapter, request.device, guards, tick, **facts)
+    job.partial = request.out / _PARTIAL
     with job.timed("baseline files"):
         source = _read_baseline(job, request)
     with job.timed("subject files"):
-        subject = steps.read(job, request.subject)
+        subject = steps.read(job, request.subject, request.engine)
     job.metric = resolved_metric(request.metric_kind, job.adapter)
     certificate, edited = _refuse(job, request, source, subject), None
     if certificate is None:
@@ -179,6 +196,8 @@ def certify(request: CertifyRequest, tick: Tick | None = None) -> CertifyOutcome
             _encode_both(job, source.side, subject)
         certificate, report = _look_by_look(job, request, source, _Subject(subject))
         edited = _finish(job, request, report, certificate)
+        if not follows():
+            shutil.rmtree(job.partial, ignore_errors=True)
     return CertifyOutcome(certificate, source.path, edited, job.notes, job.timings)
 
 
@@ -223,7 +242,7 @@ def _read_baseline(job: Job, request: CertifyRequest) -> _Source:
             path,
             measured,
         )
-    side = steps.read(job, str(request.baseline))
+    side = steps.read(job, str(request.baseline), request.baseline_engine)
     damage = baseline_damage(side.structure)
     if damage:
         more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
@@ -290,6 +309,8 @@ def _measure_baseline(job: Job, request: CertifyRequest, source: _Source, cut: C
     Returns False where a stored one does not reach so far and cannot be loaded.
     """
     assert job.windows is not None
+    if request.served:
+        source.failed = dict.fromkeys(range(len(job.plugins)), "a served engine has no model to look at")
     whole = (len(job.windows.preview), len(job.windows.final))
     enough = source.measured is not None and all(a >= b for a, b in zip(source.reach, cut or whole, strict=True))
     ask = source.failed is None and any(isinstance(guard, GuardWithPrepare) for guard in job.plugins)
@@ -308,7 +329,7 @@ def _measure_baseline(job: Job, request: CertifyRequest, source: _Source, cut: C
         source.report = steps.report(job, source.measured, steps.NOOP, f"source-{job.stamp}").to_dict()
         source.path = _write(job, source.report, request.out / "source", source.measured.reference)
     elif not enough:
-        source.measured = followed(job, model, source.measured, "the baseline", cut or whole)
+        source.measured = followed(job, model, source.side, source.measured, "the baseline", cut or whole)
         source.report = {**source.report, "evidence": source.measured.evidence.model_dump(mode="json")}
         source.stale = True
     return True
@@ -327,7 +348,7 @@ def _measure_subject(job: Job, request: CertifyRequest, source: _Source, subject
     """Measure the subject as far as `cut`, all where None; the first time, show it to plugin guards too."""
     assert source.measured is not None
     make_deterministic(job.policy.limits.bootstrap.seed)  # an edit in memory is made again at every look
-    model, side = steps.load(job, subject.side, "the subject"), subject.side
+    model, side = steps.load(job, subject.side, "the subject", source.side.tokenizer), subject.side
     if request.edit is not None:
         edit = request.edit_facts
         made = registry.edits.create(edit["name"], **edit["plan"])
@@ -336,7 +357,7 @@ def _measure_subject(job: Job, request: CertifyRequest, source: _Source, subject
     if subject.measured is not None and cut is not None:
         if side.structure.weights_digest() != subject.measured.evidence.structure.weights_digest():
             raise EditError("the edit made other weights the second time; expected the same: use --no-early-stop")
-        subject.measured = followed(job, model, subject.measured, "the subject", cut, baseline=source.measured)
+        subject.measured = followed(job, model, side, subject.measured, "the subject", cut, baseline=source.measured)
         return
     subject.measured = measure(job, model, side, "the subject", baseline=source.measured, cut=cut)
     subject.overhead = steps.measure_overhead(job, model, subject.measured)
@@ -357,6 +378,8 @@ def _finish(job: Job, request: CertifyRequest, report: RunReport, certificate: M
 
 def _write(job: Job, report: dict[str, Any], above: Path, reference: TokenReference | None = None) -> Path:
     folder = above / job.stamp
+    if follows():
+        return folder
     log = EventLog(folder / "events.jsonl", run_id=report["meta"]["run_id"])
     for name, seconds in job.timings.items():
         log.log(name, "end", seconds=seconds)

@@ -9,14 +9,19 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from invarlock.checkpoints.side import Loading
 from invarlock.core import registry, settings
 from invarlock.core.api import AdapterLike, Guard, ModelLike
 from invarlock.core.device import make_deterministic, resolve_device
+from invarlock.core.ranks import Ranks
 from invarlock.eval.metrics import Metric, metric_of
 from invarlock.eval.sources.base import Scores, score_all
+from invarlock.eval.sources.engines import Engine
+from invarlock.eval.sources.ranked import RankedSource
+from invarlock.eval.sources.served import ServedSource
 from invarlock.eval.sources.torch_model import TorchSource
 from invarlock.evidence.plan import Cut, cuts
 from invarlock.evidence.windows import Window, Windows
@@ -25,8 +30,9 @@ from invarlock.policy.resolve import ResolvedPolicy, profile_values
 
 __all__ = ["INTENTS", "Job", "Tick", "no_tick", "open_job", "resolved_metric"]
 
-#: what the subject is meant to be: the same function; another one; the same function, built differently
-INTENTS = ("preserve", "finetune", "restructure")
+#: what the subject is meant to be: the same function; another one; the same function, built differently; the same weights
+#: in another engine or version, judged by behaviour alone
+INTENTS = ("preserve", "finetune", "restructure", "engine")
 Tick = Callable[[str, int, int], None]  # what is being done, how much of it, out of how much
 
 
@@ -48,6 +54,8 @@ class Job:
     tick: Tick = no_tick
     windows: Windows | None = None
     texts: list[Callable[[], dict[str, str]]] = field(default_factory=list)  # read the documents of the windows, by id
+    ranks: Ranks | None = None  # the processes that measure together with this one
+    partial: Path | None = None  # where parts of a measurement are kept until all are there
     notes: list[str] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     now: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
@@ -68,8 +76,14 @@ class Job:
         """The guards that are not in the measure / pair / judge form."""
         return [guard for guard in self.guards if not isinstance(guard, StatsGuard)]
 
-    def source(self, model: ModelLike) -> TorchSource:
-        """Return what scores windows with a model."""
+    def source(self, model: ModelLike, key: str | None = None) -> TorchSource | ServedSource:
+        """Return what scores windows with a model: live, on several ranks, or served. `key`: under which parts of what it
+        gives are kept, which must cover all that they depend on."""
+        if isinstance(model, Engine):
+            return ServedSource(model, folder=self.partial)
+        if self.ranks is not None:
+            folder = None if self.partial is None or key is None else self.partial / key
+            return RankedSource(model, self.metric.task, ranks=self.ranks, folder=folder, device=self.device)
         return TorchSource(model, self.metric.task, device=self.device)
 
     def score(self, model: ModelLike, windows: Sequence[Window]) -> Scores:
@@ -119,6 +133,9 @@ def open_job(
     """
     wanted = profile_values(policy.profile).get("device", "auto") if device == "auto" else device
     device = resolve_device(str(wanted))
+    ranks = facts.get("ranks")
+    if ranks is not None and device == "cuda":
+        device = f"cuda:{ranks.local}"
     make_deterministic(policy.limits.bootstrap.seed)
     configure_guards(guards, policy.limits.guards)
     return Job(policy, registry.adapters.create(adapter), list(guards), device, tick=tick or no_tick, **facts)

@@ -11,10 +11,14 @@ from typing import Any
 from invarlock.checkpoints.side import Side
 from invarlock.core.api import AdapterLike, ModelLike
 from invarlock.core.device import library_versions, thread_count
+from invarlock.core.files import plain
 from invarlock.eval import divergence
 from invarlock.eval.metrics import Task
 from invarlock.eval.sources.base import Scores, Watch, score_all, scored_tokens
-from invarlock.evidence.model import DataFacts, Evidence, ModelFacts, Plan, Runtime, canonical_digest
+from invarlock.eval.sources.engines import Engine
+from invarlock.eval.sources.served import ServedSource
+from invarlock.eval.sources.torch_model import TorchSource
+from invarlock.evidence.model import DataFacts, EngineFacts, Evidence, ModelFacts, Plan, Runtime, canonical_digest
 from invarlock.evidence.plan import Cut
 from invarlock.evidence.reference import TokenReference, joined, reference_digest
 from invarlock.evidence.rows import WindowRows
@@ -30,7 +34,7 @@ from invarlock.guards.spectral import SpectralGuard
 from invarlock.stats.coverage import vocabulary_seen
 
 _MOST_ROWS = 64
-__all__ = ["Measurement", "files_only", "followed", "measure", "model_facts"]
+__all__ = ["Measurement", "files_only", "followed", "measure", "model_facts", "weights_of"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,9 @@ class Measurement:
 
 
 def model_facts(model: ModelLike, adapter: AdapterLike, side: Side) -> ModelFacts:
-    """Return who the model is. A plugin's `describe` may lack any key."""
+    """Return who the model is. A plugin's `describe` may lack any key; of a served one the files alone are known."""
+    if isinstance(model, Engine):
+        return _identity(side, adapter, parameters=sum(math.prod(t.shape) for t in side.structure.tensors))
     described = dict(adapter.describe(model))
     parameters = list(model.parameters()) if hasattr(model, "parameters") else []
     kind, count = described.get("model_class"), sum(p.numel() for p in parameters)
@@ -91,19 +97,22 @@ def measure(
 
     `side` says what the model is as a checkpoint. `baseline` is what this side is compared with; without one this is the
     baseline's side, whose distributions are kept. `cut` says how many windows of preview and final to score, all where
-    None; `followed` adds later ones.
+    None; `followed` adds later ones. What an engine does not give is not measured; weights are read from the files where
+    they are at hand.
     """
     assert job.windows is not None
     windows = job.windows if cut is None else job.windows.between((0, 0), cut)
-    guards = {g.name: g for g in job.guards if isinstance(g, StatsGuard) and g.name != "invariants"}
+    ordered = {g.name: g for g in job.guards if isinstance(g, StatsGuard) and g.name != "invariants"}
+    weights, source = weights_of(job, model, side), job.source(model)
+    given = source.provides | (frozenset() if isinstance(weights, Engine) else {"weights"})
+    guards = {name: guard for name, guard in ordered.items() if guard.needs in given}
     sampled = _first_look(job, windows)
-    watching = [guard.watch(model, job.adapter, len(sampled)) for guard in guards.values()]
+    watching = [guard.watch(weights, job.adapter, len(sampled)) for guard in guards.values()]
     peaks = BlockPeaks(model)
     routed = RoutedTokens(model)
     watch = [replace(one, windows=frozenset(sampled[i] for i in one.windows)) for one in watching if one is not None]
     watch += [peaks.watch(len(windows.all)), routed.watch(len(windows.all))]
-    source = job.source(model)
-    scores = _score(job, model, windows, what, baseline, ((0, 0), cut), watch)
+    scores = _score(job, model, side, windows, what, baseline, ((0, 0), cut), watch)
     used = scores.reference if baseline is None else baseline.reference
     facts = model_facts(model, job.adapter, side)
     evidence = Evidence(
@@ -113,14 +122,14 @@ def measure(
         plan=_plan(job, cut),
         **_rows(scores, windows),
         structure=side.structure,
-        guards={name: guard.measure(model, job.adapter) for name, guard in guards.items()},
-        sketches=dict(sketch_model(model)) if hasattr(model, "named_parameters") else {},
+        guards={name: guard.measure(weights, job.adapter) for name, guard in guards.items()},
+        sketches=dict(sketch_model(weights)) if hasattr(weights, "named_parameters") else {},
         kl_histogram=scores.kl_histogram,
-        contracts=_contracts(job, windows, guards.values()),
+        contracts=_contracts(job, windows, ordered.values()),
         reference_digest=reference_digest(used) if used is not None else None,
         peaks=peaks.peaks() or None,
         experts=routed.counts() or None,
-        runtime=_runtime(job, facts.dtype or "unknown", source.batch_tokens, thread_count()),
+        runtime=_runtime(job, source, facts.dtype or "unknown"),
     )
     if baseline is not None:
         _name_rows(baseline.evidence, evidence, side)
@@ -141,7 +150,14 @@ def _name_rows(baseline: Evidence, subject: Evidence, side: Side) -> None:
 
 
 def followed(
-    job: Job, model: ModelLike, earlier: Measurement, what: str, cut: Cut, *, baseline: Measurement | None = None
+    job: Job,
+    model: ModelLike,
+    side: Side,
+    earlier: Measurement,
+    what: str,
+    cut: Cut,
+    *,
+    baseline: Measurement | None = None,
 ) -> Measurement:
     """Score the windows between those of `earlier` and `cut`, and return the whole.
 
@@ -152,7 +168,7 @@ def followed(
     windows = job.windows.between(start, cut)
     peaks, routed = BlockPeaks(model), RoutedTokens(model)
     watch = [peaks.watch(len(windows.all)), routed.watch(len(windows.all))]
-    scores = _score(job, model, windows, what, baseline, (start, cut), watch)
+    scores = _score(job, model, side, windows, what, baseline, (start, cut), watch)
     old, rows = earlier.evidence, _rows(scores, windows)
     more = Measurement(old.model_copy(update=rows), scores.reference)
     reference = joined(_in_turn(earlier, more)) if scores.reference is not None else None
@@ -173,6 +189,7 @@ def followed(
 def _score(
     job: Job,
     model: ModelLike,
+    side: Side,
     windows: Windows,
     what: str,
     baseline: Measurement | None,
@@ -181,7 +198,8 @@ def _score(
 ) -> Scores:
     keep = baseline is None and job.policy.limits.divergence.mode != "off"
     reference = None if baseline is None else baseline.reference_of(*part)
-    scored = job.source(model).score(
+    key = _key(job, side, windows, reference) if job.ranks is not None else None
+    scored = job.source(model, key).score(
         windows.all, reference=reference, keep_reference=keep, correct=job.metric.is_accuracy, watch=watch
     )
     total = sum(scored_tokens(window, job.metric.task) for window in windows.all)
@@ -239,10 +257,30 @@ def _shown(window: Window, task: Task) -> Iterator[int]:
         yield from window.input_ids
 
 
-def _runtime(job: Job, dtype: str, batch_tokens: int, threads: int) -> Runtime:
-    return Runtime(
-        device=job.device, dtype=dtype, batch_tokens=batch_tokens, threads=threads, versions=library_versions()
-    )
+def _key(job: Job, side: Side, windows: Windows, reference: TokenReference | None) -> str:
+    """Return a digest of all that the figures of windows depend on."""
+    facts = [job.metric.kind, job.device, thread_count(), library_versions(), side.structure.weights_digest()]
+    facts += [side.behaviour, str(job.loading), windows.digest(), job.policy.values["guards"], job.intent]
+    against = reference_digest(reference) if reference is not None else str(job.policy.limits.divergence.mode)
+    return canonical_digest(plain([*facts, against]))[:16]
+
+
+def weights_of(job: Job, model: ModelLike, side: Side) -> ModelLike:
+    """Return what the weights are read from: the model, or the files of a served one, left on disk until they are read.
+    Where there are none, or behaviour alone is judged, it is the engine, which has no weights."""
+    served = isinstance(model, Engine)
+    if not served or side.folder is None or not side.structure.tensors or job.intent == "engine":
+        return model
+    options = {**job.loading.options, "device_map": "disk"}
+    return replace(job.loading, options=options).load(job.adapter, side, "cpu")
+
+
+def _runtime(job: Job, source: TorchSource | ServedSource | None, dtype: str) -> Runtime:
+    tokens, threads = (source.batch_tokens, thread_count()) if source is not None else (0, 0)
+    common = {"dtype": dtype, "batch_tokens": tokens, "threads": threads, "versions": library_versions()}
+    if isinstance(source, ServedSource):
+        return Runtime(device=source.device, engine=EngineFacts(**source.engine.facts()), **common)
+    return Runtime(device=job.device, **common)
 
 
 def _contracts(job: Job, windows: Windows, guards: Iterable[StatsGuard]) -> dict[str, str]:
@@ -281,5 +319,5 @@ def files_only(job: Job, side: Side) -> Evidence:
         data=nothing.facts().model_copy(update={"provider": "none", "digest": ""}),
         **_rows(Scores({"tokens": [], "loss": []}), nothing),
         structure=side.structure,
-        runtime=_runtime(job, "unknown", 0, 0),
+        runtime=_runtime(job, None, "unknown"),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -17,7 +17,9 @@ from invarlock.checkpoints.side import Side, read_side
 from invarlock.checkpoints.structure import live_structure
 from invarlock.core import registry, settings
 from invarlock.core.api import Batches, Context, EditLike, Guard, ModelLike, RunReport
+from invarlock.core.exceptions import ConfigError, ModelLoadError
 from invarlock.core.files import plain
+from invarlock.eval.sources.engines import Engine
 from invarlock.evidence.model import Evidence, Structure, finite_or_none
 from invarlock.evidence.reference import TokenReference, read_reference, write_reference
 from invarlock.evidence.windows import pick_indices
@@ -55,15 +57,31 @@ def create_guards(names: Sequence[str], arguments: Mapping[str, Mapping[str, Any
     return [made[name] for name in names]
 
 
-def read(job: Job, model_id: str) -> Side:
-    """Read a checkpoint's files."""
+def read(job: Job, model_id: str, engine: str | None = None) -> Side:
+    """Read a checkpoint's files; of one that an engine serves, what of them is at hand."""
     job.tick("reading files", 0, 1)
-    return read_side(job.adapter, model_id, job.loading)
+    if engine is None:
+        return read_side(job.adapter, model_id, job.loading)
+    try:
+        side = replace(read_side(job.adapter, model_id, job.loading), engine=engine)
+    except ModelLoadError:
+        if Path(model_id).is_dir() and any(Path(model_id).glob("*.safetensors")):
+            raise  # it is there, and something is wrong with it
+        side = Side(model_id, None, Structure(source="model", tensors=[]), {}, None, (None, None), engine=engine)
+        job.notes.append(f"{model_id}: its files are not at hand, so that its weights are not evaluated")
+    return side
 
 
-def load(job: Job, side: Side, what: str) -> ModelLike:
-    """Load the model of a checkpoint; what a reader should know of how it was read becomes a note."""
+def load(job: Job, side: Side, what: str, tokenizer: object = None) -> ModelLike:
+    """Load the model of a checkpoint; what a reader should know of how it was read becomes a note.
+
+    One that is served is reached instead; its token ids are held against `tokenizer`, that of the windows.
+    """
     job.tick(f"loading {what}", 0, 1)
+    if side.engine is not None:
+        if job.metric.task != "causal":
+            raise ConfigError(f"{side.engine} serves next tokens; expected a causal model, not {job.metric.kind}")
+        return cast("ModelLike", Engine.open(side.engine, tokenizer or side.tokenizer))  # as an inference session does
     model = job.loading.load(job.adapter, side, job.device)
     told = job.adapter.describe(model).get("notes") if hasattr(job.adapter, "auto_class") else None
     job.notes += [f"{side.id}: {note}" for note in told or ()]

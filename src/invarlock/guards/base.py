@@ -73,6 +73,8 @@ _KINDS: dict[type, tuple[Any, str]] = {
 class StatsGuard(Guard):
     """A guard in the measure / pair / judge form."""
 
+    #: what a source must provide for it: `weights` or `activations`
+    needs: ClassVar[str] = "weights"
     #: names the defaults of every policy key; a constructor argument or the resolved policy overrides them
     defaults: ClassVar[dict[str, Any]] = {}
 

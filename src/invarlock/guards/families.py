@@ -12,8 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from invarlock.adapters.offload import named_weights, value_of, within_reach
+
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
 __all__ = [
     "Family",
@@ -64,13 +67,13 @@ class WeightMatrix:
     role: Role
     shape: tuple[int, int]
     tied: bool
-    _parameter: Tensor
+    _owner: Module
     _expert: int | None = None
     _transposed: bool = False
 
     def tensor(self) -> Tensor:
         """Return the matrix as a detached view, on its own device and in its own dtype."""
-        data = self._parameter.detach()
+        data = value_of(self._owner, self.name.partition("[")[0].rpartition(".")[2])
         if self._expert is not None:
             data = data[self._expert]
         return data.T if self._transposed else data
@@ -114,10 +117,13 @@ def weight_matrices(model: Any, adapter: Any = None) -> list[WeightMatrix]:
         return []  # an inference session and the like: there are no weights to look at
     overrides = dict(adapter.module_families(model)) if hasattr(adapter, "module_families") else {}
     aliases: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
         aliases[id(parameter)].append(name)
-    modules = dict(model.named_modules())
-    dense = ((modules[name.rpartition(".")[0]], p) for name, p in model.named_parameters() if _is_dense(p))
+    for name, partner in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if name in parameters and partner in parameters and name not in aliases[id(parameters[partner])]:
+            aliases[id(parameters[partner])].append(name)  # tied, and left elsewhere
+    dense = ((owner, p) for _, owner, p in named_weights(model) if _is_dense(p) and within_reach(owner, p))
     return [entry for owner, p in dense for entry in _entries(aliases[id(p)], owner, p, overrides)]
 
 
@@ -126,9 +132,9 @@ def unreadable_weights(model: Any) -> list[str]:
     the name that the dense one would have."""
     found: list[str] = []
     for path, module in model.named_modules() if hasattr(model, "named_modules") else ():
-        weight = getattr(module, "weight", None)
+        weight: Any = getattr(module, "weight", None)
         packed = any(getattr(module, name, None) is not None for name in _PACKED)
-        if packed or (hasattr(weight, "element_size") and not _is_dense(weight)):
+        if packed or (hasattr(weight, "element_size") and not (_is_dense(weight) and within_reach(module, weight))):
             found.append(f"{path}.weight")
     return found
 
@@ -137,11 +143,11 @@ def _is_dense(parameter: Any) -> bool:
     import torch
 
     # A quantizer's tensor subclass reports the dtype it stands for; 8-bit floats mean nothing without their scales.
-    plain = type(parameter) in (torch.nn.Parameter, torch.Tensor) and not parameter.is_meta
+    plain = type(parameter) in (torch.nn.Parameter, torch.Tensor)
     return plain and parameter.is_floating_point() and parameter.element_size() >= 2
 
 
-def _entries(names: list[str], owner: object, parameter: Tensor, chosen: dict[str, Family]) -> Iterator[WeightMatrix]:
+def _entries(names: list[str], owner: Module, parameter: Tensor, chosen: dict[str, Family]) -> Iterator[WeightMatrix]:
     name, module = names[0], names[0].rpartition(".")[0]
     linear = type(owner).__name__ == "Conv1D"  # GPT-2's linear layer, stored [in, out]
     stacked = is_expert_stack(name, parameter.ndim)
@@ -155,7 +161,7 @@ def _entries(names: list[str], owner: object, parameter: Tensor, chosen: dict[st
         entry = name if expert is None else f"{name}[{expert}]"
         told = chosen.get(entry) or chosen.get(name) or chosen.get(module)
         family, by = (told, "adapter") if told else classify(name, shape)
-        yield WeightMatrix(entry, module, family, by, layer, role, shape, tied, parameter, expert, transposed)
+        yield WeightMatrix(entry, module, family, by, layer, role, shape, tied, owner, expert, transposed)
 
 
 def _role(names: list[str], owner: object) -> Role:

@@ -12,6 +12,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from invarlock.core.api import ModelLike
 from invarlock.eval.sources.base import Watch
 from invarlock.evidence.model import Structure
@@ -35,16 +38,20 @@ class BlockPeaks:
         self._seen: dict[str, float] = {path: 0.0 for path, _ in modules if _BLOCK.search(path)}
 
     def watch(self, windows: int) -> Watch:
-        return Watch(tuple(self._seen), frozenset(range(windows)), self._receive)
+        return Watch(tuple(self._seen), frozenset(range(windows)), _largest, self._receive)
 
-    def _receive(self, path: str, outputs: Tensor) -> None:
-        largest = float(outputs.detach().abs().amax())
+    def _receive(self, path: str, numbers: NDArray[np.float64]) -> None:
+        largest = float(numbers[0])
         if not largest <= self._seen[path]:  # NaN is larger than anything
             self._seen[path] = largest if largest == largest else float("inf")
 
     def peaks(self) -> dict[str, float | None]:
         """Return the largest magnitude by block; None where it is not finite."""
         return {path: finite(value) for path, value in self._seen.items()}
+
+
+def _largest(path: str, outputs: Tensor) -> NDArray[np.float64]:
+    return np.array([float(outputs.detach().abs().amax())])
 
 
 def shipped_type(structure: Structure) -> str | None:

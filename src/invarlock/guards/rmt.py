@@ -13,6 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from invarlock.core.api import AdapterLike, ModelLike
 from invarlock.core.exceptions import ConfigError
 from invarlock.eval.sources.base import Watch
@@ -50,6 +53,14 @@ def edge_ratio(outputs: Tensor) -> tuple[float, int]:
         return sigma_max(standard) / marchenko_pastur_edge(*standard.shape), constant
 
 
+def _see(path: str, outputs: Tensor) -> NDArray[np.float64]:
+    """Return tokens, features, constant features and edge ratio of a window's outputs."""
+    length, features = outputs.shape
+    rows = pick_indices(length, _ROWS)
+    ratio, constant = edge_ratio(outputs[rows]) if length >= _MIN_ROWS else (math.nan, 0)
+    return np.array([length, features, constant, ratio])
+
+
 @dataclass
 class Observation:
     """Running sums over the windows of one module."""
@@ -61,11 +72,11 @@ class Observation:
     constant: int = 0
     dead_windows: int = 0  # in which nothing varies
 
-    def receive(self, outputs: Tensor) -> None:
-        length, features = outputs.shape
+    def receive(self, numbers: NDArray[np.float64]) -> None:
+        length, features, constant = (int(number) for number in numbers[:3])
         if length < _MIN_ROWS:
             return
-        ratio, constant = edge_ratio(outputs[pick_indices(length, _ROWS)])
+        ratio = float(numbers[3])
         self.features += features
         self.constant += constant
         if constant == features:
@@ -87,6 +98,7 @@ class RMTGuard(StatsGuard):
     """
 
     name = "rmt"
+    needs = "activations"
     defaults: ClassVar[dict[str, Any]] = {
         "epsilon": {"ffn": 0.05, "attn": 0.05, "embed": 0.05, "router": 0.05, "other": 0.05},
         "two_sided": True,
@@ -103,7 +115,7 @@ class RMTGuard(StatsGuard):
         seen = self._observed = {path: Observation(family) for path, family in watched_modules(model, adapter).items()}
         sampling = self._sampling()
         windows = pick_indices(total, sampling["count"], sampling["indices_policy"])
-        return Watch(tuple(seen), frozenset(windows), lambda path, outputs: seen[path].receive(outputs))
+        return Watch(tuple(seen), frozenset(windows), _see, lambda path, numbers: seen[path].receive(numbers))
 
     def measure(self, model: ModelLike, adapter: AdapterLike) -> Stats:
         observed, self._observed = self._observed or {}, None

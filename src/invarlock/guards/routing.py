@@ -44,15 +44,18 @@ class RoutedTokens:
         self._counts: dict[str, NDArray[np.int64]] = {}
 
     def watch(self, windows: int) -> Watch:
-        return Watch(tuple(self._chosen), frozenset(range(windows)), self._receive)
+        return Watch(tuple(self._chosen), frozenset(range(windows)), self._see, self._receive)
 
-    def _receive(self, path: str, outputs: Tensor) -> None:
+    def _see(self, path: str, outputs: Tensor) -> NDArray[np.float64]:
         """Count the experts of one window's tokens; `outputs` are their scores [T, experts]."""
         experts = outputs.shape[-1]
         chosen = outputs.detach().topk(min(self._chosen[path], experts), dim=-1).indices
-        counts = np.bincount(chosen.reshape(-1).cpu().numpy(), minlength=experts)
+        return np.bincount(chosen.reshape(-1).cpu().numpy(), minlength=experts).astype(np.float64)
+
+    def _receive(self, path: str, numbers: NDArray[np.float64]) -> None:
+        counts = numbers.astype(np.int64)
         block = path.rpartition(".")[0]
-        self._counts[block] = self._counts.get(block, np.zeros(experts, dtype=np.int64)) + counts
+        self._counts[block] = self._counts.get(block, np.zeros(len(counts), dtype=np.int64)) + counts
 
     def counts(self, earlier: Mapping[str, list[int]] = {}) -> dict[str, list[int]]:
         """Return the tokens routed to each expert, by the block that holds them, added to those of earlier windows."""

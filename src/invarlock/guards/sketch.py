@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from invarlock.adapters.offload import named_weights, value_of, within_reach
 from invarlock.guards.families import classify, is_expert_stack
 from invarlock.stats.linalg import finite, pack, sign_vectors, unpack
 
@@ -88,8 +89,9 @@ def sketch_model(model: Any) -> dict[str, str]:
     """Sketch every parameter of a model that is plain numbers, tied ones once."""
     import torch
 
-    plain = ((n, p) for n, p in model.named_parameters() if type(p) in (torch.nn.Parameter, torch.Tensor))
-    return dict(pair for name, p in plain if not p.is_meta for pair in sketch_stack(p, name))
+    plain = (row for row in named_weights(model) if type(row[2]) in (torch.nn.Parameter, torch.Tensor))
+    values = ((n, value_of(owner, n.rpartition(".")[2])) for n, owner, p in plain if within_reach(owner, p))
+    return dict(pair for name, value in values for pair in sketch_stack(value, name))
 
 
 def compare_sketches(before: str, after: str) -> dict[str, float | None]:

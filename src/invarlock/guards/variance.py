@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from invarlock.core.api import AdapterLike, ModelLike
 from invarlock.core.exceptions import ConfigError, DataError
@@ -55,6 +56,7 @@ class VarianceGuard(StatsGuard):
     """
 
     name = "variance"
+    needs = "activations"
     defaults: ClassVar[dict[str, Any]] = {
         "tap": "ffn",
         "deadband": 0.02,
@@ -74,7 +76,7 @@ class VarianceGuard(StatsGuard):
         """Look at the outputs of the taps in a few windows, evenly spaced."""
         seen = self._observed = {path: _Spread() for path in _taps(model, self.policy["tap"])}
         windows = frozenset(pick_indices(total, _SAMPLED))
-        return Watch(tuple(seen), windows, lambda path, outputs: seen[path].add(outputs))
+        return Watch(tuple(seen), windows, _see, lambda path, numbers: seen[path].add(numbers))
 
     def measure(self, model: ModelLike, adapter: AdapterLike) -> Stats:
         observed, self._observed = self._observed or {}, None
@@ -167,6 +169,13 @@ def propose(taps: list[Mapping[str, Any]], policy: Policy) -> dict[str, float]:
     return {name: 1 + change for name, change in large[: policy["max_adjusted_modules"]] if change}
 
 
+def _see(path: str, outputs: Tensor) -> NDArray[np.float64]:
+    """Return the tokens of a window's outputs, and of each feature the sum and the sum of squares."""
+    values = outputs.detach().double() if outputs.device.type != "mps" else outputs.detach().cpu().double()
+    sums = (values.sum(dim=0).cpu().numpy(), values.square().sum(dim=0).cpu().numpy())
+    return np.concatenate([[float(len(values))], *sums])
+
+
 @dataclass
 class _Spread:
     """Running sums of the outputs of one tap, in double precision."""
@@ -175,11 +184,11 @@ class _Spread:
     total: Any = 0.0
     squares: Any = 0.0
 
-    def add(self, outputs: Tensor) -> None:
-        values = outputs.detach().double() if outputs.device.type != "mps" else outputs.detach().cpu().double()
-        self.tokens += len(values)
-        self.total = self.total + values.sum(dim=0).cpu().numpy()
-        self.squares = self.squares + values.square().sum(dim=0).cpu().numpy()
+    def add(self, numbers: NDArray[np.float64]) -> None:
+        total, squares = numbers[1:].reshape(2, -1)
+        self.tokens += int(numbers[0])
+        self.total = self.total + total
+        self.squares = self.squares + squares
 
     def stats(self) -> dict[str, Any]:
         mean = self.total / self.tokens

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,18 @@ from invarlock.evidence.windows import IGNORED, Window
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Column", "Progress", "Scored", "Scores", "Source", "Watch", "score_all", "scored_tokens"]
+__all__ = [
+    "Column",
+    "Progress",
+    "Scored",
+    "Scores",
+    "Seen",
+    "Source",
+    "Watch",
+    "hand_over",
+    "score_all",
+    "scored_tokens",
+]
 
 Column = list[float | None]
 Progress = Callable[[int], None]  # how many tokens are scored so far
@@ -32,13 +43,24 @@ Progress = Callable[[int], None]  # how many tokens are scored so far
 class Watch:
     """Whose outputs to hand over while windows are scored.
 
-    `modules`: paths in the model. `windows`: the indices of the windows wanted. `receive(path, outputs [T, F])` is called
-    once for each wanted window and module, so that what it finds does not depend on the batch size.
+    `modules`: paths in the model. `windows`: the indices of the windows wanted. `see(path, outputs [T, F])` is called once
+    for each wanted window and module and returns a few numbers; `receive(path, numbers)` gets them in the order of the
+    windows when all are scored. So what is found depends neither on the batch size nor on which process scored a window.
     """
 
     modules: tuple[str, ...]
     windows: frozenset[int]
-    receive: Callable[[str, Tensor], None]
+    see: Callable[[str, Tensor], NDArray[np.float64]]
+    receive: Callable[[str, NDArray[np.float64]], None]
+
+
+class Seen(NamedTuple):
+    """What a watch saw: its place among the watches, the window, the module, and the numbers."""
+
+    watch: int
+    window: int
+    path: str
+    numbers: NDArray[np.float64]
 
 
 @dataclass
@@ -46,12 +68,14 @@ class Scored:
     """What one batch showed: for each of its windows (`indices`) a value a column, and figures per token.
 
     `kl`: KL of each scored token [t], a window an array. `references`: the compact distributions of each window.
+    `seen`: what the watches saw, for the source itself, which hands it on.
     """
 
     indices: list[int]
     columns: dict[str, Column] = field(default_factory=dict)
     kl: list[NDArray[np.float64]] = field(default_factory=list)
     references: list[TokenReference] = field(default_factory=list)
+    seen: list[Seen] = field(default_factory=list)
 
 
 class Source(Protocol):
@@ -100,6 +124,12 @@ class Scores:
     def loss(self) -> list[float]:
         """Mean log-loss a window, nats."""
         return [float("nan") if value is None else value for value in self.columns["loss"]]
+
+
+def hand_over(watch: Sequence[Watch], seen: Iterable[Seen]) -> None:
+    """Give each watch what was seen, window after window."""
+    for one in sorted(seen, key=lambda one: one.window):  # stable: modules stay in the order in which they ran
+        watch[one.watch].receive(one.path, one.numbers)
 
 
 def score_all(parts: Iterable[Scored], count: int, progress: Progress | None = None) -> Scores:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -26,7 +26,7 @@ from invarlock.core.api import AdapterLike, ModelLike
 from invarlock.core.exceptions import DataError
 from invarlock.eval import divergence
 from invarlock.eval.metrics import Task
-from invarlock.eval.sources.base import Column, Scored, Watch, scored_tokens
+from invarlock.eval.sources.base import Column, Scored, Seen, Watch, hand_over, scored_tokens
 from invarlock.evidence.reference import TokenReference, joined
 from invarlock.evidence.windows import IGNORED, Window, pick_indices
 
@@ -90,14 +90,30 @@ class TorchSource:
         exact = _exact_windows(counts, self.model) if keep_reference else []
         wanted = _Wanted(counts, list(accumulate(counts, initial=0)), reference, keep_reference, correct, exact)
         path = _LogProbs(self.model, self.task)
-        with _evaluation_mode(self.model), _watched(self.model, watch) as in_hand:
-            for indices in _batches(windows, self.task, self.batch_tokens):
+        batches = list(_batches(windows, self.task, self.batch_tokens))
+        seen: list[Seen] = []
+        with _evaluation_mode(self.model), _watched(self.model, watch) as hooks:
+
+            def compute(indices: list[int]) -> Scored:
                 with torch.inference_mode():
+                    if path.shortcut is None:  # on the first batch, whichever is computed first here
+                        path.choose(_collate(windows, batches[0], self.task, self.device))
+                        self.used_shortcut = bool(path.shortcut)
                     batch = _collate(windows, indices, self.task, self.device)
-                    self.used_shortcut = path.choose(batch)
-                    in_hand[:] = indices
-                    scored = _score_batch(path, batch, wanted, in_hand)
-                yield scored
+                    hooks.begin(indices)
+                    scored = _score_batch(path, batch, wanted, hooks.in_hand)
+                return replace(scored, seen=hooks.taken())
+
+            try:
+                for scored in self._deal(batches, compute):
+                    seen += scored.seen
+                    yield scored
+            finally:
+                hand_over(watch, seen)
+
+    def _deal(self, batches: Sequence[list[int]], compute: Callable[[list[int]], Scored]) -> Iterator[Scored]:
+        """Have every batch computed; a source of several processes shares them out."""
+        yield from map(compute, batches)
 
 
 @dataclass(frozen=True)
@@ -126,25 +142,39 @@ class _Batch:
     scored: Tensor  # [B, T] bool
 
 
-@contextlib.contextmanager
-def _watched(model: ModelLike, watch: Sequence[Watch]) -> Iterator[list[int]]:
-    """Hand the watched modules' outputs of wanted windows to their watchers. Yields a list for the indices of the batch
-    in hand: while it is empty, nothing is handed over."""
-    in_hand: list[int] = []
+class _Hooks:
+    """Looks at the watched modules' outputs of the batch in hand; while `in_hand` is empty, at nothing."""
 
-    def hook(one: Watch, path: str, module: object, inputs: object, output: object) -> None:
-        wanted = [row for row, index in enumerate(in_hand) if index in one.windows]
-        outputs = _by_window(output, len(in_hand)) if wanted else None
+    def __init__(self, watch: Sequence[Watch]) -> None:
+        self.watch = watch
+        self.in_hand: list[int] = []
+        self._seen: list[Seen] = []
+
+    def begin(self, indices: list[int]) -> None:
+        self.in_hand[:] = indices
+
+    def taken(self) -> list[Seen]:
+        taken, self._seen = self._seen, []
+        return taken
+
+    def look(self, number: int, path: str, module: object, inputs: object, output: object) -> None:
+        one = self.watch[number]
+        wanted = [row for row, index in enumerate(self.in_hand) if index in one.windows]
+        outputs = _by_window(output, len(self.in_hand)) if wanted else None
         if outputs is not None:
-            for row in wanted:
-                one.receive(path, outputs[row])
+            self._seen += [Seen(number, self.in_hand[row], path, one.see(path, outputs[row])) for row in wanted]
 
+
+@contextlib.contextmanager
+def _watched(model: ModelLike, watch: Sequence[Watch]) -> Iterator[_Hooks]:
+    """Attach hooks to the watched modules."""
+    found = _Hooks(watch)
     modules = dict(model.named_modules()) if watch and hasattr(model, "named_modules") else {}
     with contextlib.ExitStack() as hooks:
-        for one in watch:
+        for number, one in enumerate(watch):
             for path in sorted(modules.keys() & one.modules):
-                hooks.enter_context(modules[path].register_forward_hook(partial(hook, one, path)))
-        yield in_hand
+                hooks.enter_context(modules[path].register_forward_hook(partial(found.look, number, path)))
+        yield found
 
 
 def _by_window(output: object, count: int) -> Tensor | None:
@@ -247,7 +277,8 @@ class _LogProbs:
 
     def blocks(self, batch: _Batch) -> Iterator[tuple[int, int, Tensor]]:
         """Yield (start, stop, log-probabilities float32 [stop - start, V]) over the scored tokens, row by row."""
-        states = (self._hidden(batch) if self.shortcut else self._full(batch))[batch.scored]
+        states = self._hidden(batch) if self.shortcut else self._full(batch)
+        states = states[batch.scored.to(states.device)]  # a model of several devices ends on another than it began
         width = states.shape[-1]
         if self.shortcut:
             width = self.head.weight.shape[0] if hasattr(self.head, "weight") else 50_000
@@ -291,7 +322,7 @@ def _score_batch(path: _LogProbs, batch: _Batch, wanted: _Wanted, in_hand: list[
     whole = _Whole(batch.indices, sizes, wanted)
     for start, stop, log_probs in path.blocks(batch):
         in_hand.clear()  # the body has run: the output layer's chunks are no activations of a window
-        target = labels[start:stop]
+        target = labels[start:stop].to(log_probs.device)
         label_log_prob = log_probs.gather(-1, target[:, None])[:, 0]
         pieces["loss"].append(-label_log_prob.double())
         if wanted.correct:
@@ -301,7 +332,7 @@ def _score_batch(path: _LogProbs, batch: _Batch, wanted: _Wanted, in_hand: list[
         if wanted.keep_reference:
             pieces["reference"].append(divergence.reference_rows(log_probs, label_log_prob))
         if compared is not None:
-            kl, flip = divergence.coarsened_kl(compared.rows(start, stop), log_probs, target)
+            kl, flip = divergence.coarsened_kl(compared.rows(start, stop).to(log_probs.device), log_probs, target)
             pieces["kl"].append(kl)
             pieces["flips"].append(flip)
     return _cut(batch.indices, sizes, pieces, whole)
