@@ -46,11 +46,16 @@ def server(python: str, folder: Path, log: Path, *options: str, patience: float 
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
     with log.open("w") as out:
-        running = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        running = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
         try:
             until = time.monotonic() + patience
             while True:
-                with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5):
+                with (
+                    contextlib.suppress(OSError),
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5),
+                ):
                     break
                 if running.poll() is not None or time.monotonic() > until:
                     raise SystemExit(f"vLLM did not start; the end of {log}:\n{log.read_text()[-2000:]}")
@@ -75,7 +80,9 @@ def wrong_rope(folder: Path, into: Path) -> Path:
     return target
 
 
-def row(name: str, python: str, served: Path, baseline: Path, windows: int, work: Path, *options: str) -> dict[str, Any]:
+def row(
+    name: str, python: str, served: Path, baseline: Path, windows: int, work: Path, *options: str
+) -> dict[str, Any]:
     data = {"provider": "python_docs", "seq_len": 192}
     few = {"sample": {"preview": windows, "final": windows}}
     with server(python, served, work / f"{name}.log", *options) as url:

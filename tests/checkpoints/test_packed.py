@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from invarlock.checkpoints.files import open_checkpoint, read_structure
 from invarlock.checkpoints.packed import PackedFolder, packing_facts
+from invarlock.checkpoints.sanity import check_config
 from invarlock.checkpoints.shards import SafetensorsFolder
 from invarlock.core.exceptions import ModelLoadError
 
@@ -194,6 +195,25 @@ def test_a_packed_matrix_is_read_as_the_one_that_it_stands_for(kind: str, tmp_pa
     assert all(tensor.dtype == torch.float32 for tensor in read.values())
     torch.testing.assert_close(read["layer.weight"], dense.float(), rtol=1e-6, atol=1e-6)
     assert packing_facts(folder)["executed"] == "dequantized"
+
+
+@pytest.mark.parametrize("kind", BUILT)
+def test_a_packing_is_read_from_pickled_files_as_from_safetensors(kind: str, tmp_path: Path) -> None:
+    settings, parts, _ = BUILT[kind]()
+    folder = _write(tmp_path, settings, _named(parts))
+    before = dict(open_checkpoint(folder).tensors())
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    after = dict(open_checkpoint(folder).tensors())
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_settings_of_a_packing_are_no_sizes_of_the_model(tmp_path: Path) -> None:
+    settings = {
+        "quant_method": "torchao",
+        "quant_type": {"default": {"_data": {"granularity": {"_data": {"dim": -1}}}}},
+    }
+    assert check_config(_write(tmp_path, settings, {"a": torch.ones(2)}))["quantization_config"] == settings
 
 
 def test_stacked_experts_are_read_in_the_dense_models_orientation(tmp_path: Path) -> None:

@@ -180,11 +180,11 @@ class HF_Causal_Adapter(HF_Adapter):
                 f"{model_id} is a masked language model ({config.architectures[0]}), whose tokens see what they are to "
                 "predict; expected a causal one: use the adapter hf_mlm, or auto"
             )
-        weights = None if any(folder.glob("pytorch_model*.bin")) else open_checkpoint(folder)  # says what is missing
+        weights = open_checkpoint(folder)  # says what is missing
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # what it packed is dense here, or was never packed
         dense: dict[str, Any] = {}
-        if weights is not None and not isinstance(weights, SafetensorsFolder):
+        if not isinstance(weights, SafetensorsFolder):
             dense = {"state_dict": {name: _in_type(tensor, wanted) for name, tensor in weights.tensors()}}
         options = _placed(options, stays=bool(dense))
         try:

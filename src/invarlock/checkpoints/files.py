@@ -8,7 +8,8 @@ from pathlib import Path
 from invarlock.checkpoints import lora
 from invarlock.checkpoints.base import Checkpoint, Format
 from invarlock.checkpoints.gguf import GGUFFolder, unfolded, weights_file
-from invarlock.checkpoints.packed import PackedFolder
+from invarlock.checkpoints.packed import PackedFolder, packing_facts
+from invarlock.checkpoints.pickled import PickledFolder
 from invarlock.checkpoints.shards import SafetensorsFolder
 from invarlock.checkpoints.structure import Layout
 from invarlock.core.exceptions import ModelLoadError
@@ -23,7 +24,9 @@ FORMATS: tuple[Format, ...] = (
     Format("gguf", GGUFFolder.recognises, GGUFFolder),
     Format("packed", PackedFolder.recognises, PackedFolder),
     Format("safetensors", SafetensorsFolder.recognises, SafetensorsFolder),
+    Format("pickled", PickledFolder.recognises, PickledFolder),
 )
+_OTHER_WEIGHTS = ("*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.bin")
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.jinja"]
 
 
@@ -81,10 +84,15 @@ def open_checkpoint(folder: Path, layout: Layout | None = None) -> Checkpoint:
     for form in FORMATS:
         if form.recognises(folder):
             return form.open(folder, layout)
-    raise ModelLoadError(
-        f"{folder} has no *.safetensors; expected model.safetensors (convert pickled weights with "
-        "`model.save_pretrained(folder)`)"
-    )
+    others = sorted(path.name for pattern in _OTHER_WEIGHTS for path in folder.glob(pattern))
+    if others:
+        method = packing_facts(folder).get("quantization_config_unused")
+        raise ModelLoadError(
+            f"{folder} holds {others[0]}{f' (quant_method {method!r})' if method else ''}, which is not read; give the model "
+            "as safetensors (`model.save_pretrained(folder)`, a packed one after `model.dequantize()`)",
+            code="UNSUPPORTED-FORMAT",
+        )
+    raise ModelLoadError(f"{folder} has no *.safetensors and no pytorch_model*.bin; expected model.safetensors")
 
 
 def read_structure(folder: Path, layout: Layout | None) -> Structure:

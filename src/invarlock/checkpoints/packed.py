@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from safetensors import SafetensorError
 
 from invarlock.checkpoints.headers import open_tensors
+from invarlock.checkpoints.pickled import PickledFolder, open_pickle
 from invarlock.checkpoints.shards import SafetensorsFolder
 from invarlock.checkpoints.structure import Layout, structure_of
 from invarlock.core.exceptions import InvarlockError, ModelLoadError
@@ -346,6 +347,9 @@ class PackedFolder:
         """Yield the open file of each tensor; a weight's parts may stand in several."""
         with contextlib.ExitStack() as stack:
             stored: dict[str, Any] = {}
+            if not SafetensorsFolder.recognises(self.folder) and PickledFolder.recognises(self.folder):
+                for file in map(open_pickle, PickledFolder(self.folder, None).files()):
+                    stored |= dict.fromkeys(file.keys(), file)
             for path in SafetensorsFolder(self.folder, None).files():
                 try:
                     file = stack.enter_context(open_tensors(path))

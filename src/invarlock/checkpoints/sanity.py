@@ -27,6 +27,8 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "architectures": (list,), "model_type": (str,), "text_config": (dict,), "id2label": (dict,), "label2id": (dict,),
     "vocab_size": (int,), "quantization_config": (dict,), "auto_map": (dict,),
 }  # fmt: skip
+#: tables of labels, and the settings of a packing, whose keys (a `dim` of -1) are no sizes of a model
+_NO_SIZES = ("id2label", "label2id", "quantization_config")
 _MOST_ENTRIES = 100_000
 _FEW = 64  # layers; below, more layers than tensors may be layers that share them
 #: how large the files beside the weights may be
@@ -74,7 +76,7 @@ def check_depth(folder: Path, config: Mapping[str, Any], tensors: int) -> None:
 def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
         yield key, value
-        if isinstance(value, dict) and key not in ("id2label", "label2id"):
+        if isinstance(value, dict) and key not in _NO_SIZES:
             yield from _entries(value)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import AutoModel, PretrainedConfig
 
-__all__ = ["Layout", "layout_of", "live_structure", "structure_of"]
+__all__ = ["Layout", "layout_of", "live_structure", "stored_type", "structure_of"]
 
 #: torch's names of types and those of safetensors
 _DTYPES = {
@@ -229,6 +229,12 @@ def _norm_weights(model: ModelLike) -> Iterator[str]:
             yield from (f"{name}.{leaf}" for leaf, _ in module.named_parameters(recurse=False))
 
 
+def stored_type(tensor: Tensor) -> str:
+    """Return what safetensors calls a tensor's type, such as F16; torch's own name for the rarer ones."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return _DTYPES.get(dtype, dtype)
+
+
 def _facts(name: str, tensor: Tensor) -> TensorFacts:
     import torch
 
@@ -237,8 +243,7 @@ def _facts(name: str, tensor: Tensor) -> TensorFacts:
     bad = 0
     if floating and not bool(torch.isfinite(tensor.sum() if tensor.dtype == torch.float64 else tensor.float().sum())):
         bad = int((~torch.isfinite(tensor.float())).sum())  # the sum may also overflow; the count decides
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    dtype = _DTYPES.get(dtype, dtype)
+    dtype = stored_type(tensor)
     flat = tensor.cpu().contiguous()
     sha = hashlib.sha256(f"{dtype}{list(tensor.shape)}".encode())
     if flat.numel():
