@@ -40,7 +40,7 @@ FULL = {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "window
 #: what a run does beyond loading, forward passes and log-loss: module, attribute
 EXTRAS = (
     ("invarlock.eval.divergence", "reference_rows"),
-    ("invarlock.eval.divergence", "coarsened_kl"),
+    ("invarlock.eval.divergence", "kl_and_flips"),
     ("invarlock.eval.sources.torch_model", "_Whole.add"),
     ("invarlock.flow.measure", "reference_digest"),
     ("invarlock.flow.steps", "write_reference"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from invarlock.edits import RTNQuantEdit
-from invarlock.eval.divergence import TIES, TOP, TokenReference, coarsened_kl, reference_rows
+from invarlock.eval.divergence import DRAWS, TIES, TOP, TokenReference, kl_and_flips, places, reference_rows
 from invarlock.eval.sources.base import Scores, score_all
 from invarlock.eval.sources.torch_model import TorchSource
 from invarlock.evidence.histogram import HISTOGRAM_EDGES, histogram, histogram_quantile
@@ -59,18 +59,14 @@ def _exact(model: Any, subject: Any, window: Window) -> tuple[torch.Tensor, torc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", BITS)
-def test_coarsened_figures_bound_the_exact_ones_from_below_and_closely(
+def test_the_estimate_is_near_the_exact_figure_and_flips_are_exact(
     model: Any, windows: tuple[Window, ...], baseline: Scores, edited: dict[int, Any], bits: int
 ) -> None:
     result = _scores(edited[bits], windows, reference=baseline.reference)
-    total = 0.0
-    for window, kl, largest, flips in zip(windows, result["kl_sum"], result["kl_max"], result["flips"], strict=True):
-        exact, flipped = _exact(model, edited[bits], window)
-        assert kl <= float(exact.sum()) + 1e-5
-        assert largest <= float(exact.max()) + 1e-6
-        assert flips == int(flipped.sum())
-        total += float(exact.sum())
-    assert sum(result["kl_sum"]) > 0.5 * total, "a bound that says nothing would do no good"
+    exact = [_exact(model, edited[bits], window) for window in windows]
+    assert result["flips"] == [int(flipped.sum()) for _, flipped in exact]
+    total = sum(float(kl.sum()) for kl, _ in exact)
+    assert sum(result["kl_sum"]) == pytest.approx(total, rel=0.05)
 
 
 @pytest.mark.slow
@@ -101,7 +97,9 @@ def test_the_histogram_counts_every_token_and_its_quantiles_are_near(
     exact = torch.cat([_exact(model, edited[4], w)[0] for w in windows]).numpy()
     for q in (0.5, 0.9, 0.99):
         shown, true = histogram_quantile(counts, q), float(np.quantile(exact, q))
-        assert shown is not None and 0.5 * true < shown <= true * 1.01  # a bin is 12 % wide; the rest is coarsening
+        assert (
+            shown is not None and 0.7 * true < shown <= true * 1.25
+        )  # a bin is 12 % wide; draws add noise to single tokens
     low = sum(n * edge for n, edge in zip(counts, HISTOGRAM_EDGES, strict=True))
     high = sum(n * edge for n, edge in zip(counts, HISTOGRAM_EDGES[1:] + (100.0,), strict=True))
     assert low <= sum(result["kl_sum"]) <= high
@@ -122,27 +120,81 @@ def test_every_value_falls_into_the_bin_whose_lower_edge_is_at_most_an_eighth_be
     assert histogram_quantile([0] * len(HISTOGRAM_EDGES), 0.5) is None
 
 
-def _rows(logits: torch.Tensor, labels: torch.Tensor) -> TokenReference:
-    log_probs = logits.log_softmax(-1)
-    return reference_rows(log_probs, log_probs.gather(-1, labels[:, None])[:, 0])
+def _rows(logits: torch.Tensor, labels: torch.Tensor, place: torch.Tensor | None = None) -> TokenReference:
+    place = torch.zeros(len(labels), dtype=torch.float64) if place is None else place
+    return reference_rows(logits.log_softmax(-1), labels, place)
 
 
 def _compare(before: torch.Tensor, after: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return coarsened_kl(_rows(before, labels), after.log_softmax(-1), labels)
+    return kl_and_flips(_rows(before, labels), after.log_softmax(-1), labels)
 
 
-@pytest.mark.parametrize("vocabulary", [5, TOP, TOP + 1, 500])
-def test_random_logits_against_theory(vocabulary: int) -> None:
+def _pair(vocabulary: int, more: int = 0, spread: float = 3.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(vocabulary)
-    before, after = (torch.randn(40, vocabulary, generator=generator) * 3 for _ in range(2))
-    labels = torch.randint(0, vocabulary, (40,), generator=generator)
+    before = torch.randn(40, vocabulary, generator=generator) * spread
+    after = torch.randn(40, vocabulary + more, generator=generator) * spread
+    return before, after, torch.randint(0, vocabulary, (40,), generator=generator)
+
+
+def _theory(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    p, q = before.double().log_softmax(-1), after.double().log_softmax(-1)[:, : before.shape[-1]]
+    return (p.exp() * (p - q)).sum(-1)
+
+
+@pytest.mark.parametrize(("vocabulary", "more"), [(5, 0), (TOP, 0), (TOP + 1, 0), (500, 0), (700, 9)])
+def test_random_logits_against_theory(vocabulary: int, more: int) -> None:
+    """Over every place that a draw may have, the mean is the exact KL; with few ids there is no tail at all."""
+    before, after, labels = _pair(vocabulary, more)
+    exact, log_probs = _theory(before, after), after.log_softmax(-1)
     kl, flips = _compare(before, after, labels)
-    p, q = before.double().log_softmax(-1), after.double().log_softmax(-1)
-    exact = (p.exp() * (p - q)).sum(-1)
-    assert bool((kl <= exact + 1e-5).all()) and bool((kl >= 0).all())
-    if vocabulary <= TOP:  # nothing is coarsened
-        assert torch.allclose(kl, exact, atol=1e-5)
+    assert bool((kl >= 0).all())
     assert torch.equal(flips, before.argmax(-1) != after.argmax(-1))
+    near = before + 0.3 * after[:, :vocabulary]
+    if vocabulary <= TOP:
+        assert torch.allclose(kl, exact, atol=1e-5)
+    else:
+        steps = [torch.full((40,), (k + 0.5) / 400, dtype=torch.float64) for k in range(400)]
+        rows = [_rows(before, labels, u) for u in steps]
+        far = torch.stack([kl_and_flips(row, log_probs, labels)[0] for row in rows])
+        close = torch.stack([kl_and_flips(row, near.log_softmax(-1), labels)[0] for row in rows])
+        assert torch.allclose(close.mean(0), _theory(before, near), rtol=0.03, atol=1e-4)
+        assert float(close.mean()) == pytest.approx(float(_theory(before, near).mean()), rel=0.002)
+        assert float(far.mean()) == pytest.approx(float(exact.mean()), rel=0.05), "unrelated: few ids weigh most"
+
+
+def test_without_draws_the_figure_is_a_lower_bound() -> None:
+    before, after, labels = _pair(500)
+    rows = _rows(before, labels)
+    bare = TokenReference(rows.ids, rows.log_probs, rows.label_log_prob)
+    bound = kl_and_flips(bare, after.log_softmax(-1), labels)[0]
+    exact = _theory(before, after)
+    assert bool((bound <= exact + 1e-5).all()) and bool((bound >= 0).all())
+    assert float(bound.mean()) < 0.95 * float(exact.mean())
+
+
+def test_ids_are_drawn_from_the_tail_alone_in_proportion_to_their_probability() -> None:
+    before, _, labels = _pair(600, spread=1.0)
+    counts = torch.zeros(40, 600)
+    for k in range(500):
+        rows = _rows(before, labels, torch.full((40,), (k + 0.5) / 500, dtype=torch.float64))
+        assert rows.tail_ids is not None
+        counts.scatter_add_(1, rows.tail_ids.long(), torch.ones(40, DRAWS))
+    tail = before.softmax(-1).scatter(1, rows.ids.long(), 0.0).scatter(1, labels[:, None], 0.0)
+    shares = tail / tail.sum(-1, keepdim=True)
+    assert float((counts / 2000 - shares).abs().max()) <= 1 / 500
+    assert float(counts[tail == 0].sum()) == 0
+
+
+def test_a_subject_that_knows_fewer_ids_is_compared_on_those_that_it_knows() -> None:
+    before, _, labels = _pair(600)
+    labels = labels.clamp_max(500)
+    kl, _ = _compare(before, before[:, :590], labels)
+    assert bool(torch.isfinite(kl).all())
+
+
+def test_where_draws_start_depends_on_the_window_and_token_alone() -> None:
+    assert places("a", 3) == places("a", 5)[:3] != places("b", 3)
+    assert all(0 <= place < 1 for place in places("a", 100))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -175,7 +227,7 @@ def test_the_compact_form_is_small_and_survives_its_file(baseline: Scores, tmp_p
     assert reference is not None
     path = tmp_path / "tokens.safetensors"
     facts = write_reference(reference, path)
-    assert facts.bytes_per_token < 560
+    assert facts.bytes_per_token < 180
     again = read_reference(path, facts)
     assert reference_digest(again) == reference_digest(reference)
     blob = bytearray(path.read_bytes())

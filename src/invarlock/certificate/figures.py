@@ -316,4 +316,6 @@ def _divergence(c: Comparison, record: DivergenceRecord | None) -> Divergence | 
         histogram=record.histogram,
         histogram_edges=_EDGES,
         reference_matches=record.reference_matches,
+        unbiased=record.unbiased,
+        lower_bound=not record.unbiased,
     )

@@ -263,7 +263,7 @@ def _divergence(baseline: Evidence, subject: Evidence) -> DivergenceRecord | Non
         return None
     reference = baseline.reference_digest
     matches = reference is not None and reference == subject.reference_digest
-    return DivergenceRecord(histogram=subject.kl_histogram, reference_matches=matches)
+    return DivergenceRecord(histogram=subject.kl_histogram, reference_matches=matches, unbiased=subject.kl_unbiased)
 
 
 def _provenance(meta: Mapping[str, Any], baseline: Evidence, subject: Evidence) -> Provenance:

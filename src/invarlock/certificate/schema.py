@@ -226,10 +226,12 @@ class DivergenceRecord(Plain):
 
     histogram: list[int]
     reference_matches: bool
+    unbiased: Annotated[bool | None, ABSENT] = None  # absent: a lower bound, of coarsened distributions
 
 
 class Divergence(DivergenceRecord):
-    """Of the subject's next-token distributions from the baseline's, nats per token, coarsened (a lower bound)."""
+    """Of the subject's next-token distributions from the baseline's, nats per token: estimated without bias, or of
+    coarsened distributions (a lower bound)."""
 
     model_config = _WHOLE
 
@@ -239,7 +241,7 @@ class Divergence(DivergenceRecord):
     kl_q99: float | None
     kl_max: float | None
     kl_exact_mean: float | None  # over whole distributions, on the few windows for which the baseline's were kept
-    kl_coarsened_there: float | None  # the coarsened figure on those windows, for comparison
+    kl_coarsened_there: float | None  # the estimate on those windows, for comparison
     kl_exact_windows: int
     flip_rate: float | None
     flip_ci: Pair

@@ -152,6 +152,7 @@ class Evidence(Plain):
     contracts: dict[str, str] = Field(default_factory=dict)
     reference_digest: str | None = None  # of the baseline's token file: this side's own, or the one it was held against
     token_file: TokenFile | None = None
+    kl_unbiased: Annotated[bool | None, ABSENT] = None  # absent: a lower bound, of coarsened distributions
     plan: Annotated[Plan | None, ABSENT] = None  # None: all of the text was measured, in one look
     peaks: Annotated[dict[str, float | None] | None, ABSENT] = None  # largest |output| of each block, over all windows
     experts: Annotated[dict[str, list[int]] | None, ABSENT] = None  # tokens routed to each expert, by block

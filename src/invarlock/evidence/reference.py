@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from invarlock.core.exceptions import ModelLoadError
 from invarlock.core.files import write_whole
@@ -17,28 +17,38 @@ if TYPE_CHECKING:
 
 __all__ = ["TokenReference", "joined", "read_reference", "reference_digest", "write_reference"]
 
-_FIELDS = ("ids", "log_probs", "label_log_prob")
+_FIELDS = ("ids", "log_probs", "label_log_prob", "tail_ids", "tail_log_probs", "vocabulary")
 
 
 @dataclass(frozen=True)
 class TokenReference:
     """The baseline's compact distributions for n scored tokens: `ids` [n, k] int32, `log_probs` [n, k] float32
     (nats), `label_log_prob` [n] float32. `whole` keeps, in memory only, the complete log-probabilities [t, V] of a few
-    windows by index, for the exact divergence there."""
+    windows by index, for the exact divergence there.
+
+    `tail_ids` [n, m] int32 are drawn from all other ids, `tail_log_probs` [n, m] float32 are theirs; `vocabulary` [n]
+    int32 is how many ids there are. These are None where a source knows the most likely ids alone.
+    """
 
     ids: Tensor
     log_probs: Tensor
     label_log_prob: Tensor
     whole: dict[int, Tensor] = field(default_factory=dict)
+    tail_ids: Tensor | None = None
+    tail_log_probs: Tensor | None = None
+    vocabulary: Tensor | None = None
+
+    def arrays(self) -> dict[str, Any]:
+        """Return the arrays that there are, by name."""
+        return {name: getattr(self, name) for name in _FIELDS if getattr(self, name) is not None}
 
     def rows(self, start: int, stop: int) -> TokenReference:
         """Return the part of the tokens from `start` to `stop`."""
-        return TokenReference(self.ids[start:stop], self.log_probs[start:stop], self.label_log_prob[start:stop])
+        return TokenReference(**{name: array[start:stop] for name, array in self.arrays().items()})
 
     def to(self, device: object) -> TokenReference:
         """Return the same on another device, without `whole`."""
-        ids, log_probs, label = (getattr(self, name).to(device) for name in _FIELDS)
-        return TokenReference(ids, log_probs, label)
+        return TokenReference(**{name: array.to(device) for name, array in self.arrays().items()})
 
 
 def joined(parts: Sequence[TokenReference]) -> TokenReference:
@@ -46,15 +56,15 @@ def joined(parts: Sequence[TokenReference]) -> TokenReference:
     import torch
 
     whole = {number: tensor for number, part in enumerate(parts) for tensor in part.whole.values()}
-    ids, log_probs, label = (torch.cat([getattr(part, name) for part in parts]) for name in _FIELDS)
-    return TokenReference(ids, log_probs, label, whole)
+    arrays: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in parts[0].arrays()}
+    return TokenReference(**arrays, whole=whole)
 
 
 def reference_digest(reference: TokenReference) -> str:
     """Return 32 hex digits of SHA-256 over the arrays."""
     sha = hashlib.sha256()
-    for name in _FIELDS:
-        sha.update(getattr(reference, name).contiguous().numpy().tobytes())
+    for array in reference.arrays().values():
+        sha.update(array.contiguous().numpy().tobytes())
     return sha.hexdigest()[:32]
 
 
@@ -62,7 +72,7 @@ def write_reference(reference: TokenReference, path: Path) -> TokenFile:
     """Write the compact distributions beside the report and return what the evidence says of them."""
     from safetensors.torch import save
 
-    blob = save({name: getattr(reference, name).contiguous() for name in _FIELDS})
+    blob = save({name: array.contiguous() for name, array in reference.arrays().items()})
     write_whole(path, blob)
     tokens = max(1, len(reference.label_log_prob))
     return TokenFile(name=path.name, sha256=hashlib.sha256(blob).hexdigest(), bytes_per_token=len(blob) / tokens)
@@ -77,6 +87,5 @@ def read_reference(path: Path, facts: TokenFile) -> TokenReference:
     blob = path.read_bytes()
     if hashlib.sha256(blob).hexdigest() != facts.sha256:
         raise ModelLoadError(f"{path} is not the file that the baseline's report recorded; measure the baseline again")
-    arrays = load(blob)
-    ids, log_probs, label = (arrays[name] for name in _FIELDS)
-    return TokenReference(ids, log_probs, label)
+    arrays: dict[str, Any] = load(blob)
+    return TokenReference(**{name: arrays[name] for name in _FIELDS if name in arrays})

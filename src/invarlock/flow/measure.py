@@ -125,6 +125,7 @@ def measure(
         guards={name: guard.measure(weights, job.adapter) for name, guard in guards.items()},
         sketches=dict(sketch_model(weights)) if hasattr(weights, "named_parameters") else {},
         kl_histogram=scores.kl_histogram,
+        kl_unbiased=_unbiased(used, source) if scores.kl_histogram else None,
         contracts=_contracts(job, windows, ordered.values()),
         reference_digest=reference_digest(used) if used is not None else None,
         peaks=peaks.peaks() or None,
@@ -211,6 +212,11 @@ def _first_look(job: Job, windows: Windows) -> list[int]:
     they see the same however far a measurement goes."""
     first, final = job.cuts[0]
     return [*range(first), *range(len(windows.preview), len(windows.preview) + final)]
+
+
+def _unbiased(used: TokenReference | None, source: TorchSource | ServedSource) -> bool | None:
+    """True where the tail of both sides was at hand; None where the divergence is a lower bound."""
+    return True if used is not None and used.tail_ids is not None and "distributions" in source.provides else None
 
 
 def _plan(job: Job, cut: Cut | None, earlier: Plan | None = None) -> Plan | None:

@@ -81,7 +81,7 @@ class Scored:
 class Source(Protocol):
     """A model in torch, a served engine, an imported log: whatever scores windows.
 
-    `provides` names what it can give: log_probs, top_k, activations, weights, correctness.
+    `provides` names what it can give: log_probs, top_k, distributions (whole ones), activations, weights, correctness.
     """
 
     provides: frozenset[str]

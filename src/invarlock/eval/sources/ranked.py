@@ -24,8 +24,6 @@ from invarlock.evidence.reference import TokenReference
 
 __all__ = ["RankedSource"]
 
-_REFERENCE = ("ids", "log_probs", "label_log_prob")
-
 
 class RankedSource(TorchSource):
     """Scores windows with the models that several processes hold, one each. `folder`: of these windows and this model alone;
@@ -70,7 +68,7 @@ def _save(part: Scored, path: Path) -> None:
 
     arrays: dict[str, Any] = {f"kl.{n}": torch.from_numpy(kl) for n, kl in enumerate(part.kl)}
     for n, reference in enumerate(part.references):
-        arrays |= {f"reference.{n}.{name}": getattr(reference, name).contiguous() for name in _REFERENCE}
+        arrays |= {f"reference.{n}.{name}": array.contiguous() for name, array in reference.arrays().items()}
         arrays |= {f"whole.{n}.{key}": rows.contiguous() for key, rows in reference.whole.items()}
     arrays |= {f"seen.{n}": torch.from_numpy(one.numbers) for n, one in enumerate(part.seen)}
     facts = {
@@ -78,6 +76,7 @@ def _save(part: Scored, path: Path) -> None:
         "columns": part.columns,
         "counts": [len(part.kl), len(part.references), len(part.seen)],
         "seen": [[one.watch, one.window, one.path] for one in part.seen],
+        "reference": sorted(part.references[0].arrays()) if part.references else [],
         "whole": sorted(name for name in arrays if name.startswith("whole.")),
     }
     write_whole(path, save(arrays, metadata={"part": json.dumps(facts)}))
@@ -93,7 +92,8 @@ def _load(path: Path) -> Scored:
         for name in facts["whole"]:
             _, n, key = name.split(".")
             whole[int(n)][int(key)] = file.get_tensor(name)
-        kept = [{name: file.get_tensor(f"reference.{n}.{name}") for name in _REFERENCE} for n in range(references)]
+        names = facts["reference"]
+        kept = [{name: file.get_tensor(f"reference.{n}.{name}") for name in names} for n in range(references)]
         looked = [(watch, window, path) for watch, window, path in facts["seen"]]
         return Scored(
             facts["indices"],

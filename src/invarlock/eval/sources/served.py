@@ -145,7 +145,7 @@ class ServedSource:
         dense = torch.full((len(labels), size), -torch.inf).scatter(
             1, part.ids.long().clamp_max(size - 1), part.log_probs
         )
-        return divergence.coarsened_kl(old, dense, labels)
+        return divergence.kl_and_flips(old, dense, labels)
 
 
 def _prompt(window: Window) -> list[int]:

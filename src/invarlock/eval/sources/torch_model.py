@@ -41,7 +41,6 @@ _BLOCK_BYTES = 8 * 2**20  # of log-probabilities worked on at a time
 _EXACT_BYTES = 48 * 2**20  # of whole distributions kept of the baseline, for the exact divergence of a few windows
 _EXACT_WINDOWS = 8
 _PROBE_TOKENS = 16
-_REFERENCE = ("ids", "log_probs", "label_log_prob")
 
 
 def task_of_model(model: object, adapter: AdapterLike | None = None) -> Task:
@@ -57,7 +56,7 @@ def task_of_model(model: object, adapter: AdapterLike | None = None) -> Task:
 class TorchSource:
     """Scores windows with a live model. `device` defaults to that of its first parameter."""
 
-    provides = frozenset(("log_probs", "top_k", "activations", "weights", "correctness"))
+    provides = frozenset(("log_probs", "top_k", "distributions", "activations", "weights", "correctness"))
 
     def __init__(
         self, model: ModelLike, task: Task = "causal", *, device: str | None = None, batch_tokens: int = BATCH_TOKENS
@@ -87,8 +86,9 @@ class TorchSource:
             bad = windows[counts.index(0)].id if 0 in counts else "none given"
             raise DataError(f"a window has no scored token ({bad}); expected at least one in every window")
         _check_vocabulary(self.model, windows)
+        ids = [window.id for window in windows]
         exact = _exact_windows(counts, self.model) if keep_reference else []
-        wanted = _Wanted(counts, list(accumulate(counts, initial=0)), reference, keep_reference, correct, exact)
+        wanted = _Wanted(counts, list(accumulate(counts, initial=0)), reference, keep_reference, correct, ids, exact)
         path = _LogProbs(self.model, self.task)
         batches = list(_batches(windows, self.task, self.batch_tokens))
         seen: list[Seen] = []
@@ -125,7 +125,13 @@ class _Wanted:
     reference: TokenReference | None
     keep_reference: bool
     correct: bool
+    ids: list[str]
     exact: list[int]  # windows whose whole distributions the baseline keeps
+
+    def places(self, indices: list[int]) -> list[float]:
+        """Return where the draws from the tail start, for each token of a batch whose distributions are kept."""
+        wanted = indices if self.keep_reference else []
+        return [place for i in wanted for place in divergence.places(self.ids[i], self.counts[i])]
 
     def compared(self, indices: list[int], device: object) -> TokenReference | None:
         """Return the baseline's distributions of a batch's tokens."""
@@ -320,6 +326,7 @@ def _score_batch(path: _LogProbs, batch: _Batch, wanted: _Wanted, in_hand: list[
     labels = batch.labels[batch.scored]
     pieces: dict[str, list[Any]] = defaultdict(list)
     whole = _Whole(batch.indices, sizes, wanted)
+    place = torch.tensor(wanted.places(batch.indices), dtype=torch.float64, device=labels.device)
     for start, stop, log_probs in path.blocks(batch):
         in_hand.clear()  # the body has run: the output layer's chunks are no activations of a window
         target = labels[start:stop].to(log_probs.device)
@@ -330,9 +337,9 @@ def _score_batch(path: _LogProbs, batch: _Batch, wanted: _Wanted, in_hand: list[
             pieces["correct"].append(divergence.is_top(log_probs, label_log_prob, few))
         whole.add(start, log_probs)
         if wanted.keep_reference:
-            pieces["reference"].append(divergence.reference_rows(log_probs, label_log_prob))
+            pieces["reference"].append(divergence.reference_rows(log_probs, target, place[start:stop]))
         if compared is not None:
-            kl, flip = divergence.coarsened_kl(compared.rows(start, stop).to(log_probs.device), log_probs, target)
+            kl, flip = divergence.kl_and_flips(compared.rows(start, stop).to(log_probs.device), log_probs, target)
             pieces["kl"].append(kl)
             pieces["flips"].append(flip)
     return _cut(batch.indices, sizes, pieces, whole)
@@ -382,10 +389,10 @@ def _cut(indices: list[int], sizes: list[int], pieces: dict[str, list[Any]], who
     }
     references = []
     if kept := pieces["reference"]:
-        fields = (windows([getattr(part, name) for part in kept]) for name in _REFERENCE)
-        for index, ids, log_probs, label in zip(indices, *fields, strict=True):
+        arrays = {name: windows([getattr(part, name) for part in kept]) for name in kept[0].arrays()}
+        for place, index in enumerate(indices):
             exact = {0: torch.cat(whole.kept[index])} if index in whole.kept else {}
-            references.append(TokenReference(ids, log_probs, label, exact))
+            references.append(TokenReference(**{n: parts[place] for n, parts in arrays.items()}, whole=exact))
     filled = {name: values for name, values in columns.items() if values}
     return Scored(indices, filled, [values.numpy() for values in kl], references)
 
