@@ -39,7 +39,7 @@ from invarlock.evidence.plain import canonical_digest
 from invarlock.evidence.rows import Rows
 from invarlock.guards.base import StatsGuard
 from invarlock.guards.boundary import BUILT_IN_GUARDS
-from invarlock.guards.diagnosis import diagnose
+from invarlock.guards.diagnosis import diagnose, diagnose_by_role
 from invarlock.guards.peaks import shipped_type
 from invarlock.guards.sketch import Culprits, culprits
 from invarlock.policy.limits import Limits
@@ -125,7 +125,7 @@ DERIVATIONS: Mapping[int, Rules] = {
         THIRD_GATES,
         THIRD_JUDGES,
         confidence_of,
-        diagnose,
+        diagnose_by_role,
         notes=with_notes,
         run_id=_run_id,
         tiers_digest=lambda policy: policy.tiers_digest,

@@ -8,6 +8,7 @@ named; what stands out beyond that is told tensor by tensor, and a change withou
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from invarlock.guards.sketch import Culprits, culprits
 from invarlock.stats.linalg import finite, sign_vectors, unpack
 
-__all__ = ["Row", "diagnose", "mark_shifts"]
+__all__ = ["Row", "diagnose", "diagnose_by_role", "mark_shifts"]
 
 Row = Mapping[str, Any]
 _VECTORS = 64  # a longer vector is kept as so many projections
@@ -67,6 +68,31 @@ def diagnose(rows: Sequence[Row]) -> Culprits:
     more = f"; also {rest[0]['name']} ({rest[0]['what']})" if rest else ""
     listed = [{**row, "what": what} for what, group in done.items() for _, members in group for row in members]
     return Culprits([*listed, *rest], False, f"changed alike in every layer: {'; '.join(parts)}{more}")
+
+
+def diagnose_by_role(rows: Sequence[Row]) -> Culprits:
+    """Diagnose, and count: a change is uniform only where every tensor of the families that it touched changed, else the
+    roles are told, and the layer where it is one; the text ends with how many tensors changed and how many did not."""
+    found, changed = diagnose(rows), [row for row in rows if _changed(row)]
+    families = {row["family"] for row in changed}
+    alike = all(_changed(row) for row in rows if row["family"] in families)
+    if not changed or (found.uniform and alike):
+        return found
+    text, same = _by_role(rows, changed) if found.uniform else found.text, len(rows) - len(changed)
+    counts = f"{len(changed)} of {len(rows)} tensors changed" + (f", {same} are as they were" if same else "")
+    return Culprits(found.named, False, f"{text}; {counts}")
+
+
+def _by_role(rows: Sequence[Row], changed: Sequence[Row]) -> str:
+    """Say which roles changed in how many layers, and by how much."""
+    every, some = (Counter(_NUMBER.sub(".*.", str(row["name"])) for row in part) for part in (rows, changed))
+    parts = [f"{role.rpartition('.*.')[2]} ({count} of {every[role]})" for role, count in some.most_common(_MOST_ROLES)]
+    more = f" and {len(some) - _MOST_ROLES} more roles" if len(some) > _MOST_ROLES else ""
+    layers = {found[0].strip(".") if (found := _NUMBER.search(str(row["name"]))) else None for row in changed}
+    where = f" in layer {layers.pop()}" if len(layers) == 1 and None not in layers else ""
+    sizes = sorted(size for row in changed if (size := finite(row.get("rel_change"))) is not None)
+    spread = f", relative change {sizes[0]:.2g} to {sizes[-1]:.2g}" if sizes else ""
+    return f"changed{where}: {', '.join(parts)}{more}{spread}"
 
 
 def _roles(group: Sequence[tuple[str, list[Row]]]) -> str:
