@@ -198,7 +198,6 @@ def test_a_run_without_a_baseline_of_its_own_needs_one_named(cli: Any, noop_run:
         ("output: {save_model: true}", "output.save_model"),
         ("eval: {gates_off: [token_flips]}", "eval.gates_off"),
         ("context: {mine: 1}", "context"),
-        ("model: {id: here}", "model.id"),
     ],
 )
 def test_certify_refuses_what_it_would_not_use(cli: Any, tmp_path: Path, text: str, key: str) -> None:

@@ -97,6 +97,7 @@ def record(report: Report, baseline: Report) -> Recorded:
         provenance=_provenance(meta, reference, measured),
         data=subject.data,
         weights=WeightsRecord(changes=[] if refused else _changes(reference, subject, families)),
+        notes=[str(note) for note in meta.get("warnings") or ()] or None,
         activation_peaks=_peaks(reference, subject),
         experts=_experts(reference, subject),
         layers_paired=layers or None,

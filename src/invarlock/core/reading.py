@@ -106,7 +106,7 @@ def parse_json(data: bytes, kind: str, where: str, what: str, error: type[Invarl
         found = json.loads(data.decode("utf-8"), parse_int=_whole, object_pairs_hook=pairs)
         if _depth(found) > _DEPTH:
             raise RecursionError
-        if _HALF_PAIR.search(data):
+        if kind != "line" and _HALF_PAIR.search(data):  # providers mend texts, and say so
             json.dumps(found, ensure_ascii=False).encode("utf-8")
     except RecursionError:
         raise error(f"{where} nests deeper than {_DEPTH} levels; expected {what}") from None

@@ -33,8 +33,9 @@ class Metric:
 
 
 _PERPLEXITIES = (Metric(f"ppl_{task}", task) for task in get_args(Task))
-_ACCURACY = Metric("accuracy", "causal", "accuracy", "higher", "accuracy")
-METRICS: dict[str, Metric] = {metric.kind: metric for metric in (*_PERPLEXITIES, _ACCURACY)}
+#: the share of tokens that are the likeliest ones; of answers to questions alone (pairs) where it is called VQA
+_ACCURACIES = (Metric(kind, "causal", "accuracy", "higher", "accuracy") for kind in ("accuracy", "vqa_accuracy"))
+METRICS: dict[str, Metric] = {metric.kind: metric for metric in (*_PERPLEXITIES, *_ACCURACIES)}
 
 
 def metric_of(kind: str) -> Metric:

@@ -326,6 +326,7 @@ def _measure_baseline(job: Job, request: CertifyRequest, source: _Source, cut: C
         source.failed = steps.prepare_guards(job, job.plugins, model, WindowBatches(job.windows.all), about)
     if source.measured is None:
         source.measured = measure(job, model, source.side, "the baseline", cut=cut)
+        steps.remark_on_baseline(job, source.measured.evidence)
         source.report = steps.report(job, source.measured, steps.NOOP, f"source-{job.stamp}").to_dict()
         source.path = _write(job, source.report, request.out / "source", source.measured.reference)
     elif not enough:

@@ -202,9 +202,20 @@ def _cut(job: Job, side: Side, dataset: Mapping[str, Any], counts: tuple[int, in
     provider = get_provider(spec, **options)
     cut = {"seq_len": seq_len, "stride": stride, "seed": seed, "split": split}
     cut |= {} if special else {"add_special_tokens": False}
+    if getattr(provider, "kind", "text") == "pairs" and job.metric.task != "seq2seq":
+        if job.metric.task == "mlm":
+            raise ConfigError(
+                f"{where}the provider {spec!r} gives pairs, and {side.id} fills in masked text; name a text provider"
+            )
+        cut |= {"joined": True}
+    elif job.metric.kind == "vqa_accuracy":
+        raise ConfigError(
+            f"{where}vqa_accuracy scores answers; name a provider of pairs, of questions and their answers"
+        )
     parts = _parts(job, provider, side.tokenizer, counts, where, **cut)
     chosen = {name for part in parts for name in part.document_ids}
     job.texts.append(lambda: provider.texts_of(chosen, split))
+    job.notes += [f"{where}{remark}" for remark in getattr(provider, "remarks", ())]
     told = provider.describe()
     origin = TextOrigin(told["name"], told["options"], stride, seed, split)
     return windows_from_provider(*parts, seq_len, counts, origin).used_by(job.metric.task)

@@ -5,6 +5,7 @@ read ─ windows ─ load ─ measure ─ prepare ─ edit ─ measure ─ valid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,7 @@ __all__ = [
     "measure_overhead",
     "prepare_guards",
     "read",
+    "remark_on_baseline",
     "report",
     "side_in_memory",
     "stored_baseline",
@@ -144,6 +146,22 @@ def validate(job: Job, guard: Guard, model: ModelLike, context: Context, failed:
     if failed is not None:
         return not_evaluated(guard.name, failed)
     return validate_guard(guard, model, job.adapter, context)
+
+
+def remark_on_baseline(job: Job, evidence: Evidence) -> None:
+    """Note a baseline that predicts no better than guessing: then nothing that an edit breaks would show."""
+    size = evidence.structure.output_rows or evidence.structure.embedding_rows or evidence.model.tokenizer_size
+    rows = [*zip(evidence.preview.loss, evidence.preview.tokens, strict=True)]
+    rows += zip(evidence.final.loss, evidence.final.tokens, strict=True)
+    scored = [(loss, count) for loss, count in rows if loss is not None]
+    if not size or not scored or job.metric.is_accuracy:
+        return
+    mean = sum(loss * count for loss, count in scored) / sum(count for _, count in scored)
+    if mean >= math.log(size):
+        job.notes.append(
+            f"the baseline is no better than guessing: {mean:.2f} nats a token, and {math.log(size):.2f} are those of a "
+            f"uniform guess among {size} tokens; look at its weights, its tokenizer and the text"
+        )
 
 
 def measure_overhead(job: Job, model: ModelLike, measured: Measurement) -> dict[str, Any]:

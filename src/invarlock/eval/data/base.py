@@ -29,7 +29,7 @@ from invarlock.checkpoints.tokenizer import special_tokens_around
 from invarlock.core import settings
 from invarlock.core.exceptions import DataError, TooLittleTextError
 from invarlock.evidence.plan import document_order
-from invarlock.evidence.windows import EvaluationWindow
+from invarlock.evidence.windows import IGNORED, EvaluationWindow
 
 __all__ = [
     "MIN_SCORED_TOKENS",
@@ -88,6 +88,7 @@ class _Request:
     stride: int
     seed: int
     special: bool = True
+    joined: bool = False
 
     def __post_init__(self) -> None:
         if self.preview_n < 0 or self.final_n < 0 or self.total == 0:
@@ -107,6 +108,20 @@ class _Request:
     def key(self, name: str) -> bytes:
         return hashlib.sha256(f"{self.seed}\x1f{name}".encode("utf-8", "surrogatepass")).digest()
 
+    def fitted(self, source: Sequence[int], target: Sequence[int], tail: int) -> tuple[list[int], list[int], bool]:
+        """Return ids and labels of a pair, and whether it is there whole. What is too long loses its end, but for the
+        `tail` special tokens behind it; of a joined pair the beginning of the source goes before the end of the target."""
+        if not self.joined:
+            ids, labels = (
+                list(side) if len(side) <= self.seq_len else [*side[: self.seq_len - tail], *side[len(side) - tail :]]
+                for side in (source, target)
+            )
+            return ids, labels, len(ids) == len(source) and len(labels) == len(target)
+        labels = list(target[: self.seq_len - 1])
+        before = list(source[-(self.seq_len - len(labels)) :])
+        whole = len(before) == len(source) and len(labels) == len(target)
+        return before + labels, [IGNORED] * len(before) + labels, whole
+
     def window(self, document_id: str, place: object, ids: Sequence[int], labels: Sequence[int] | None) -> _Window:
         head = f"{document_id}\x1f{place}\x1f".encode("utf-8", "surrogatepass")
         content = head + _token_bytes(ids) + b"\x1f" + _token_bytes(labels or ())
@@ -122,6 +137,9 @@ class Provider(ABC):
     kind: ClassVar[str]
 
     split: str | None = None
+
+    #: what a reader should know of the data that the last call of `windows` read, one line each
+    remarks: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def options(cls) -> list[str]:
@@ -148,6 +166,7 @@ class Provider(ABC):
         seed: int = 42,
         split: str | None = None,
         add_special_tokens: bool = True,
+        joined: bool = False,
     ) -> tuple[EvaluationWindow, EvaluationWindow]:
         """Two disjoint sets of windows, `preview_n` and `final_n` long, of at most `seq_len` tokens each.
 
@@ -157,10 +176,13 @@ class Provider(ABC):
         The result depends on the data, the tokenizer, the seed and the counts alone. `stride` is the distance between
         the starts of neighbouring windows (default `seq_len`); below `seq_len` windows overlap, and then preview and
         final are drawn from different documents so that they still share no token. `split` overrides the provider's.
-        Raises `DataError` for impossible counts and for too little text, with the counts that would fit.
+        Of pairs, `joined` puts the target behind its source in one window, the source unscored, as models that only
+        continue a text read them. Raises `DataError` for impossible counts and for too little text, with the counts that
+        would fit.
         """
+        object.__setattr__(self, "remarks", ())
         cut = seq_len if stride is None else stride
-        request = _Request(preview_n, final_n, seq_len, cut, seed, add_special_tokens)
+        request = _Request(preview_n, final_n, seq_len, cut, seed, add_special_tokens, joined)
         apart = request.stride < request.seq_len and preview_n > 0 and final_n > 0
         counts = (preview_n, final_n) if apart else (request.total, 0)
         preview, final = _deal(self._rows(tokenizer, request, split or self.split), *counts)
@@ -170,7 +192,7 @@ class Provider(ABC):
         if not apart:
             pool = sorted(preview, key=lambda row: row.key)
             preview, final = pool[:preview_n], pool[preview_n:]
-        around = self._around(tokenizer) if add_special_tokens else ((), ())
+        around = self._around(tokenizer, joined) if add_special_tokens else ((), ())
         order = document_order([[row.document_id for row in rows] for rows in (preview, final)], seed)
         first, second = (sorted(rows, key=lambda row: order[row.document_id]) for rows in (preview, final))
         return _pack(first, *around), _pack(second, *around)
@@ -179,18 +201,31 @@ class Provider(ABC):
         """The whole texts of documents that windows were cut from, by id; {} where the provider cannot tell."""
         return {}
 
-    def _around(self, tokenizer: Tokenizer) -> tuple[Sequence[int], Sequence[int]]:
+    def _around(self, tokenizer: Tokenizer, joined: bool) -> tuple[Sequence[int], Sequence[int]]:
         """What stands before and after the content of every window, unscored."""
         return (), ()
 
-    def _usable(self, what: str, items: Sequence[_T], content: Callable[[_T], tuple[str, ...]]) -> list[_T]:
-        """Leave out what has no text and, under INVARLOCK_DEDUP_TEXTS, what repeats another one's."""
-        kept = [item for item in items if all(text.strip() for text in content(item))]
-        if not kept:
+    def _usable(self, what: str, items: Sequence[_T], content: Callable[[_T], tuple[str, ...]]) -> list[list[_T]]:
+        """Leave out what has no text, and group the rest by content, whatever its ids say: the first of each group first,
+        and alone under INVARLOCK_DEDUP_TEXTS."""
+        groups: dict[tuple[str, ...], list[_T]] = {}
+        for item in items:
+            texts = content(item)
+            if all(text.strip() for text in texts):
+                groups.setdefault(texts, []).append(item)
+        if not groups:
             raise DataError(f"the data set is empty: got no {what} from provider '{self.name}', expected at least one")
+        kept = sum(map(len, groups.values()))
+        self._remark(len(items) - kept, f"{what} without content left out")
+        self._remark(kept - len(groups), f"{what} with the content of another: they count as one document")
         if settings.flag("INVARLOCK_DEDUP_TEXTS"):
-            kept = list({content(item): item for item in reversed(kept)}.values())
-        return kept
+            return [group[:1] for group in groups.values()]
+        return list(groups.values())
+
+    def _remark(self, count: int, what: str) -> None:
+        """Note something of the data that a reader should know, where there is any of it."""
+        if count:
+            object.__setattr__(self, "remarks", (*self.remarks, f"{count:,} x {what}"))
 
 
 class TextProvider(Provider):
@@ -203,17 +238,24 @@ class TextProvider(Provider):
         """All documents of a split (None: the default one). Raises `DataError` where there are none to be had."""
 
     def _rows(self, tokenizer: Tokenizer, request: _Request, split: str | None) -> Iterator[list[_Window]]:
-        texts = self._usable("text", self.documents(split), lambda document: (document.text,))
-        for batch in _batches(sorted(texts, key=lambda document: request.key(document.document_id))):
-            encoded = tokenizer([document.text for document in batch], add_special_tokens=False, verbose=False)
-            for document, ids in zip(batch, encoded["input_ids"], strict=True):
-                yield _cut(document.document_id, ids, request)
+        texts = self._usable("text", [self._mended(each) for each in self.documents(split)], lambda each: (each.text,))
+        for batch in _batches(sorted(texts, key=lambda group: request.key(group[0].document_id))):
+            encoded = tokenizer([group[0].text for group in batch], add_special_tokens=False, verbose=False)
+            for group, ids in zip(batch, encoded["input_ids"], strict=True):
+                yield _cut(group[0].document_id, ids, request, len(group))
+
+    def _mended(self, document: Document) -> Document:
+        text = _without_half_pairs(document.text)
+        self._remark(
+            int(text != document.text), f"half a surrogate pair in the text of {document.document_id}, replaced"
+        )
+        return document._replace(text=text)
 
     def texts_of(self, document_ids: Collection[str], split: str | None = None) -> dict[str, str]:
         read = self.documents(split or self.split)
         return {document.document_id: document.text for document in read if document.document_id in document_ids}
 
-    def _around(self, tokenizer: Tokenizer) -> tuple[Sequence[int], Sequence[int]]:
+    def _around(self, tokenizer: Tokenizer, joined: bool) -> tuple[Sequence[int], Sequence[int]]:
         return special_tokens_around(tokenizer)
 
 
@@ -232,18 +274,32 @@ class PairProvider(Provider):
 
     def _rows(self, tokenizer: Tokenizer, request: _Request, split: str | None) -> Iterator[list[_Window]]:
         groups: dict[str, list[Pair]] = defaultdict(list)
-        for pair in self._usable("pair", self.pairs(split), lambda pair: (pair.source, pair.target)):
-            groups[pair.document_id].append(pair)
-        for batch in _batches(sorted(groups, key=request.key)):
-            flat = [pair for document_id in batch for pair in groups[document_id]]
-            limits = {"truncation": True, "max_length": request.seq_len, "verbose": False}
-            limits |= {} if request.special else {"add_special_tokens": False}
-            sources = tokenizer([pair.source for pair in flat], **limits)["input_ids"]
-            targets = tokenizer(text_target=[pair.target for pair in flat], **limits)["input_ids"]
-            rows: dict[str, list[_Window]] = defaultdict(list)
-            for pair, source, target in zip(flat, sources, targets, strict=True):
-                rows[pair.document_id].append(request.window(pair.document_id, pair.pair_id, source, target))
-            yield from map(_rank, rows.values())
+        mended = [
+            pair._replace(source=_without_half_pairs(pair.source), target=_without_half_pairs(pair.target))
+            for pair in self.pairs(split)
+        ]
+        for same in self._usable("pair", mended, lambda pair: (pair.source, pair.target)):
+            groups[same[0].document_id] += [pair._replace(document_id=same[0].document_id) for pair in same]
+        cut, tail = 0, len(special_tokens_around(tokenizer)[1]) if request.special else 0
+        try:
+            for batch in _batches(sorted(groups, key=request.key)):
+                flat = [pair for document_id in batch for pair in groups[document_id]]
+                how = {} if request.special and not request.joined else {"add_special_tokens": False}
+                sources, targets = (
+                    tokenizer(**{name: [getattr(pair, side) for pair in flat]}, verbose=False, **how)["input_ids"]
+                    for name, side in (("text", "source"), ("text_target", "target"))
+                )
+                rows: dict[str, list[_Window]] = defaultdict(list)
+                for pair, source, target in zip(flat, sources, targets, strict=True):
+                    ids, labels, whole = request.fitted(source, target, tail)
+                    cut += not whole
+                    rows[pair.document_id].append(request.window(pair.document_id, pair.pair_id, ids, labels))
+                yield from map(_rank, rows.values())
+        finally:  # also where enough was read before the end
+            self._remark(cut, f"pairs cut off at {request.seq_len} tokens")
+
+    def _around(self, tokenizer: Tokenizer, joined: bool) -> tuple[Sequence[int], Sequence[int]]:
+        return special_tokens_around(tokenizer) if joined else ((), ())
 
     def texts_of(self, document_ids: Collection[str], split: str | None = None) -> dict[str, str]:
         found: dict[str, list[str]] = defaultdict(list)
@@ -304,14 +360,21 @@ def _batches(items: Sequence[_T]) -> Iterator[list[_T]]:
         yield batch
 
 
-def _cut(document_id: str, ids: Sequence[int], request: _Request) -> list[_Window]:
-    """Windows of one document, ranked: whole ones in the seeded order, the shorter remainder last."""
+def _without_half_pairs(text: str) -> str:
+    """Return a text that has bytes: half a surrogate pair, which JSON can spell, becomes the replacement character."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _cut(document_id: str, ids: Sequence[int], request: _Request, copies: int = 1) -> list[_Window]:
+    """Windows of one document and of its copies, ranked: whole ones in the seeded order, the shorter remainder last."""
     shortest = min(MIN_SCORED_TOKENS + 1, request.seq_len)
     rows = []
     for start in range(0, len(ids), request.stride):
         piece = ids[start : start + request.seq_len]
         if len(piece) >= shortest:
-            rows.append(request.window(document_id, start, piece, None))
+            rows += [
+                request.window(document_id, f"{start}#{copy}" if copy else start, piece, None) for copy in range(copies)
+            ]
         if start + request.seq_len >= len(ids):  # what follows lies within this window
             break
     return _rank(rows, request.seq_len)
