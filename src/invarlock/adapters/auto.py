@@ -39,7 +39,11 @@ class HF_Auto_Adapter(HF_Adapter):
                 self._chosen = adapter
                 return adapter
         kinds = ", ".join(candidate.name for candidate in self.candidates)
-        raise AdapterError(f"{model_id} is a {config.architectures}; {self.name} expects a model for one of: {kinds}")
+        images = hasattr(config, "vision_config") or hasattr(config, "audio_config")
+        advice = "; save its text backbone as a causal model and certify that" if images else ""
+        raise AdapterError(
+            f"{model_id} is a {config.architectures}; {self.name} expects a model for one of: {kinds}{advice}"
+        )
 
     @property
     def chosen(self) -> HF_Causal_Adapter:

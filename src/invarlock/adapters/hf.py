@@ -147,6 +147,8 @@ class HF_Causal_Adapter(HF_Adapter):
     def matches(self, config: PretrainedConfig) -> bool:
         """Say whether `config.architectures` is of this kind (an absent list counts for causal models only)."""
         names = config.architectures or []
+        if config.is_encoder_decoder != (self.task == "seq2seq") and self.task != "causal":
+            return False  # a model of images and text has the suffix of one from text to text
         return any(name.endswith(self.architecture_suffixes) for name in names) or (
             not names and self.task == "causal" and not config.is_encoder_decoder
         )

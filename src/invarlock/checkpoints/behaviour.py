@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from invarlock.checkpoints.sanity import check_config, check_folder
 from invarlock.checkpoints.tokenizer import tokenizer_usage
 from invarlock.core.exceptions import ModelLoadError
-from invarlock.core.files import first_line, read_json
+from invarlock.core.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -54,7 +54,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # any failure to read it is the same finding
-        raise ModelLoadError(f"{folder}/config.json cannot be used: {first_line(error)}") from error
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelLoadError(f"{folder}/config.json cannot be used: {reason}") from error
 
 
 def behaviour(config: PretrainedConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from invarlock.core import registry, settings
 from invarlock.core.api import AdapterLike, Guard, ModelLike
 from invarlock.core.device import make_deterministic, resolve_device
 from invarlock.core.ranks import Ranks
+from invarlock.core.exceptions import ConfigError
 from invarlock.eval.metrics import Metric, metric_of
 from invarlock.eval.sources.base import Scores, score_all
 from invarlock.eval.sources.engines import Engine
@@ -120,8 +121,14 @@ def _origin(guard: Guard) -> dict[str, Any]:
 
 
 def resolved_metric(asked: str, adapter: AdapterLike) -> Metric:
-    """Return the metric; `auto` follows the model."""
-    return metric_of(str(getattr(adapter, "metric_kind", "ppl_causal")) if asked == "auto" else asked)
+    """Return the metric; `auto` follows the model. Raises ConfigError for one that such a model cannot be measured by."""
+    own = str(getattr(adapter, "metric_kind", "ppl_causal"))
+    metric, task = metric_of(own if asked == "auto" else asked), getattr(adapter, "task", None)
+    if task is not None and metric.task != task:
+        raise ConfigError(
+            f"the metric is {asked}, for {metric.task} models, and the model is {task}; use auto or {own}"
+        )
+    return metric
 
 
 def open_job(

@@ -152,6 +152,10 @@ def cut_windows(job: Job, side: Side, dataset: Mapping[str, Any]) -> Windows:
             }
         )
     if job.metric.task == "mlm":
+        if side.tokenizer.mask_token_id is None:
+            raise ConfigError(
+                f"the tokenizer of {side.id} has no mask token, and its model fills in masked text; add one"
+            )
         windows = mask_tokens(windows, side.tokenizer.mask_token_id, side.tokenizer.all_special_ids, seed=_seed(common))
     _check_floor(job, windows)
     return windows
