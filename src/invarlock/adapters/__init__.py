@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from invarlock.adapters.auto import HF_Auto_Adapter, HF_Causal_Auto_Adapter
 from invarlock.adapters.hf import HF_Causal_Adapter, HF_MLM_Adapter, HF_Seq2Seq_Adapter
+from invarlock.adapters.packed import HF_AWQ_Adapter, HF_BNB_Adapter, HF_GPTQ_Adapter
 from invarlock.core.exceptions import AdapterError
 
 __all__ = [
+    "HF_AWQ_Adapter",
     "HF_Auto_Adapter",
+    "HF_BNB_Adapter",
     "HF_Causal_Adapter",
     "HF_Causal_Auto_Adapter",
+    "HF_GPTQ_Adapter",
     "HF_MLM_Adapter",
     "HF_Seq2Seq_Adapter",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from invarlock.adapters.hf import HF_Adapter, HF_Causal_Adapter, HF_MLM_Adapter, HF_Seq2Seq_Adapter
+from invarlock.adapters.packed import HF_AWQ_Adapter, HF_BNB_Adapter, HF_GPTQ_Adapter
 from invarlock.checkpoints.behaviour import load_config
 from invarlock.checkpoints.files import resolve_folder
 from invarlock.core import settings
@@ -17,9 +18,10 @@ __all__ = ["HF_Auto_Adapter", "HF_Causal_Auto_Adapter"]
 
 
 class HF_Auto_Adapter(HF_Adapter):
-    """Picks the first adapter of `candidates` whose kind matches the checkpoint, to load it."""
+    """Picks the first adapter of `packed` and `candidates` whose kind matches the checkpoint, to load it."""
 
     name = "hf_auto"
+    packed: ClassVar[tuple[type[HF_Causal_Adapter], ...]] = (HF_BNB_Adapter, HF_GPTQ_Adapter, HF_AWQ_Adapter)
     candidates: ClassVar[tuple[type[HF_Causal_Adapter], ...]] = (
         HF_Causal_Adapter,
         HF_Seq2Seq_Adapter,
@@ -33,7 +35,7 @@ class HF_Auto_Adapter(HF_Adapter):
     def select(self, model_id: str, *, trust_remote_code: bool = False) -> HF_Causal_Adapter:
         """Return the adapter for a checkpoint; AdapterError where none fits."""
         config = load_config(resolve_folder(model_id), trust_remote_code=trust_remote_code)
-        for candidate in self.candidates:
+        for candidate in (*self.packed, *self.candidates):
             adapter = candidate()
             if adapter.matches(config):
                 self._chosen = adapter

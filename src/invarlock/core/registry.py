@@ -41,9 +41,6 @@ _FACTS: dict[str, dict[str, _Facts]] = {
     "invarlock.adapters": {
         "": _Facts(_HF),
         "hf_causal_onnx": _Facts((("onnxruntime", "onnx"), *_HF)),
-        "hf_bnb": _Facts((("bitsandbytes", "gpu"), *_HF), ("linux",)),
-        "hf_gptq": _Facts((("gptqmodel", "gptq"), *_HF), ("linux",)),
-        "hf_awq": _Facts((("compressed_tensors", "awq"), *_HF)),
     },
     "invarlock.edits": {"": _Facts((("torch", "edits"),))},
     "invarlock.guards": {"": _Facts((("torch", "guards"),)), "hello_guard": _Facts()},
