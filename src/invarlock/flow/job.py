@@ -16,8 +16,8 @@ from invarlock.checkpoints.side import Loading
 from invarlock.core import registry, settings
 from invarlock.core.api import AdapterLike, Guard, ModelLike
 from invarlock.core.device import make_deterministic, resolve_device
-from invarlock.core.ranks import Ranks
 from invarlock.core.exceptions import ConfigError
+from invarlock.core.ranks import Ranks
 from invarlock.eval.metrics import Metric, metric_of
 from invarlock.eval.sources.base import Scores, score_all
 from invarlock.eval.sources.engines import Engine
