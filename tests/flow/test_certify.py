@@ -428,7 +428,8 @@ def test_dev_measures_what_fits_and_says_so(
     outcome = certify_models(demo_model, demo_model, dataset={"file": str(short)}, overrides=wanted)
     stats = outcome.certificate["dataset"]["windows"]["stats"]
     assert stats["requested_preview"] == 40 and 0 < stats["actual_preview"] < 40
-    assert 0 < stats["coverage"] < 1
+    used = {split: stats[f"actual_{split}"] for split in ("preview", "final")}
+    assert stats["coverage"] == {split: {"used": count} for split, count in used.items()}
     assert any("measured what fits" in note for note in outcome.notes)
     assert gates(outcome.certificate)["sample_size"] == "warn"
     assert outcome.status == "PASS"

@@ -55,7 +55,9 @@ _NAN = float("nan")
 @dataclass(frozen=True)
 class Rules:
     """What the certificates of one derivation follow by. Whoever changes what follows adds a derivation: those issued
-    keep theirs. `tiers_digest`: what the provenance says of the tiers. `one_spelling`: numbers have one spelling."""
+    keep theirs. `tiers_digest`: what the provenance says of the tiers. `one_spelling`: numbers have one spelling.
+    `by_split`: coverage is told for preview and final, as readers of schema v1 have it. `modest`: no verdict that is open
+    is told with high confidence."""
 
     estimators: Estimators
     gates: tuple[GateKind, ...]
@@ -66,6 +68,8 @@ class Rules:
     run_id: Callable[[Recorded], str]
     tiers_digest: Callable[[Policy], str | None]
     one_spelling: bool
+    by_split: bool = False
+    modest: bool = False
 
 
 def _first_run_id(r: Recorded) -> str:
@@ -130,6 +134,8 @@ DERIVATIONS: Mapping[int, Rules] = {
         run_id=_run_id,
         tiers_digest=lambda policy: policy.tiers_digest,
         one_spelling=True,
+        by_split=True,
+        modest=True,
     ),
 }
 #: the derivation of new certificates
@@ -170,7 +176,7 @@ def derive(r: Recorded) -> Certificate:
         **{name: sections.get(name) for name in BUILT_IN_GUARDS[1:]},
         invariants=sections.get("invariants", not_measured("invariants", {})),
         run_id=rules.run_id(r),
-        dataset=_dataset(r, counts),
+        dataset=_dataset(r, counts, by_split=rules.by_split),
         primary_metric=found.metric,
         artifacts={"report": "report.json", "events": "events.jsonl"},
         validation=validation_of(gates, measured, rules.gates),
@@ -183,8 +189,8 @@ def derive(r: Recorded) -> Certificate:
             :16
         ],
         weights=_weights(r, changed),
-        verdict=verdict_of(gates, measured, rules.gates),
-        confidence=rules.confidence(measured, _interval(found)),
+        verdict=(verdict := verdict_of(gates, measured, rules.gates)),
+        confidence=_modest(rules.confidence(measured, _interval(found)), verdict.status, rules),
         slices=slice_sections(slices, r.data, gates),
     )
 
@@ -268,10 +274,19 @@ def _window_counts(r: Recorded, splits: Mapping[Split, PairedRows]) -> dict[str,
     }
 
 
-def _dataset(r: Recorded, counts: Mapping[str, float | int]) -> Dataset:
+def _modest(confidence: Confidence, status: str, rules: Rules) -> Confidence:
+    if rules.modest and status == "INCONCLUSIVE" and confidence.label == "High":
+        return Confidence(label="Medium", basis=f"{confidence.basis}; not High, as the verdict is open")
+    return confidence
+
+
+def _dataset(r: Recorded, counts: Mapping[str, float | int], *, by_split: bool) -> Dataset:
     named = {name: getattr(r.data, name) for name in ("provider", "options", "seq_len", "stride", "split")}
     sizes = {name: int(counts[f"actual_{name}"]) for name in ("preview", "final")}
-    return Dataset(**named, windows=Windows(**sizes, seed=r.data.seed, stats=dict(counts)))
+    stats: dict[str, Any] = dict(counts)
+    if by_split:
+        stats["coverage"] = {split: {"used": used} for split, used in sizes.items()}
+    return Dataset(**named, windows=Windows(**sizes, seed=r.data.seed, stats=stats))
 
 
 def _baseline_ref(r: Recorded) -> BaselineRef:

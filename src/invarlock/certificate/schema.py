@@ -113,7 +113,7 @@ class Windows(Plain):
     preview: int
     final: int
     seed: int
-    stats: dict[str, float | int | bool | None]
+    stats: dict[str, float | int | bool | None | dict[str, dict[str, int]]]
 
 
 class Dataset(Plain):

@@ -10,7 +10,7 @@ from pathlib import Path
 from invarlock.certificate.gates import base_name
 from invarlock.certificate.schema import Certificate, Gate
 from invarlock.guards.boundary import BUILT_IN_GUARDS
-from invarlock.reporting.wording import GATES, MISSING, WORDS, clean, count, fill, gate_words
+from invarlock.reporting.wording import GATES, MISSING, WORDS, clean, count, fill, gate_words, number
 
 __all__ = ["next_steps", "not_shown", "reason_why", "strength", "warnings"]
 
@@ -112,7 +112,7 @@ def next_steps(c: Certificate, place: Path | None = None) -> list[tuple[str, str
 
 def _more(c: Certificate) -> Iterator[tuple[str, str]]:
     stats, needed = c.dataset.windows.stats, c.primary_metric.documents_needed
-    documents = int(stats.get("documents") or 0)
+    documents = int(number(stats.get("documents")) or 0)
     if needed and documents and needed > documents:
         windows = c.dataset.windows.preview + c.dataset.windows.final
         each = math.ceil(windows / documents * needed / 2)

@@ -14,7 +14,7 @@ from invarlock.certificate.gates import base_name
 from invarlock.certificate.schema import Certificate, Gate, GateDecision, GuardSection, PluginGuardSection, Status
 from invarlock.certificate.verify import parse_certificate
 from invarlock.guards.boundary import BUILT_IN_GUARDS
-from invarlock.reporting.story import next_steps, reason_why, strength
+from invarlock.reporting.story import next_steps, not_shown, reason_why, strength
 from invarlock.reporting.wording import (
     DECISIONS,
     FORMS,
@@ -129,6 +129,7 @@ class View:
     why: str
     subject: str
     baseline: str
+    names: tuple[str, str]  # of subject and baseline, without the folders that they lie in
     context: Sequence[Fact]
     reasons: list[Fact]  # label: the code, value: the message
     warnings: list[Fact]
@@ -138,6 +139,11 @@ class View:
     next_steps: list[tuple[str, str]]
     run_id: str
     created: str
+
+    @property
+    def usual_bases(self) -> set[str]:
+        """What so many gates are held by that saying it beside each tells nothing."""
+        return {"guard", "plugin guard", "counts", "digests", "window ids", "point estimate"}
 
 
 def parse(certificate: Mapping[str, Any]) -> Certificate:
@@ -155,6 +161,7 @@ def view(c: Certificate) -> View:
         why=reason_why(c),
         subject=clean(c.meta.subject_model.id),
         baseline=clean(c.meta.baseline_model.id),
+        names=_names(c),
         context=[fact for section in _section(c, "context") for fact in section.facts],
         reasons=list(dict.fromkeys(reasons)),
         warnings=[Fact(row.title, row.why) for row in gates if row.decision == "warn"],
@@ -165,6 +172,18 @@ def view(c: Certificate) -> View:
         run_id=clean(c.run_id),
         created=clean(c.meta.created),
     )
+
+
+def _names(c: Certificate) -> tuple[str, str]:
+    """Return what subject and baseline are called: the edit's label, or the last part of a path; longer where those agree."""
+    subject, baseline = clean(c.meta.subject_model.id), clean(c.meta.baseline_model.id)
+    for parts in (1, 2, 3):
+        short = tuple("/".join(name.rstrip("/").split("/")[-parts:]) or name for name in (subject, baseline))
+        if short[0] != short[1] or subject == baseline:
+            break
+    label = c.edit.get("label")
+    same = subject == baseline and label
+    return (f"{short[0]}, {clean(label, 80)}" if same else short[0]), short[1]
 
 
 def _with_tensor(message: str, tensor: str | None) -> str:
@@ -262,11 +281,19 @@ def values(c: Certificate) -> dict[str, object]:
         "band": find(c.resolved_policy, "metrics.drift"),
         "windows": c.dataset.windows,
         "stats": c.dataset.windows.stats,
+        "covered": _covered(c),
         "source": c.policy_provenance,
         "finetune": c.meta.intent == "finetune",
         "label": c.edit.get("label") or c.edit.get("name"),
         "open": ", ".join(gate.name for gate in c.gates if gate.decision not in ("pass", "warn", "off")),
     }
+
+
+def _covered(c: Certificate) -> float | None:
+    """Return which share of the windows that were asked for was measured."""
+    stats, windows = c.dataset.windows.stats, c.dataset.windows
+    asked = sum(number(stats.get(f"requested_{split}")) or 0 for split in ("preview", "final"))
+    return (windows.preview + windows.final) / asked if asked else None
 
 
 def _figures(c: Certificate) -> Iterator[Figure]:
@@ -347,6 +374,7 @@ def _sections(c: Certificate) -> Iterator[Section]:
     yield from _findings(c)
     yield from (section for section in guards.values() if not section.plots)
     yield from _plugins(c)
+    yield from _section(c, "not_shown", not_shown(c), wide=True)
     for key in ("sample", "policy", "recheck"):
         yield from _section(c, key)
     yield from _section(c, "provenance", tables=_provenance(c))
