@@ -12,12 +12,23 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from invarlock.certificate.schema import Certificate
 from invarlock.evidence.histogram import HISTOGRAM_EDGES
-from invarlock.reporting.view import growth_rows
-from invarlock.reporting.wording import FORMS, family_order, find, interval, middle_cut, nats, number, percent, reading
+from invarlock.reporting.view import growth_rows, layer_rows
+from invarlock.reporting.wording import (
+    FORMS,
+    change,
+    family_order,
+    find,
+    interval,
+    middle_cut,
+    nats,
+    number,
+    percent,
+    reading,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,6 +84,12 @@ def draw(c: Certificate) -> dict[str, Markup]:
     return found
 
 
+def _titles(figure: Figure) -> dict[str, str]:
+    """Return what a reader sees who points at a mark, by the id of the mark."""
+    marks = [mark for axes in figure.axes for mark in axes.collections if mark.get_gid()]
+    return {str(mark.get_gid()): str(mark.get_label()) for mark in marks}
+
+
 def _svg(figure: Figure, name: str, title: str, description: str) -> Markup:
     """Return the figure as an <svg> element with title and description, its ids made unique to the page."""
     buffer = io.StringIO()
@@ -81,6 +98,8 @@ def _svg(figure: Figure, name: str, title: str, description: str) -> Markup:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    for gid, said in _titles(figure).items():
+        text = text.replace(f'<g id="{gid}">', f'<g id="{gid}"><title>{escape(said)}</title>', 1)
     text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
     text = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', text)
@@ -200,7 +219,11 @@ def _kl(c: Certificate, figure: Figure) -> str | None:
     axes = figure.add_subplot()
     axes.set_xscale("log")
     used = np.flatnonzero(counts)
-    axes.set_xlim(edges[used[0] if used.size else 0] / 2, edges[used[-1] + 1 if used.size else -1] * 2)
+    shown = [
+        x for x in (d.kl_mean, limit) if x is not None and x > 0
+    ]  # both lines are on every chart, however far apart
+    least, most = edges[used[0] if used.size else 0], edges[used[-1] + 1 if used.size else -1]
+    axes.set_xlim(min([least, *shown]) / 2, max([most, *shown]) * 2.5)
     axes.bar(edges[:-1], counts, np.diff(edges) * 0.94, align="edge", color=_ONE, linewidth=0)
     first, second = ("right", "left") if (d.kl_mean or 0.0) <= (limit or 0.0) else ("left", "right")
     for value, label, colour, side in ((d.kl_mean, "mean", _INK, first), (limit, "limit", _BAD, second)):
@@ -248,6 +271,47 @@ def _growth(c: Certificate, figure: Figure) -> str | None:
     return f"{len(rows)} matrices; the largest change is {worst[0]}, {percent(worst[2])}."
 
 
+def _layers(c: Certificate, figure: Figure) -> str | None:
+    """How much each module's weights changed, and the edge of its activations, by depth. Every point has its own title."""
+    from matplotlib.ticker import FuncFormatter
+
+    rows = [row for row in layer_rows(c) if row.change is not None or row.edge is not None]
+    if len(rows) < 3:
+        return None
+    families = family_order(row.family for row in rows)
+    named = {"weights, relative change": "change", "activation edge, change": "edge"}
+    measures = [(label, key) for label, key in named.items() if any(getattr(row, key) for row in rows)]
+    if not measures:
+        return None
+    worst = sorted(rows, key=lambda row: -abs(row.change or 0.0))[: 3 if c.verdict.status != "PASS" else 0]
+    several = figure.subplots(len(measures), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (label, key) in zip(several, measures, strict=True):
+        axes.axhline(0, **_DASHED)
+        for index, row in enumerate(rows):
+            value, place = getattr(row, key), families.index(row.family)
+            if value is None:
+                continue
+            point = axes.scatter([row.depth + 0.12 * (place - len(families) / 2)], [min(max(value, -_FAR), _FAR)], s=30,
+                                 marker=_MARKERS[place % len(_MARKERS)], linewidths=1.4 if row in worst else 0,
+                                 color=(_ONE, _TWO, _INK, _MUTED)[place % 4], edgecolors=_BAD)  # fmt: skip
+            point.set_gid(f"point-{label[0]}-{index}")
+            point.set_label(f"{row.name}: {label} {change(value)}")
+        axes.set_ylabel(label, fontsize=10)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
+        _quiet(axes, left=True)
+    handles = [several[0].scatter([], [], s=30, linewidths=0, marker=_MARKERS[i % len(_MARKERS)],
+                                  color=(_ONE, _TWO, _INK, _MUTED)[i % 4], label=_ascii(family, 16))
+               for i, family in enumerate(families)]  # fmt: skip
+    several[0].legend(handles=handles, loc="lower center", ncols=5, bbox_to_anchor=(0.5, 1.0), handletextpad=0.1)
+    depths = sorted({row.depth for row in rows})
+    step = max(1, len(depths) // 16)
+    ticks = [depth for depth in depths if depth % step == 0 or depth in (depths[0], depths[-1])]
+    several[-1].set_xticks(ticks, ["in" if depth < 0 else str(depth) for depth in ticks])
+    several[-1].set_xlabel("layer")
+    most = max(rows, key=lambda row: abs(row.change or 0.0))
+    return f"{len(rows)} modules; the weights changed most in {most.name}, {percent(most.change)}."
+
+
 def _growth_ticks(axes: Axes, reach: float) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
@@ -288,5 +352,6 @@ _PLOTS = {
     "interval": _Plot(128, "Primary metric with its interval against the limit", _interval),
     "windows": _Plot(270, "Change of log-loss in every window", _windows),
     "divergence": _Plot(230, "How far the next-token distributions moved", _kl),
+    "layers": _Plot(340, "What changed, layer by layer", _layers),
     "growth": _Plot(250, "Growth of the largest singular value by weight matrix", _growth),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,9 +13,12 @@ from invarlock.certificate.schema import Certificate, Gate
 from invarlock.guards.boundary import BUILT_IN_GUARDS
 from invarlock.reporting.wording import GATES, MISSING, WORDS, clean, count, fill, gate_words, number
 
-__all__ = ["next_steps", "not_shown", "reason_why", "strength", "warnings"]
+__all__ = ["FOUND_BY_TENSOR", "points", "next_steps", "not_shown", "reason_why", "strength", "warnings"]
 
 _CLAUSES = 4
+_JARGON = re.compile(r" \(z = [^)]*\)")  # for the file
+#: gates whose reasons name a tensor each
+FOUND_BY_TENSOR = {*BUILT_IN_GUARDS, "activation_range"}
 _UNDECIDED = ("inconclusive", "not_evaluated")
 
 
@@ -80,6 +84,21 @@ def _clause(gate: Gate, c: Certificate) -> str:
     if MISSING in text:
         text = _told(gate, words.title, kind)
     return f"on {clean(kind)}, {text}" if kind else text
+
+
+def points(c: Certificate) -> list[tuple[str, str]]:
+    """Return why the verdict is not PASS, point by point: what the check is called, and a sentence."""
+    asked = {"FAIL": ("fail",), "INCONCLUSIVE": _UNDECIDED}.get(c.verdict.status, ())
+    told: list[tuple[str, str]] = []
+    for gate in _each_once(c):
+        if gate.decision in asked:
+            title, name = gate_words(gate, c.primary_metric).title, base_name(gate.name)
+            found = [_JARGON.sub("", clean(r.message)) for r in c.verdict.reasons if r.gate == gate.name]
+            told += [
+                (title, text)
+                for text in (found if name in FOUND_BY_TENSOR and found else [_sentence(_clause(gate, c))])
+            ]
+    return list(dict.fromkeys(told))
 
 
 def warnings(c: Certificate) -> list[str]:

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from invarlock.certificate.gates import base_name
 from invarlock.certificate.schema import Certificate
-from invarlock.guards.boundary import BUILT_IN_GUARDS
-from invarlock.reporting.story import next_steps, warnings
+from invarlock.reporting.story import FOUND_BY_TENSOR, next_steps, points, warnings
 from invarlock.reporting.view import View, parse, view
-from invarlock.reporting.wording import MISSING, clean, middle_cut
+from invarlock.reporting.wording import GATES, MISSING, clean, middle_cut
 
 __all__ = ["WIDTH", "summary_lines", "wrapped"]
 
 WIDTH = 80
 _LABEL = 14
 _REASONS = 6
-_JARGON = re.compile(r" \(z = [^)]*\)")  # for the page and the file
-_BY_TENSOR = {*BUILT_IN_GUARDS, "activation_range"}
 
 
 def wrapped(label: str, text: str, width: int = WIDTH) -> list[str]:
@@ -60,12 +55,11 @@ def _entries(c: Certificate, shown: View, place: Path | None, width: int) -> Ite
 
 
 def _findings(c: Certificate) -> Iterator[tuple[str, str]]:
-    """What the guards hold against the subject, as far as the sentence of reasons does not name it."""
-    failed = {gate.name for gate in c.gates if gate.decision == "fail"}
-    found = [clean(r.message) for r in c.verdict.reasons if r.gate in failed and base_name(r.gate) in _BY_TENSOR]
-    found = list(dict.fromkeys(_JARGON.sub("", message) for message in found))
-    for message in found[:_REASONS]:
-        yield "found", message
+    """What the guards hold against the subject, which the sentence of reasons only sums up."""
+    titles = {GATES[name].title for name in FOUND_BY_TENSOR}
+    found = list(dict.fromkeys(text for title, text in points(c) if title in titles))
+    for text in found[:_REASONS]:
+        yield "found", text
     if len(found) > _REASONS:
         yield "", f"and {len(found) - _REASONS} more"
 

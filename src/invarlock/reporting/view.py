@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from invarlock.certificate.gates import base_name
 from invarlock.certificate.schema import Certificate, Gate, GateDecision, GuardSection, PluginGuardSection, Status
 from invarlock.certificate.verify import parse_certificate
 from invarlock.guards.boundary import BUILT_IN_GUARDS
-from invarlock.reporting.story import next_steps, not_shown, reason_why, strength
+from invarlock.reporting.story import next_steps, not_shown, points, reason_why, strength
 from invarlock.reporting.wording import (
     DECISIONS,
     FORMS,
@@ -38,10 +39,12 @@ __all__ = [
     "Fact",
     "Figure",
     "GateRow",
+    "LayerRow",
     "Section",
     "Table",
     "View",
     "growth_rows",
+    "layer_rows",
     "parse",
     "table",
     "values",
@@ -132,6 +135,7 @@ class View:
     names: tuple[str, str]  # of subject and baseline, without the folders that they lie in
     context: Sequence[Fact]
     reasons: list[Fact]  # label: the code, value: the message
+    points: list[Fact]  # the same for people. label: what the check is called, value: a sentence
     warnings: list[Fact]
     figures: list[Figure]
     gates: list[GateRow]
@@ -164,11 +168,12 @@ def view(c: Certificate) -> View:
         names=_names(c),
         context=[fact for section in _section(c, "context") for fact in section.facts],
         reasons=list(dict.fromkeys(reasons)),
+        points=[Fact(*point) for point in points(c)],
         warnings=[Fact(row.title, row.why) for row in gates if row.decision == "warn"],
         figures=list(_figures(c)),
         gates=gates,
         sections=list(_sections(c)),
-        next_steps=next_steps(c),
+        next_steps=next_steps(c, Path("evaluation.cert.json")),
         run_id=clean(c.run_id),
         created=clean(c.meta.created),
     )
@@ -418,7 +423,7 @@ def _weights(c: Certificate) -> Iterator[Section]:
     tables = table(
         f"Most changed tensors ({len(listed)} of {len(changed)}), sketched", WORDS["tables"]["changes"], listed
     )
-    yield from _section(c, "weights", [note], tables, wide=bool(tables))
+    yield from _section(c, "weights", [note], tables, wide=bool(tables) or bool(c.weights.changes))
 
 
 def _size(row: Mapping[str, Any]) -> float:
@@ -445,6 +450,34 @@ def growth_rows(section: GuardSection | None) -> list[tuple[str, str, float]]:
         before, after = map(number, sigma) if isinstance(sigma, list | tuple) and len(sigma) == 2 else (None, None)
         if before and after is not None:
             rows.append((clean(module.get("name"), 120), clean(module.get("family"), 40), after / before - 1))
+    return rows
+
+
+class LayerRow(NamedTuple):
+    """A module, how deep it lies (-1: before the layers), and what changed in it, as shares of what was there."""
+
+    name: str
+    depth: int
+    family: str
+    change: float | None
+    edge: float | None
+
+
+def layer_rows(c: Certificate) -> list[LayerRow]:
+    """Return every module whose weights or activations were compared, in the model's order."""
+    edges = {}
+    for module in _records(find(c.rmt, "facts.modules")):
+        pair = module.get("ratio")
+        before, after = map(number, pair) if isinstance(pair, list | tuple) and len(pair) == 2 else (None, None)
+        edges[module.get("name")] = after / before - 1 if before and after is not None else None
+    rows, deepest = [], -1
+    for record in _records(c.weights.changes):
+        name, family = clean(record.get("name"), 120).removesuffix(".weight"), clean(record.get("family"), 40)
+        digits = [int(part) for part in name.split(".") if part.isdecimal() and len(part) < 6]
+        depth = digits[0] if digits else -1 if deepest < 0 else deepest + 1
+        deepest = max(deepest, digits[0]) if digits else deepest
+        if family not in ("vector", "bias"):
+            rows.append(LayerRow(name, depth, family, number(record.get("rel_change")), edges.get(name)))
     return rows
 
 
