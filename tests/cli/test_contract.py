@@ -45,6 +45,8 @@ def cases(
     run = ["run", "-c", config, "--out", str(tmp_path / "made"), "--profile", "dev"]
     sweep = ["calibrate", "null-sweep", "--seeds", "2", "--out", str(tmp_path / "sweep")]
     missing = str(tmp_path / "missing")
+    bisect = ["bisect", "--windows", "4", "--preset", str(preset), "--out", str(tmp_path / "found"), "--baseline"]
+    sensitivity = ["sensitivity", "--windows", "4", "--preset", str(preset), "--plan", "bitwidth=4", "--model"]
     return {
         "certify": Case([*certify, "--baseline", str(demo_model)], [*certify, "--baseline", missing], 5, "certify-v1"),
         "run": Case(run, [*run, "--edit", "no_such_edit"], 2, "run-v1"),
@@ -53,6 +55,14 @@ def cases(
         "plugins": Case(["plugins", "list"], ["plugins", "guards", "--explain", "no_such_guard"], 2, "plugins-v1"),
         "calibrate": Case([*sweep, "-c", config], [*sweep, "-c", missing], 2, "calibration-v1"),
         "doctor": Case(["doctor"], ["doctor", "--config", missing], 1, "doctor-v1"),
+        "diff": Case(["diff", str(demo_model), str(demo_model)], ["diff", str(demo_model), missing], 2, "diff-v1"),
+        "bisect": Case(
+            [*bisect, str(demo_model), "--subject", str(demo_model)],
+            [*bisect, missing, "--subject", missing],
+            5,
+            "bisect-v1",
+        ),
+        "sensitivity": Case([*sensitivity, str(demo_model)], [*sensitivity, missing], 5, "sensitivity-v1"),
         "demo": Case(["demo", "--out", str(tmp_path / "demo")], ["demo", "--out", str(preset)], 2),
         "init": Case(["init", "-o", str(tmp_path / "new.yaml")], ["init", "-o", str(preset)], 2),
         "version": Case(["version"], ["version", "--no-such-flag"], 2, "version"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from invarlock.checkpoints.structure import Layout
     from invarlock.evidence.model import Structure
 
-__all__ = ["Checkpoint", "Format"]
+__all__ = ["Checkpoint", "Format", "readers"]
 
 
 class Checkpoint(Protocol):
@@ -32,3 +33,15 @@ class Format(NamedTuple):
     name: str
     recognises: Callable[[Path], bool]
     open: Callable[[Path, Layout | None], Checkpoint]
+
+
+def readers(checkpoint: Checkpoint) -> dict[str, Callable[[], Tensor]]:
+    """Return for each name what reads its tensor, in any order. A format that cannot read one at a time is read whole."""
+    own: Callable[[], dict[str, Callable[[], Tensor]]] | None = getattr(checkpoint, "readers", None)
+    if own is not None:
+        return own()
+    return {name: partial(_itself, tensor) for name, tensor in checkpoint.tensors()}
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor

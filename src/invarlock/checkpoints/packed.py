@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -329,18 +330,44 @@ class PackedFolder:
         """See `Checkpoint`. Codes that cannot be read for want of their scales are yielded raw, under a name that says so."""
         settings = _settings(self.folder) or {}
         with self._opened() as stored:
-            told = {id(file): file.metadata() or {} for file in stored.values()}.values()
-            types = {
-                json.loads(text)["_type"] for facts in told for text in facts.values() if text.startswith('{"_type')
-            }
-            schemes = _schemes(self.folder, settings, types)
-            packed = {name: found for name in stored if (found := _weight(name, schemes, stored))}
-            parts = {part for _, _, names in packed.values() for part in names.values()}
+            packed, parts = self._packed(stored, settings)
             for name in sorted(stored):
                 if name in packed:
                     yield _dense(name, *packed[name], stored, settings)
                 elif name not in parts:
                     yield from _other(name, stored[name].get_tensor(name))
+
+    def readers(self) -> dict[str, Callable[[], Tensor]]:
+        """See `base.readers`."""
+        with self._opened() as stored:
+            packed, parts = self._packed(stored, _settings(self.folder) or {})
+        plain = (name for name in stored if name not in packed.keys() | parts and name.rpartition(".")[2] not in _ASIDE)
+        names = {name: packed[name][1] for name in packed} | {name: name for name in plain}
+        return {shown: partial(self._read, name) for name, shown in names.items()}
+
+    def parts(self) -> dict[str, str]:
+        """Return for every stored part of a packed weight the name of the dense one."""
+        with self._opened() as stored:
+            packed, _ = self._packed(stored, _settings(self.folder) or {})
+        return {part: dense for _, dense, names in packed.values() for part in names.values()}
+
+    def _read(self, name: str) -> Tensor:
+        settings = _settings(self.folder) or {}
+        with self._opened() as stored:
+            packed, _ = self._packed(stored, settings)
+            if name in packed:
+                return _dense(name, *packed[name], stored, settings)[1]
+            return next(tensor for _, tensor in _other(name, stored[name].get_tensor(name)))
+
+    def _packed(
+        self, stored: Mapping[str, Any], settings: Settings
+    ) -> tuple[dict[str, tuple[_Scheme, str, dict[str, str]]], set[str]]:
+        """Return how each weight is stored, by the name of its codes, and the names of all parts of weights."""
+        told = {id(file): file.metadata() or {} for file in stored.values()}.values()
+        types = {json.loads(text)["_type"] for facts in told for text in facts.values() if text.startswith('{"_type')}
+        schemes = _schemes(self.folder, settings, types)
+        packed = {name: found for name in stored if (found := _weight(name, schemes, stored))}
+        return packed, {part for _, _, names in packed.values() for part in names.values()}
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[dict[str, Any]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,6 +66,10 @@ class SafetensorsFolder:
         """Return how many tensors the files hold, by their headers alone."""
         return len({name for path in self.files() for name in read_header(path)})
 
+    def readers(self) -> dict[str, Callable[[], Tensor]]:
+        """See `base.readers`. A file is mapped while a tensor of it is read, so that memory holds no more than that."""
+        return {name: partial(_read, path, name) for path in self.files() for name in read_header(path)}
+
     def files(self, *, absent_too: bool = True) -> list[Path]:
         """Return the files that hold the weights, as the loader resolves them; with `absent_too=False` those that are there.
 
@@ -120,6 +125,12 @@ class SafetensorsFolder:
                     f"{self.folder}/{_INDEX} says that {name} is in {file}, but it is in {', '.join(sorted(held[name]))}; "
                     "write the checkpoint again"
                 )
+
+
+def _read(path: Path, name: str) -> Tensor:
+    with open_tensors(path) as shard:
+        tensor: Tensor = shard.get_tensor(name)
+    return tensor
 
 
 def _named(files: list[Path]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Option
@@ -107,7 +109,7 @@ def certify(
     return show(
         "certify-v1",
         _fields(outcome),
-        summary_lines(outcome.certificate, outcome.files[CERTIFICATE].parent, width()),
+        _lines(outcome, None if edit_config or engine else baseline, subject),
         {"Certificate": outcome.files[CERTIFICATE], "Page": outcome.files[HTML]},
         notes=outcome.notes,
         timings=outcome.timings,
@@ -126,3 +128,15 @@ def _fields(outcome: Certification) -> dict[str, object]:
         "source_report": outcome.source_report and str(outcome.source_report),
         "edited_report": outcome.edited_report and str(outcome.edited_report),
     }
+
+
+def _lines(outcome: Certification, baseline: str | None, subject: str) -> list[str]:
+    """Return the summary, after a FAIL that was measured with the command that finds the tensors at fault."""
+    certificate: Mapping[str, Any] = outcome.certificate
+    place = outcome.files[CERTIFICATE].parent
+    lines = summary_lines(certificate, place, width())
+    measured = certificate["primary_metric"].get("decision") != "not_evaluated"
+    if baseline is None or certificate["verdict"]["status"] != "FAIL" or not measured:
+        return lines
+    sides = ("--baseline", baseline, "--subject", subject, "--out", str(place))
+    return [*lines, f"{'which tensor':<14}{shlex.join(('invarlock', 'bisect', *sides))}"]

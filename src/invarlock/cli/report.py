@@ -14,12 +14,13 @@ from invarlock.cli.console import say
 from invarlock.cli.errors import VERDICT_CODES
 from invarlock.cli.options import plain_typer, remember_profile
 from invarlock.cli.verify import verify
-from invarlock.core.files import write_whole
+from invarlock.core.files import read_json, write_whole
 from invarlock.flow.run_folder import read_report
 from invarlock.reporting.bundle import BUNDLE, FORMATS, HTML, claimed, folder_for, read_certificate, write_bundle
 from invarlock.reporting.explain import explain as explanation
 from invarlock.reporting.html import render_html
 from invarlock.reporting.markdown import compare as comparison
+from invarlock.reporting.wording import clean
 
 __all__ = ["app"]
 
@@ -99,6 +100,16 @@ def _of_run(context: typer.Context, run: Path, baseline: Path | None, format_: F
 def explain(certificate: _Certificate) -> None:
     """Say in plain words what each gate measured, against what, and what to do next."""
     say(explanation(_read(certificate)))
+    for line in _findings(certificate if certificate.is_dir() else certificate.parent):
+        say(f"{'found':<14}{line}")
+
+
+def _findings(folder: Path) -> list[str]:
+    """Return what `invarlock bisect` found, where its findings stand beside the certificate."""
+    path = folder / "bisect.json"
+    found = read_json(path, "what invarlock bisect wrote") if path.is_file() else {}
+    lines = found.get("summary") if isinstance(found, dict) else None
+    return [clean(str(line), 200) for line in lines] if isinstance(lines, list) else []
 
 
 @app.command()

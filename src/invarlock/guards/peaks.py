@@ -37,6 +37,11 @@ class BlockPeaks:
         modules = model.named_modules() if hasattr(model, "named_modules") else ()
         self._seen: dict[str, float] = {path: 0.0 for path, _ in modules if _BLOCK.search(path)}
 
+    @property
+    def paths(self) -> list[str]:
+        """The blocks, in the model's order."""
+        return list(self._seen)
+
     def watch(self, windows: int) -> Watch:
         return Watch(tuple(self._seen), frozenset(range(windows)), _largest, self._receive)
 

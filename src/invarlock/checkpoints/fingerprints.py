@@ -1,0 +1,640 @@
+"""What was done to a tensor, told from its values before and after: one engine of names for every report.
+
+A pair is compared in one pass over all its values (sizes, rows and columns touched), and the operation is recognised on a
+sample of rows and columns, where every candidate is checked against all values of the sample. Two operations at once are
+told where one explains the other's rest: a cast and anything, a part of the rows and anything, a rearrangement and
+anything, zeros or a scale or a low-rank update under a rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from invarlock.checkpoints.grids import Grid, find_grid, unit_roundoff
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["OPERATIONS", "Change", "Operation", "as_matrix", "compare", "stored_type"]
+
+_CHUNK = 1 << 18  # values compared at a time: they stay in the processor's cache
+_SAMPLE = 96  # rows and columns that are looked at
+_BLOCK = 320  # rows and columns of the part whose rank is taken
+_PART = 0.97  # share of rows up to which an edit counts as one of these rows alone
+_FLOOR = 2e-5  # relative error of sums in single precision
+_UNRELATED = 0.15  # cosine below which two tensors have nothing in common
+_MOVED = 0.9  # cosine below which a rearrangement is looked for
+_LONG = 32  # values in a line from which on two that are alike by chance are rare
+_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "float8_e4m3fn": "F8_E4M3"}
+_PATTERNS = ((2, 4), (1, 4), (4, 8), (2, 8), (1, 2))
+
+
+class Operation(NamedTuple):
+    """One recognised operation: a key of `OPERATIONS`, and its figures."""
+
+    name: str
+    facts: Mapping[str, Any] = {}
+
+    @property
+    def words(self) -> str:
+        """Return the operation in words."""
+        return OPERATIONS[self.name](self.facts)
+
+    @property
+    def value(self) -> str:
+        """Return the figure that `--expect NAME:VALUE` compares: bits, rank, type, share, factor."""
+        return str(next((self.facts[key] for key in _VALUES if key in self.facts), ""))
+
+
+@dataclass(frozen=True)
+class Change:
+    """How a tensor differs from its baseline. Figures are None where a value is not finite or the shapes differ.
+
+    `rel_change` is the norm of the difference over the baseline's, `largest` the largest difference of one value, `rows`
+    and `columns` how many were touched and of how many. `factors` holds what each row or column was scaled by and `order`
+    where each row or column came from, for the search of pairs that cancel out.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtypes: tuple[str, str]
+    rel_change: float | None = None
+    cosine: float | None = None
+    norm_ratio: float | None = None
+    largest: float | None = None
+    rows: tuple[int, int] = (0, 0)
+    columns: tuple[int, int] = (0, 0)
+    operations: tuple[Operation, ...] = ()
+    factors: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    order: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def words(self) -> str:
+        """Return all operations in words."""
+        return " + ".join(operation.words for operation in self.operations)
+
+    @property
+    def identical(self) -> bool:
+        """Say whether every value is the same; the type in which it is stored may differ."""
+        return all(op.name == "identical" or (op.name == "cast" and op.facts["exact"]) for op in self.operations)
+
+    @property
+    def known(self) -> bool:
+        """Say whether what was done was recognised."""
+        return all(operation.name not in ("changed", "unrelated") for operation in self.operations)
+
+
+def stored_type(tensor: Tensor) -> str:
+    """Return the name of a tensor's type, as safetensors calls it."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    return _TYPES.get(name, name.upper())
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """Return a tensor as [rows, columns]; a vector is one row, a stack of matrices stands one below the other."""
+    if tensor.ndim < 2:
+        return tensor.reshape(1, -1)
+    return tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 2 else tensor
+
+
+def compare(name: str, before: Tensor, after: Tensor, *, head_size: int | None = None) -> Change:
+    """Compare a tensor with its baseline and name what was done to it. `head_size` is that of an attention head."""
+    types = (stored_type(before), stored_type(after))
+    shape = tuple(after.shape)
+    if before.shape != after.shape:
+        return Change(name, shape, types, operations=tuple(_reshaped(before, after)))
+    if before.dtype == after.dtype and _same_bytes(before, after):
+        rows, columns = as_matrix(after).shape if after.numel() else (0, 0)
+        return Change(name, shape, types, 0.0, 1.0, 1.0, 0.0, (0, rows), (0, columns), (Operation("identical"),))
+    if not (before.is_floating_point() and after.is_floating_point()):
+        count = int((before != after).sum())
+        return Change(name, shape, types, operations=(Operation("changed", {"count": count, "of": after.numel()}),))
+    old, new = as_matrix(before), as_matrix(after)
+    sums = _Sums.of(old, new)
+    if sums.spoilt:
+        return Change(name, shape, types, operations=(Operation("not_finite", {"count": sums.spoilt}),))
+    found = _Pair(old, new, sums, head_size)
+    operations = tuple(found.operations())
+    return Change(
+        name,
+        shape,
+        types,
+        math.sqrt(sums.dd / sums.aa) if sums.aa else None,
+        found.cosine,
+        math.sqrt(sums.bb / sums.aa) if sums.aa else None,
+        sums.largest,
+        (int(sums.rows.sum()), len(sums.rows)),
+        (int(sums.columns.sum()), len(sums.columns)),
+        operations,
+        found.factors,
+        found.order,
+    )
+
+
+def _same_bytes(before: Tensor, after: Tensor) -> bool:
+    import torch
+
+    if not before.numel():
+        return True
+    one, two = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (before, after))
+    return torch.equal(one, two)
+
+
+def _reshaped(before: Tensor, after: Tensor) -> Iterator[Operation]:
+    """Name what a tensor of another shape is: transposed, or with rows added or taken away at the end."""
+    import torch
+
+    shapes = {"before": list(before.shape), "after": list(after.shape)}
+    if (
+        before.ndim == after.ndim == 2
+        and before.shape == after.shape[::-1]
+        and torch.equal(before.T.float(), after.float())
+    ):
+        yield Operation("transposed")
+        return
+    yield Operation("reshaped", shapes)
+    if before.ndim == after.ndim and before.shape[1:] == after.shape[1:]:
+        common = min(len(before), len(after))
+        rest = compare("", before[:common], after[:common])
+        yield from (operation for operation in rest.operations if operation.name != "identical")
+
+
+class _Sums(NamedTuple):
+    """Sums over all values of a pair, and which rows and columns differ."""
+
+    aa: float
+    bb: float
+    ab: float
+    dd: float
+    largest: float
+    rows: Tensor
+    columns: Tensor
+    changed: int
+    zeros: tuple[int, int]
+    spoilt: int
+
+    @classmethod
+    def of(cls, before: Tensor, after: Tensor) -> _Sums:
+        import torch
+
+        height, width = before.shape
+        sums, largest, changed, spoilt = [0.0] * 4, 0.0, 0, 0
+        rows, columns = torch.zeros(height, dtype=torch.bool), torch.zeros(width, dtype=torch.bool)
+        zeros = [0, 0]
+        step = max(1, _CHUNK // max(width, 1))
+        for start in range(0, height, step):
+            part = slice(start, start + step)
+            a, b = before[part].float(), after[part].float()
+            d = b - a
+            x, y, z = a.reshape(-1), b.reshape(-1), d.reshape(-1)
+            found = [float(torch.dot(x, x)), float(torch.dot(y, y)), float(torch.dot(x, y)), float(torch.dot(z, z))]
+            if not math.isfinite(sum(found)):
+                spoilt += int((~torch.isfinite(b)).sum()) or int((~torch.isfinite(a)).sum()) or 1
+                continue
+            sums = [total + value for total, value in zip(sums, found, strict=True)]
+            if found[3] == 0.0:
+                continue
+            moved = d.ne(0)
+            rows[part], columns = moved.any(1), columns | moved.any(0)
+            changed += int(moved.sum())
+            largest = max(largest, float(d.abs_().max()))
+            zeros = [zeros[0] + int((a == 0).sum()), zeros[1] + int((b == 0).sum())]
+        return cls(sums[0], sums[1], sums[2], sums[3], largest, rows, columns, changed, (zeros[0], zeros[1]), spoilt)
+
+
+class _Pair:
+    """A pair [m, n] of one type of numbers that differs, and the names of what made it differ."""
+
+    def __init__(self, before: Tensor, after: Tensor, sums: _Sums, head_size: int | None = None) -> None:
+        self.old, self.new, self.sums, self.head_size = before, after, sums, head_size
+        self.cosine = sums.ab / math.sqrt(sums.aa * sums.bb) if sums.aa and sums.bb else (0.0 if sums.aa else None)
+        self.factors: dict[str, Tensor] = {}
+        self.order: dict[str, Tensor] = {}
+
+    def operations(self) -> Iterator[Operation]:
+        """Yield the operations in the order in which they explain the change."""
+        sums = self.sums
+        cast = self._cast()
+        if cast is not None:
+            yield cast
+            if sums.dd == 0.0 or cast.facts["whole"]:
+                return
+        if not sums.changed:
+            return
+        rows, columns = sums.rows, sums.columns
+        if sums.changed <= max(4, 1e-5 * self.new.numel()) and self.new.numel() > 64:
+            places = ", ".join(str(int(row)) for row in rows.nonzero()[:3, 0])
+            yield Operation("few_values", {"count": sums.changed, "rows": places})
+            return
+        part = _some(rows, self.old), _some(columns, self.old.T)
+        if not any(part):
+            yield from _Names(self.old, self.new, sums, self.factors, self.order).all()
+            return
+        if part[0]:
+            yield Operation("rows", self._span(rows))
+        if part[1]:
+            yield Operation("columns", {**_span_facts(columns), "of": len(columns)})
+        old, new = (t[rows] if part[0] else t for t in (self.old, self.new))
+        old, new = (t[:, columns] if part[1] else t for t in (old, new))
+        yield from _Names(old, new, _Sums.of(old.float(), new.float()), {}, self.order).all()
+
+    def _span(self, rows: Tensor) -> dict[str, Any]:
+        facts: dict[str, Any] = {**_span_facts(rows), "of": len(rows)}
+        size = self.head_size
+        if size and len(rows) % size == 0 and len(rows) > size:
+            heads = rows.reshape(-1, size)
+            if bool((heads.all(1) == heads.any(1)).all()):
+                facts["heads"] = heads.all(1).nonzero()[:, 0].tolist()
+        return facts
+
+    def _cast(self) -> Operation | None:
+        """Return how the type changed, `whole` where the cast explains everything; None where it loses nothing."""
+        import torch
+
+        old, new = self.old, self.new
+        if self.sums.dd == 0.0:
+            return Operation("cast", {"to": stored_type(new), "exact": True, "whole": True})
+        a, b = old[:: max(1, len(old) // _SAMPLE)].float(), new[:: max(1, len(new) // _SAMPLE)].float()
+        for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2):
+            if torch.equal(a.to(dtype).float(), b):
+                return Operation("cast", {"to": stored_type(a.to(dtype)), "exact": False, "whole": True})
+        wider = unit_roundoff(old), unit_roundoff(new)
+        if old.dtype != new.dtype and wider[1] > 2 * wider[0] and wider[1] > 1e-6:
+            return Operation("cast", {"to": stored_type(new), "exact": False, "whole": False})
+        return None
+
+
+def _some(mask: Tensor, lines: Tensor) -> bool:
+    """Say whether only some lines were touched, though others could have been: those of zeros alone could not."""
+    if len(mask) == 1 or float(mask.float().mean()) > _PART:
+        return False
+    return bool((lines[~mask] != 0).any())
+
+
+def _span_facts(mask: Tensor) -> dict[str, Any]:
+    at = mask.nonzero()[:, 0].tolist()
+    return {"count": len(at), "first": at[0], "last": at[-1], "listed": at[:4]}
+
+
+class _Names:
+    """The operations that turn `old` [m, n] into `new`, where every row is touched."""
+
+    def __init__(
+        self, old: Tensor, new: Tensor, sums: _Sums, factors: dict[str, Tensor], order: dict[str, Tensor] | None
+    ) -> None:
+        self.old, self.new, self.sums, self.factors, self.order = old, new, sums, factors, order
+        picked = _picked(len(new), _SAMPLE)
+        self.a, self.b = old[picked].float(), new[picked].float()
+        across = _picked(new.shape[1], _SAMPLE)
+        self.a_t, self.b_t = old[:, across].T.float().contiguous(), new[:, across].T.float().contiguous()
+        self.unit = unit_roundoff(self.b)
+        self.tolerance = max(2 * self.unit, _FLOOR)
+        self.cosine = sums.ab / math.sqrt(sums.aa * sums.bb) if sums.aa and sums.bb else 0.0
+
+    def all(self) -> Iterator[Operation]:
+        """Yield the operations."""
+        for recognise in (self._constant, self._scaled, self._shifted, self._lines, self._rounded, self._pruned):
+            found = list(recognise())
+            if found:
+                yield from found
+                return
+        if self.cosine < _MOVED:
+            found = list(self._moved())
+            if found:
+                yield from found
+                return
+        found = list(self._low_rank())
+        if found:
+            yield from found
+        elif abs(self.cosine) < _UNRELATED and self.sums.aa:
+            spread = math.sqrt(self.sums.bb / max(self.new.numel(), 1))
+            yield Operation("unrelated", {"spread": spread})
+        else:
+            size = math.sqrt(self.sums.dd / self.sums.aa) if self.sums.aa else math.inf
+            yield Operation("changed", {"size": size, "count": self.sums.changed, "of": self.new.numel()})
+
+    def _constant(self) -> Iterator[Operation]:
+        first = float(self.b.flatten()[0])
+        if self.sums.bb == 0.0:
+            yield Operation("zeroed")
+        elif self.new.numel() > 1 and bool((self.new == self.new.flatten()[0]).all()):
+            yield Operation("constant", {"value": first})
+
+    def _scaled(self) -> Iterator[Operation]:
+        sums = self.sums
+        if not sums.aa or not sums.bb:
+            return
+        factor = sums.ab / sums.aa
+        if _far(self.b, factor * self.a) <= self.tolerance and abs(factor - 1) > self.tolerance:
+            yield Operation("sign") if abs(factor + 1) <= self.tolerance else Operation("scaled", {"by": factor})
+
+    def _shifted(self) -> Iterator[Operation]:
+        difference = self.b - self.a
+        mean = float(difference.mean())
+        if mean and _far(difference, mean * difference.new_ones(())) <= max(0.02 if self.unit > 1e-4 else 0, 1e-3):
+            yield Operation("shifted", {"by": mean})
+
+    def _lines(self) -> Iterator[Operation]:
+        """Rows or columns each scaled by a factor of its own."""
+        if len(self.new) == 1:
+            if self.new.shape[1] > 1 and bool((self.a != 0).all()):
+                self.factors["columns"] = (self.b / self.a)[0]
+            return
+        for axis, a, b in (("rows", self.a, self.b), ("columns", self.a_t, self.b_t)):
+            factors = _ratios(a, b)
+            if _far(b, factors[:, None] * a) <= self.tolerance:
+                old, new = (self.old, self.new) if axis == "rows" else (self.old.T, self.new.T)
+                self.factors[axis] = _ratios(old.float(), new.float())
+                signs = bool((factors.abs() - 1).abs().max() <= self.tolerance)
+                yield Operation(
+                    "lines_sign" if signs else "lines_scaled",
+                    {"axis": axis, "least": float(factors.min()), "most": float(factors.max())},
+                )
+                return
+
+    def _pruned(self) -> Iterator[Operation]:
+        """Zeros where there were none; what is left may be scaled, or changed in ways that have no name."""
+        fresh = (self.b == 0) & (self.a != 0)
+        share = float(fresh.float().mean())
+        if share < 1e-3 or len(self.b) * self.b.shape[1] < 16:
+            return
+        yield Operation("pruned", {"share": float((self.b == 0).float().mean()), "pattern": self._pattern()})
+        left = self.b != 0
+        a, b = self.a[left], self.b[left]
+        if not len(b) or _far(b, a) <= self.tolerance:
+            return
+        factor = float((a @ b) / (a @ a))
+        if _far(b, factor * a) <= self.tolerance:
+            yield Operation("scaled", {"by": factor})
+        else:
+            yield Operation("changed", {"size": _far(b, a), "count": self.sums.changed, "of": self.new.numel()})
+
+    def _pattern(self) -> str:
+        for lines, along in ((self.b, ""), (self.b_t, " down the columns")):
+            whole = (lines == 0).all(1)
+            if bool(whole.any()) and not along:
+                return f"{int(whole.sum())} of {len(whole)} rows looked at are zero"
+            for kept, of in _PATTERNS:
+                cut = lines[:, : lines.shape[1] // of * of].reshape(-1, of)
+                if len(cut) and float(((cut != 0).sum(1) <= kept).float().mean()) > 0.999:
+                    return f"{kept}:{of}{along}"
+        return ""
+
+    def _rounded(self) -> Iterator[Operation]:
+        if self.new.numel() < 64:
+            return
+        grid = find_grid(self.b, self.b_t) if len(self.new) > 1 else find_grid(self.b, self.b[:, :0])
+        old = find_grid(self.a, self.a_t) if grid is not None and len(self.new) > 1 else None
+        if grid is None or (old is not None and old.bits <= grid.bits):
+            return
+        if self.cosine < _MOVED and (moved := list(self._moved())):
+            yield from moved
+            return
+        if abs(self.cosine) >= _UNRELATED:
+            yield from self._before_rounding(grid)
+        else:
+            yield Operation("unrelated", {"spread": math.sqrt(self.sums.bb / self.new.numel())})
+        yield Operation("rounded", {**grid._asdict(), "words": grid.words})
+
+    def _before_rounding(self, grid: Grid) -> Iterator[Operation]:
+        """Name what was done beside the rounding: more zeros than it makes, a scale, or a smooth part of the rest."""
+        a, b = (self.a_t, self.b_t) if grid.axis == "column" else (self.a, self.b)
+        size = grid.group or b.shape[1]
+        a, b = (t[:, : t.shape[1] // size * size].reshape(-1, size) for t in (a, b))
+        for axis, c, d in (("columns", self.a_t, self.b_t), ("rows", self.a, self.b)):
+            factors = _ratios(c, d)
+            spread = float(factors.log().std()) if bool((factors > 0).all()) and len(factors) > 4 else 0.0
+            if grid.bits >= 3 and spread > 0.05 and _far(d, factors[:, None] * c) < 0.7 * _far(d, c):
+                yield Operation(
+                    "lines_scaled", {"axis": axis, "least": float(factors.min()), "most": float(factors.max())}
+                )
+                return
+        step = _step(b) if grid.axis != "tensor" else _step(b.reshape(1, -1))
+        zeros = b == 0
+        if float(zeros.float().mean()) > 1.25 * float((a.abs() < 0.5 * step).float().mean()) + 0.05:
+            yield Operation("pruned", {"share": float(zeros.float().mean()), "pattern": self._pattern()})
+            return
+        rest = float((b - a).square().mean())
+        factor = float((self.a * self.b).sum() / (self.a * self.a).sum())
+        if grid.bits >= 3 and abs(factor - 1) > 0.05 and _far(self.b, factor * self.a) < 0.7 * _far(self.b, self.a):
+            yield Operation("scaled", {"by": factor})
+            return
+        rank = _rank_above_noise(self.old, self.new)
+        if grid.bits >= 3 and rank and rest > 1.3 * float((step**2).mean()) / 12:
+            yield Operation("low_rank", {"rank": rank, "size": _far(self.b, self.a)})
+
+    def _low_rank(self) -> Iterator[Operation]:
+        if min(self.new.shape) < 4 or self.cosine < 0.2:
+            return
+        size = math.sqrt(self.sums.dd / max(self.sums.aa, 1e-300))
+        rank = _rank_of_change(self.old, self.new, self.unit)
+        if rank:
+            yield Operation("low_rank", {"rank": rank, "size": size})
+            return
+        cut = _rank(self.new, self.unit)
+        if cut and not _rank(self.old, self.unit):
+            yield Operation("rank_cut", {"rank": cut, "size": size})
+
+    def _moved(self) -> Iterator[Operation]:
+        """Transposed, rows or columns in another order, or turned by an orthogonal matrix; and what else was done."""
+        import torch
+
+        if self.order is None:
+            return
+        if self.old.shape[0] == self.old.shape[1] and (rest := _like(self.old.T, self.new)) is not None:
+            yield from (Operation("transposed"), *rest)
+            return
+        for axis, old, new in (("rows", self.old, self.new), ("columns", self.old.T, self.new.T)):
+            if len(old) < 2:
+                continue
+            found = _reordered(old, new)
+            if found is not None:
+                picked, came = found
+                self.order[axis] = _whole_order(old, new)
+                yield Operation("permuted", {"axis": axis})
+                yield from _rest(old[came].float(), new[picked].float())
+                return
+        for axis, a, b in (("columns", self.a, self.b), ("rows", self.a_t, self.b_t)):
+            if len(a) < 8 or a.shape[1] < 8:
+                continue
+            old, new = a @ a.T, b @ b.T
+            off = ~torch.eye(len(a), dtype=torch.bool)
+            if _far(new, old) < 0.02 and _correlation(old[off], new[off]) > 0.98:
+                yield Operation("rotated", {"axis": axis})
+                return
+
+
+def _picked(size: int, most: int) -> Tensor:
+    import torch
+
+    return torch.linspace(0, max(size - 1, 0), min(size, most)).long()
+
+
+def _far(value: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference over that of `value`."""
+    return float((value - expected).norm() / value.norm().clamp_min(1e-30))
+
+
+def _ratios(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(1) / (a * a).sum(1).clamp_min(1e-30)
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    return float((a @ b) / (a.norm() * b.norm()).clamp_min(1e-30))
+
+
+def _step(rows: Tensor) -> Tensor:
+    """Return the smallest size of each row that is not zero, [rows, 1]: about one step of its grid."""
+    import torch
+
+    return torch.where(rows == 0, torch.inf, rows.abs()).amin(1, keepdim=True).nan_to_num(posinf=0.0)
+
+
+def _like(old: Tensor, new: Tensor) -> list[Operation] | None:
+    """Return what else was done where `new` is mostly `old`; None where it is not."""
+    picked = _picked(len(new), _SAMPLE)
+    a, b = old[picked].float(), new[picked].float()
+    return list(_rest(a, b)) if float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-30)) > _MOVED else None
+
+
+def _rest(a: Tensor, b: Tensor) -> Iterator[Operation]:
+    """Yield what was done to a rearranged tensor beside."""
+    sums = _Sums.of(a, b)
+    if sums.dd and _far(b, a) > max(2 * unit_roundoff(b), _FLOOR):
+        yield from _Names(a, b, sums, {}, None).all()
+
+
+def _reordered(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return (rows looked at, the rows of `old` that they are like) where rows stand in another order; else None."""
+    import torch
+
+    picked = _picked(len(new), _SAMPLE // 2)
+    every = old.float()
+    every = every / every.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    rows = new[picked].float()
+    best = ((rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-30)) @ every.T).max(dim=1)
+    moved = float((best.indices != picked).float().mean())
+    alike, distinct = (
+        float((best.values > (_MOVED if old.shape[1] >= _LONG else 1 - 1e-4)).float().mean()),
+        len(set(best.indices.tolist())) / len(picked),
+    )
+    if old.shape[1] < 2 or alike < 0.9 or distinct < 0.9 or moved < min(0.3, 1.5 / len(picked)):
+        return None
+    return picked, torch.as_tensor(best.indices)
+
+
+def _whole_order(old: Tensor, new: Tensor) -> Tensor:
+    """Return for each row of `new` the row of `old` that it is, by one random projection of both."""
+    import torch
+
+    along = torch.randn(old.shape[1], generator=torch.Generator().manual_seed(0))
+    here, there = (old.float() @ along).argsort(), (new.float() @ along).argsort()
+    order = torch.empty_like(here)
+    order[there] = here
+    return order
+
+
+def _block(tensor: Tensor) -> Tensor:
+    """Return up to `_BLOCK` rows and columns in double precision."""
+    import torch
+
+    drawn = torch.Generator().manual_seed(0)
+    rows, columns = (torch.randperm(size, generator=drawn)[:_BLOCK].sort().values for size in tensor.shape)
+    return tensor[rows][:, columns].double()
+
+
+def _rank(tensor: Tensor, unit: float) -> int:
+    """Return the rank of a matrix whose values were rounded to `unit`, where it is less than half of the whole."""
+    return _above(_values(_block(tensor)), unit * float(_block(tensor).norm()) / math.sqrt(min(tensor.shape)))
+
+
+def _rank_of_change(old: Tensor, new: Tensor, unit: float) -> int:
+    """Return the rank of a change, where it is less than a third and the rest is no more than rounding to `unit`."""
+    a, b = _block(old), _block(new)
+    noise = unit * float(b.norm()) / math.sqrt(3.0 * min(b.shape)) * 2
+    return _above(_values(b - a), noise)
+
+
+def _values(block: Tensor) -> Tensor:
+    import torch
+
+    values: Tensor = torch.linalg.svdvals(block)
+    return values
+
+
+def _above(values: Tensor, noise: float) -> int:
+    """Return how many singular values lie above the noise, where that is a few and they hold all but noise."""
+    edge = max(3 * noise, 1e-6 * float(values[0]) if len(values) else 0.0)
+    rank = int((values > edge).sum())
+    return rank if 0 < rank <= 0.35 * len(values) else 0
+
+
+def _rank_above_noise(old: Tensor, new: Tensor) -> int:
+    """Return how many singular values of the change lie clearly above those that independent rounding makes.
+
+    Of noise alone the largest is 2.5 times the median (a quarter-circle law for square matrices).
+    """
+    values = _values(_block(new) - _block(old))
+    rank = int((values > 1.3 * 2.48 * values.median()).sum())
+    return rank if rank <= 0.2 * len(values) else 0
+
+
+def _share(facts: Mapping[str, Any]) -> str:
+    return f"{facts['share']:.0%}".rstrip()
+
+
+def _lines_words(facts: Mapping[str, Any], what: str) -> str:
+    listed: Sequence[int] = facts["listed"]
+    if facts.get("heads"):
+        heads = facts["heads"]
+        return f"head{'s' * (len(heads) > 1)} {', '.join(map(str, heads[:6]))} only"
+    run = facts["last"] - facts["first"] + 1 == facts["count"]
+    if facts["count"] == 1:
+        return f"{what} {facts['first']} only"
+    if run:
+        return f"{what}s {facts['first']}–{facts['last']} only"
+    more = ", …" if facts["count"] > len(listed) else ""
+    return f"{facts['count']} of {facts['of']} {what}s only ({', '.join(map(str, listed))}{more})"
+
+
+def _pruned_words(facts: Mapping[str, Any]) -> str:
+    return f"pruned, {_share(facts)} zeros" + (f" ({facts['pattern']})" if facts["pattern"] else "")
+
+
+def _changed_words(facts: Mapping[str, Any]) -> str:
+    part = f", {facts['count']} of {facts['of']} values" if facts.get("count", 0) < 0.9 * facts.get("of", 0) else ""
+    return (f"changed by {facts['size']:.2g}" if "size" in facts else "changed") + part
+
+
+#: every operation by name, and how it reads
+OPERATIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "identical": lambda f: "identical",
+    "cast": lambda f: f"stored as {f['to']}, values unchanged" if f["exact"] else f"cast to {f['to']}",
+    "rounded": lambda f: str(f["words"]),
+    "pruned": _pruned_words,
+    "low_rank": lambda f: f"rank-{f['rank']} update",
+    "rank_cut": lambda f: f"cut to rank {f['rank']}",
+    "scaled": lambda f: f"scaled by {f['by']:.4g}",
+    "shifted": lambda f: f"shifted by {f['by']:+.3g}",
+    "sign": lambda f: "sign flipped",
+    "lines_scaled": lambda f: f"{f['axis']} scaled, each by a factor of its own",
+    "lines_sign": lambda f: f"signs of some {f['axis']} flipped",
+    "zeroed": lambda f: "zeroed",
+    "constant": lambda f: f"constant {f['value']:.4g}",
+    "transposed": lambda f: "transposed",
+    "permuted": lambda f: f"{f['axis']} in another order",
+    "rotated": lambda f: f"{f['axis']} turned by an orthogonal matrix",
+    "swapped": lambda f: f"holds what {f['with']} held",
+    "unrelated": lambda f: f"unrelated to what it was (re-initialised?), spread {f['spread']:.2g}",
+    "rows": lambda f: _lines_words(f, "row"),
+    "columns": lambda f: _lines_words(f, "column"),
+    "few_values": lambda f: f"{f['count']} value{'s' * (f['count'] > 1)} (row {f['rows']})",
+    "not_finite": lambda f: f"{f['count']} values are not finite",
+    "reshaped": lambda f: f"shape {f['before']} became {f['after']}",
+    "changed": _changed_words,
+}
+_VALUES = ("bits", "rank", "to", "by", "share", "axis", "value", "with")

@@ -1,0 +1,149 @@
+"""The tensors that carry the damage come first, what was found survives an interruption, and a repair loads and passes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from invarlock.core.exceptions import ConfigError, EditError
+from invarlock.flow import bisect as search_flow
+from invarlock.flow.bisect import Bisection, BisectRequest, Search, bisect, open_search, seconds
+from invarlock.flow.damage import Trials
+from invarlock.flow.repair import choose, ignore_lists, write_repaired
+from invarlock.flow.sensitivity import sensitivity
+
+pytestmark = pytest.mark.slow
+
+CULPRIT = "model.layers.1.mlp.down_proj.weight"
+Opened = Callable[[Path], Search]
+
+
+@pytest.fixture(scope="module")
+def opened(llama_model: Path, text_file: Path) -> Opened:
+    def _open(subject: Path) -> Search:
+        data = {"provider": "local_jsonl", "file": str(text_file), "seq_len": 48}
+        return open_search(BisectRequest(str(llama_model), str(subject), dataset=data, search=12, held=4), None)
+
+    return _open
+
+
+@pytest.fixture(scope="module")
+def hurt(copy_model: Callable[..., Path], llama_model: Path) -> Path:
+    """Every matrix slightly noisy, and one that is damaged."""
+
+    def change(model: Any) -> None:
+        torch.manual_seed(0)
+        for name, tensor in model.named_parameters():
+            if tensor.ndim == 2:
+                tensor += torch.randn_like(tensor) * tensor.std() * (4 if name == CULPRIT else 0.005)
+
+    return copy_model(llama_model, change)
+
+
+def test_the_damaged_tensor_comes_first_and_giving_it_back_is_enough(opened: Opened, hurt: Path) -> None:
+    search = opened(hurt)
+    before = {name: value.clone() for name, value in search.subject.state_dict().items()}
+    found = bisect(search)
+    assert found.ranking[0].name == CULPRIT
+    assert found.explained == [CULPRIT], found.lines
+    assert not found.uniform
+    assert found.parting == "model.layers.1"
+    assert found.whole is not None
+    assert (found.recovered(CULPRIT) or 0) > 0.8 * found.whole.kl.estimate
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["explained"] == [CULPRIT]
+    for name, value in search.subject.state_dict().items():
+        assert torch.equal(value, before[name]), "trials leave the subject as it was"
+    assert not any(parameter.grad is not None for parameter in search.baseline.parameters())
+
+
+def test_damage_everywhere_is_called_uniform(
+    opened: Opened, copy_model: Callable[..., Path], llama_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(model: Any) -> None:
+        torch.manual_seed(0)
+        for tensor in model.parameters():
+            tensor += torch.randn_like(tensor) * tensor.std() * 0.8
+
+    monkeypatch.setattr(search_flow, "_ALONE", 1)
+    found = bisect(opened(copy_model(llama_model, change)))
+    assert found.uniform, (found.lines, found.together.keys(), found.explained)
+    assert any(line.startswith("uniform") for line in found.lines)
+
+
+def test_what_was_found_survives_an_interruption(opened: Opened, hurt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search_flow, "_together", interrupted)
+    found = bisect(opened(hurt), Bisection("a", "b"))
+    assert found.stopped == "interrupted"
+    assert found.alone
+    assert "stopped early" in found.lines[-1]
+
+
+def test_the_same_weights_have_no_culprit(opened: Opened, llama_model: Path) -> None:
+    found = bisect(opened(llama_model))
+    assert (found.changed, found.ranking) == (0, [])
+    assert "no parameter differs" in found.lines[0]
+
+
+def test_a_repair_is_written_with_the_baseline_s_tensors_and_loads(
+    opened: Opened, hurt: Path, llama_model: Path, tmp_path: Path
+) -> None:
+    search = opened(hurt)
+    found = Bisection("a", "b")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search_flow, "_together", lambda *_: None)
+        bisect(search, found)
+    made = choose(search, found)
+    assert made.names == [CULPRIT]
+    assert not made.everything
+    out = tmp_path / "mended"
+    lists = ignore_lists(made.names, llama_model)
+    write_repaired(hurt, llama_model, set(made.names), None, out, lists)
+    models = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (out, llama_model, hurt)]
+    mended, baseline, subject = models
+    assert torch.equal(mended[CULPRIT], baseline[CULPRIT])
+    assert all(torch.equal(mended[name], subject[name]) for name in mended if name != CULPRIT)
+    assert lists["llm-compressor"]["ignore"] == [CULPRIT.removesuffix(".weight")]
+    assert [path.name for path in tmp_path.iterdir()] == ["mended"]
+    assert Trials(search.job, search.baseline, search.subject, search.windows.preview).damage(made.names).passes
+
+
+def test_sensitivity_ranks_an_edit_before_it_is_made(opened: Opened, llama_model: Path) -> None:
+    found = sensitivity(opened(llama_model), "quant_rtn", {"bitwidth": 3}, 0.2)
+    assert found.ranking[0].expected == max(change.expected for change in found.ranking)
+    sizes = {change.name: change.bytes for change in found.ranking}
+    assert 0 < sum(sizes[name] for name in found.keep) <= found.budget
+    assert found.ignore["modules"] == [name.removesuffix(".weight") for name in found.keep]
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_models_built_differently_are_refused_with_what_to_do(
+    opened: Opened, copy_model: Callable[..., Path], llama_model: Path
+) -> None:
+    def widen(model: Any) -> None:
+        model.resize_token_embeddings(model.config.vocab_size + 8, mean_resizing=False)
+
+    with pytest.raises(EditError, match="invarlock diff"):
+        bisect(opened(copy_model(llama_model, widen)))
+
+
+def test_a_time_is_read_with_its_unit() -> None:
+    assert [seconds(text) for text in ("90", "90s", "3m", "1h")] == [90, 90, 180, 3600]
+    for text in ("", "m", "-3", "inf", "nan", "3 days"):
+        with pytest.raises(ValueError):
+            seconds(text)
+
+
+def test_a_budget_that_is_no_time_is_refused() -> None:
+    from invarlock.cli.bisect import bisect as command
+
+    with pytest.raises(ConfigError, match="--budget"):
+        command("a", "b", budget="soon", windows=8)
