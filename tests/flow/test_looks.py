@@ -62,6 +62,8 @@ def test_a_clear_subject_is_decided_at_the_first_look_and_the_rest_is_not_measur
     rows = c["evaluation_windows"]
     assert sum(len(rows[split]["window_ids"]) for split in rows) == sum(look["windows"]) < 60
     assert c["looks"]["share_used"] < 0.3 and min(look["windows"]) > 0
+    assert c["coverage"]["tokens"] == look["tokens"] and c["coverage"]["documents"] == look["documents"]
+    assert c["coverage"]["smallest_share"] == pytest.approx(3.689 / look["tokens"], rel=1e-3)
     assert verify_certificate(c).intact
 
 

@@ -20,6 +20,7 @@ from invarlock.certificate.schema import (
     BaselineRef,
     Certificate,
     Confidence,
+    Coverage,
     Dataset,
     Gate,
     GateDecision,
@@ -32,7 +33,7 @@ from invarlock.certificate.schema import (
 )
 from invarlock.certificate.second import SECOND_ESTIMATORS, SECOND_GATES, confidence_of
 from invarlock.certificate.slices import Slices, measured_slices, slice_gates, slice_sections
-from invarlock.certificate.third import THIRD_ESTIMATORS, THIRD_GATES, THIRD_JUDGES
+from invarlock.certificate.third import THIRD_ESTIMATORS, THIRD_GATES, THIRD_JUDGES, coverage_of
 from invarlock.core.exceptions import CertificateError
 from invarlock.eval.metrics import metric_of
 from invarlock.evidence.plain import canonical_digest
@@ -70,6 +71,7 @@ class Rules:
     one_spelling: bool
     by_split: bool = False
     modest: bool = False
+    coverage: Callable[[Measured], Coverage | None] = lambda m: None
 
 
 def _first_run_id(r: Recorded) -> str:
@@ -136,6 +138,7 @@ DERIVATIONS: Mapping[int, Rules] = {
         one_spelling=True,
         by_split=True,
         modest=True,
+        coverage=coverage_of,
     ),
 }
 #: the derivation of new certificates
@@ -185,6 +188,7 @@ def derive(r: Recorded) -> Certificate:
         divergence=found.divergence,
         primary_metric_tail=found.tail,
         looks=looks,
+        coverage=rules.coverage(measured),
         policy_digest=canonical_digest({"resolved_policy": r.resolved_policy, "overrides": provenance["overrides"]})[
             :16
         ],

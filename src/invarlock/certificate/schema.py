@@ -22,6 +22,7 @@ __all__ = [
     "BaselineRef",
     "Certificate",
     "Confidence",
+    "Coverage",
     "Dataset",
     "Divergence",
     "DivergenceRecord",
@@ -365,6 +366,16 @@ class ExpertsRecord(Plain):
     subject: dict[str, list[int]]
 
 
+class Coverage(Plain):
+    """What the text would have met with a chance of 97.5 %: the smallest share of tokens, and of documents, that a fault
+    must touch."""
+
+    tokens: int
+    smallest_share: float
+    documents: int
+    smallest_share_of_documents: float
+
+
 class BaselineRecord(Plain):
     model_config = _RECORD
 
@@ -460,6 +471,7 @@ class Certificate(Recorded):
     divergence: Divergence | None = None
     primary_metric_tail: Tail | None = None
     looks: Annotated[Looks | None, ABSENT] = None
+    coverage: Annotated[Coverage | None, ABSENT] = None
     policy_digest: str
     weights: Weights
     verdict: Verdict

@@ -12,12 +12,13 @@ from typing import Any
 
 from invarlock.certificate.gates import PLUGINS, GateKind, Measured, Outcome
 from invarlock.certificate.guards import GUARDS
-from invarlock.certificate.schema import GateDecision
+from invarlock.certificate.schema import Coverage, GateDecision
 from invarlock.certificate.second import SECOND_ESTIMATORS, SECOND_GATES, effective_documents
 from invarlock.guards.base import StatsGuard
 from invarlock.guards.routing import expert_of, not_exercised
+from invarlock.stats.coverage import smallest_share
 
-__all__ = ["GATE_NAMES", "THIRD_ESTIMATORS", "THIRD_GATES", "THIRD_JUDGES"]
+__all__ = ["GATE_NAMES", "THIRD_ESTIMATORS", "THIRD_GATES", "THIRD_JUDGES", "coverage_of"]
 
 THIRD_ESTIMATORS = SECOND_ESTIMATORS
 
@@ -37,6 +38,19 @@ def _sample(m: Measured) -> Outcome:
     decision: GateDecision = "pass" if not short else "warn" if floor.shortfall == "warn" else "inconclusive"
     reason = "; ".join(short) or f"enough windows, tokens and documents ({documents:.0f} of equal weight)"
     return Outcome(float(tokens), float(floor.min_tokens), "counts", decision, reason)
+
+
+def coverage_of(m: Measured) -> Coverage | None:
+    """Return what the text would have met; None where nothing was evaluated."""
+    if m.rows is None:
+        return None
+    tokens, documents = int(m.counts["tokens"]), int(m.counts["documents"])
+    return Coverage(
+        tokens=tokens,
+        smallest_share=smallest_share(tokens),
+        documents=documents,
+        smallest_share_of_documents=smallest_share(documents),
+    )
 
 
 def _second(name: str, **changes: Any) -> GateKind:

@@ -277,6 +277,8 @@ def values(c: Certificate) -> dict[str, object]:
         "effect": effect(pm),
         "level": f"{100 * pm.ci_level:.4g}%",
         "looks": c.looks,
+        "coverage": c.coverage,
+        "seen": c.data.vocabulary_seen,
         "look": c.looks.made[-1] if c.looks else None,
         "look_number": len(c.looks.made) if c.looks else None,
         "d": d,
