@@ -100,3 +100,21 @@ def test_a_split_that_files_do_not_have_is_refused(tmp_path: Path) -> None:
     path.write_text('{"text": "one two three"}\n')
     with pytest.raises(ConfigError, match=r"dataset.split is 'test', and files have no splits"):
         get_provider("local_jsonl", file=str(path)).documents("test")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl.gz", b"\x1f\x8b\x08\x00rest\n", "is gzip.*gunzip"),
+        ("a.parquet", b"PAR1rest\n", "is parquet.*hf_text"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Git LFS pointer.*git lfs pull"),
+        ("a.json", b'[{"text": "a"}]\n', "one JSON array.*one object a line"),
+        ("a.csv", b"text,label\na,1\n", "is a table.*to_json"),
+        ("chat.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}\n', "is a chat.*apply_chat_template"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_with_what_to_do(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        get_provider("local_jsonl", file=path).documents()

@@ -67,6 +67,11 @@ def load_split(dataset_name: str, config_name: str | None, split: str | None) ->
 
     local = os.path.isdir(dataset_name)
     allowed = network_allowed()
+    if not local and (dataset_name.startswith(("/", ".", "~")) or dataset_name.count("/") > 1):
+        raise DataError(
+            f"no such folder: '{dataset_name}'; expected a folder with a data set, or a hub id such as org/name; a file "
+            "of text is read with {kind: local_jsonl, file: FILE}"
+        )
     try:
         if local and any((Path(dataset_name) / file).exists() for file in ("state.json", "dataset_dict.json")):
             loaded = datasets.load_from_disk(dataset_name)

@@ -78,6 +78,30 @@ def _matching(pattern: str) -> list[Path]:
         return []
 
 
+#: how files begin that are something else, what they are, and what to do
+_OTHERS = (
+    (b"\x1f\x8b", "gzip", "unpack it first: gunzip -k FILE"),
+    (b"PK\x03\x04", "a zip archive", "unpack it first"),
+    (b"PAR1", "parquet", "read it with {kind: hf_text, dataset_name: FOLDER}, the folder that it lies in"),
+    (b"version https://git-lfs", "a Git LFS pointer", "fetch the file itself: git lfs pull"),
+    (b"[", "one JSON array", "write one object a line: jq -c '.[]' FILE > FILE.jsonl"),
+)
+_CHAT = ("messages", "conversations")
+
+
+def _refuse_others(name: str, number: int, line: bytes) -> None:
+    """Refuse a file that is of another kind than its first line should be. Raises DataError with what to do."""
+    for start, what, advice in _OTHERS if number == 1 else ():
+        if line.lstrip().startswith(start):
+            raise DataError(f"{name} is {what}; expected one JSON object a line: {advice}")
+    if number == 1 and Path(name).suffix in (".csv", ".tsv"):
+        raise DataError(
+            f"{name} is a table; expected one JSON object a line: "
+            'python -c \'import pandas as p, sys; p.read_csv(sys.argv[1]).to_json(sys.argv[2], orient="records", '
+            "lines=True)' FILE FILE.jsonl"
+        )
+
+
 def _lines(name: str, path: Path) -> Iterator[tuple[int, bytes]]:
     with open_regular(path, "a .jsonl or .txt file", DataError) as stream:
         for number, line in lines_of(stream, name, DataError):
@@ -98,10 +122,16 @@ def _records(name: str, path: Path, fields: Sequence[str]) -> Iterator[Sequence[
     for number, line in _lines(name, path):
         if not line.strip():
             continue
+        _refuse_others(name, number, line)
         record = parse_json(line, "line", f"{name} line {number}", "one object a line", DataError)
         if not isinstance(record, dict):
             raise DataError(f"{name} line {number}: got a JSON {type(record).__name__}, expected an object")
         for field in fields:
+            if field not in record and (chat := next((key for key in _CHAT if key in record), None)):
+                raise DataError(
+                    f"{name} line {number} is a chat ('{chat}'), not a text: write each with the model's chat template "
+                    f"into a field '{field}' first (tokenizer.apply_chat_template(..., tokenize=False))"
+                )
             if field not in record:
                 raise DataError(
                     f"{name} line {number} has no field '{field}': got fields {', '.join(map(repr, record)) or 'none'}; "
