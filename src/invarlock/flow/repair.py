@@ -248,7 +248,7 @@ def _list_ignored(path: Path, ignore: Mapping[str, Any]) -> None:
         settings[key] = {**(settings.get(key) or {}), **ignore["GPTQModel" if method == "gptq" else "auto-round"][key]}
     elif method in _IGNORES:
         key = _IGNORES[method]
-        settings[key] = [*(settings.get(key) or []), *ignore["modules"]]
+        settings[key] = list(dict.fromkeys([*(settings.get(key) or []), *ignore["modules"]]))
     write_whole(path, json.dumps(config, indent=2) + "\n")
 
 
