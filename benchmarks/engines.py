@@ -115,6 +115,7 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=16, help="preview, and as many final")
     parser.add_argument("--store", action="store_true", help=f"write {RESULTS.name}")
     given = parser.parse_args()
+    os.environ.setdefault("INVARLOCK_ENGINE_TIMEOUT", "900")  # a CPU that others use too
     with tempfile.TemporaryDirectory() as folder:
         work, told = Path(folder), ("--max-logprobs", "256")
         cases = [

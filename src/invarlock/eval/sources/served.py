@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BATCH_TOKENS", "ServedSource"]
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 1024  # an answer of a few hundred ids a token is some twenty megabytes of JSON
 _ARRAYS = ("ids", "log_probs", "label_log_prob")
 _NO_ID = 2**31 - 1  # fills a row for which fewer ids were told; its probability is 0
 _STILL = 0.02  # nats: mean difference of answers that are the same but for rounding in half precision
