@@ -187,8 +187,9 @@ class _Spread:
     def add(self, numbers: NDArray[np.float64]) -> None:
         total, squares = numbers[1:].reshape(2, -1)
         self.tokens += int(numbers[0])
-        self.total = self.total + total
-        self.squares = self.squares + squares
+        with np.errstate(invalid="ignore"):  # what overflowed is shown as not finite
+            self.total = self.total + total
+            self.squares = self.squares + squares
 
     def stats(self) -> dict[str, Any]:
         mean = self.total / self.tokens
