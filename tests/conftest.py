@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+os.environ["INVARLOCK_CACHE"] = "off"  # a test measures what it claims; those of the cache name a folder of their own
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: threads only slow such small models down
 
 # a job started in the background ignores Ctrl-C, and so would every command that a test starts and interrupts
@@ -42,7 +43,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from invarlock.core.settings import SETTINGS
 
     for setting in SETTINGS:
-        if setting.name != "HF_HOME":
+        if setting.name not in ("HF_HOME", "INVARLOCK_CACHE"):
             monkeypatch.delenv(setting.name, raising=False)
     yield
 

@@ -44,6 +44,7 @@ def cases(
     certify += ["--out", str(tmp_path / "runs"), "--cert-out", str(tmp_path / "cert")]
     run = ["run", "-c", config, "--out", str(tmp_path / "made"), "--profile", "dev"]
     sweep = ["calibrate", "null-sweep", "--seeds", "2", "--out", str(tmp_path / "sweep")]
+    pack = ["baseline", "make", "--profile", "dev", "--preset", str(preset)]
     missing = str(tmp_path / "missing")
     bisect = ["bisect", "--windows", "4", "--preset", str(preset), "--out", str(tmp_path / "found"), "--baseline"]
     sensitivity = ["sensitivity", "--windows", "4", "--preset", str(preset), "--plan", "bitwidth=4", "--model"]
@@ -54,6 +55,13 @@ def cases(
         "report": Case(["report", "explain", str(certificate)], ["report", "explain", missing], 2),
         "plugins": Case(["plugins", "list"], ["plugins", "guards", "--explain", "no_such_guard"], 2, "plugins-v1"),
         "calibrate": Case([*sweep, "-c", config], [*sweep, "-c", missing], 2, "calibration-v1"),
+        "baseline": Case(
+            [*pack, str(demo_model), "-o", str(tmp_path / "new.pack")],
+            [*pack, missing, "-o", str(tmp_path / "no.pack")],
+            5,
+            "baseline-v1",
+        ),
+        "cache": Case(["cache", "list"], ["cache", "list", "--no-such-flag"], 2, "cache-v1"),
         "doctor": Case(["doctor"], ["doctor", "--config", missing], 1, "doctor-v1"),
         "diff": Case(["diff", str(demo_model), str(demo_model)], ["diff", str(demo_model), missing], 2, "diff-v1"),
         "bisect": Case(

@@ -26,12 +26,12 @@ from invarlock.policy.resolve import PROFILES, TIERS
 from invarlock.reporting.bundle import claimed, write_bundle
 from invarlock.reporting.terminal import summary_lines
 
-__all__ = ["Certification", "certify", "request_from"]
+__all__ = ["REFUSED", "Certification", "certify", "request_from"]
 
 _Path = str | os.PathLike[str]
 _LIMIT = "certify does not use it; the limit of a verdict is metrics.pm_ratio.limit"
 #: keys of a configuration, or whole sections, that would have no effect here, so that nobody believes they had one
-_REFUSED = {
+REFUSED = {
     "edit": "certify does not use it; give the edit apart (--edit-config, or edit=)",
     "eval.max_pm_ratio": _LIMIT,
     "eval.spike_threshold": _LIMIT,
@@ -98,18 +98,21 @@ def certify(
     edit: Mapping[str, Any] | _Path | None = None,
     edit_label: str | None = None,
     early_stop: bool = True,
+    cache: bool = True,
     tick: Tick | None = None,
     **unknown: object,
 ) -> Certification:
     """Certify an edited checkpoint against its baseline.
 
-    subject, baseline: checkpoint folders or hub ids; baseline_report: a stored run of the baseline instead.
+    subject, baseline: checkpoint folders or hub ids (a baseline may be a pack); baseline_report: a stored run of the
+    baseline instead.
     preset: a YAML file, or the name of a packaged preset. dataset: {provider, seq_len, ...} in place of its section.
     output: folder of the certificate's files; None writes none. runs: folder of the two runs (default: runs).
     profile: dev, ci (default), ci_cpu or release; tier: conservative, balanced (default) or aggressive;
     intent: preserve, finetune, restructure or engine. engine, baseline_engine: served engines that score a side, such as
     vllm=http://127.0.0.1:8000. edit: {name, plan}, or a file that holds it, applied to the subject once
-    loaded. early_stop: stop once the text decides; False measures all of it in one look. tick(what, done, total) is
+    loaded. early_stop: stop once the text decides; False measures all of it in one look. cache:
+    find the baseline's measurement again where it was made before. tick(what, done, total) is
     called as work proceeds.
 
     Returns for PASS, FAIL and INCONCLUSIVE alike. Raises ConfigError for arguments that make no sense, ModelLoadError for
@@ -127,7 +130,7 @@ def certify(
     output = None if follows() else output  # under torchrun the leader alone writes
     with _output(output) as moved:
         path = None if preset is None else preset_path(preset)
-        config = load_config(path, cli_overrides=flags, profile=profile, require_model=False, refused=_REFUSED)
+        config = load_config(path, cli_overrides=flags, profile=profile, require_model=False, refused=REFUSED)
         request = request_from(
             config,
             profile=profile or "ci",
@@ -139,6 +142,7 @@ def certify(
             baseline_engine=baseline_engine,
             edit=_edit(edit),
             edit_label=edit_label,
+            cache=cache,
         )
         require_writable(request.out)
         outcome = run_certify(request, tick)

@@ -84,7 +84,7 @@ def record(report: Report, baseline: Report) -> Recorded:
         plugins=dict(meta.get("plugins") or {}),
         auto={key: value for key, value in (meta.get("auto") or {}).items() if key in ("enabled", "tier")},
         edit={key: value for key, value in (new.get("edit") or {}).items() if key != "modules"},  # that can be long
-        baseline_ref=BaselineRecord(run_id=(old.get("meta") or {}).get("run_id"), reused=subject.data.reused),
+        baseline_ref=_baseline(old.get("meta") or {}, subject),
         structure=_structure(reference, subject),
         **({} if refused else pair_guards(reference, subject, policy.limits.order)),
         plugin_guards=_plugin_guards(new.get("guards") or {}),
@@ -117,6 +117,10 @@ def _under_old_numbers(subject: Evidence, layers: Mapping[str, str]) -> Evidence
     """Return the measurements of a pruned subject under the names that its layers have in the baseline."""
     fields = {name: renamed(getattr(subject, name), layers) for name in ("guards", "sketches", "peaks", "experts")}
     return subject.model_copy(update=fields)
+
+
+def _baseline(meta: Mapping[str, Any], subject: Evidence) -> BaselineRecord:
+    return BaselineRecord(run_id=meta.get("run_id"), reused=subject.data.reused, pack=meta.get("pack"))
 
 
 def _reached(side: Evidence, subject: Evidence, split: str) -> WindowRows:

@@ -381,6 +381,7 @@ class BaselineRecord(Plain):
 
     run_id: str | None
     reused: bool
+    pack: Annotated[str | None, ABSENT] = None  # the address of the pack that it was read from
 
 
 class BaselineRef(BaselineRecord):

@@ -280,6 +280,9 @@ def _baseline_given(case: _Case) -> Iterator[str]:
         own = own if case.parsed.looks is None else own.head(len(rows.window_ids))
         if rows.window_ids and any(getattr(rows, name) != getattr(own, source) for name, source in names):
             yield f"evaluation_windows.{split} differs from the baseline report that was given"
+    pack = (case.baseline.get("meta") or {}).get("pack")
+    if case.parsed.baseline_ref.pack != pack:
+        yield f"baseline_ref.pack is {case.parsed.baseline_ref.pack}; the address of what was given is {pack}"
     recorded = case.parsed.baseline_ref.evidence_digest
     if recorded and recorded != evidence.digest():
         yield "baseline_ref.evidence_digest is not that of the baseline report that was given"

@@ -48,6 +48,8 @@ COMMANDS: dict[str, Command] = {
     "demo": Command("invarlock.cli.demo:demo", "Certify a good and a bad edit of a small model, offline."),
     "plugins": Command("invarlock.cli.plugins:app", "List adapters, guards, edits and data providers."),
     "calibrate": Command("invarlock.cli.calibrate:app", "Derive guards' thresholds from harmless edits of a model."),
+    "baseline": Command("invarlock.cli.baseline:app", "Measure a baseline once, into one file that stands for it."),
+    "cache": Command("invarlock.cli.cache:app", "List or remove the baselines that were measured before."),
     "doctor": Command("invarlock.cli.doctor:doctor", "Check the environment, a configuration and stored reports."),
     "version": Command("invarlock.cli.version:version", "Show the version and the certificate schema."),
 }

@@ -20,6 +20,7 @@ from invarlock.cli.options import (
     EngineOption,
     IntentOption,
     JsonOption,
+    NoCacheOption,
     ProfileOption,
     TierOption,
     TimingOption,
@@ -49,13 +50,15 @@ _Preset = Annotated[
     ),
 ]
 
+_Baseline = Annotated[str | None, Option("--baseline", "--source", help="The checkpoint it came from, or a pack.")]
+_Report = Annotated[Path | None, Option(help="Reuse a measured baseline: a run folder or report.json.")]
+_Whole = Annotated[bool, Option("--no-early-stop", help="Measure all of the text, in one look.")]
+
 
 def certify(
     subject: Annotated[str, Option("--subject", "--edited", help="The edited checkpoint: folder or hub id.")],
-    baseline: Annotated[str | None, Option("--baseline", "--source", help="The checkpoint it came from.")] = None,
-    baseline_report: Annotated[
-        Path | None, Option(help="Reuse a measured baseline: a run folder or report.json.")
-    ] = None,
+    baseline: _Baseline = None,
+    baseline_report: _Report = None,
     adapter: Annotated[str | None, Option(help="How to load the models; auto recognises them.")] = None,
     device: DeviceOption = None,
     profile: ProfileOption = None,
@@ -70,7 +73,8 @@ def certify(
     ] = None,
     edit_config: Annotated[Path | None, Option(help="YAML with an edit to apply to the subject once loaded.")] = None,
     edit_label: Annotated[str | None, Option(help="Name of the edit in the certificate.")] = None,
-    no_early_stop: Annotated[bool, Option("--no-early-stop", help="Measure all of the text, in one look.")] = False,
+    no_early_stop: _Whole = False,
+    no_cache: NoCacheOption = False,
     timing: TimingOption = False,
     json: JsonOption = False,
 ) -> int:
@@ -101,6 +105,7 @@ def certify(
             edit=edit_config,
             edit_label=edit_label,
             early_stop=not no_early_stop,
+            cache=not no_cache,
             tick=tick,
         )
     if follows():

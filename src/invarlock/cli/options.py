@@ -15,6 +15,7 @@ __all__ = [
     "EngineOption",
     "IntentOption",
     "JsonOption",
+    "NoCacheOption",
     "Profile",
     "ProfileOption",
     "Tier",
@@ -84,3 +85,4 @@ EngineOption = Annotated[
     str | None, Option(help="A served engine that scores the subject: vllm=http://127.0.0.1:8000, or openai=...")
 ]
 BaselineEngineOption = Annotated[str | None, Option(help="The same for the baseline.")]
+NoCacheOption = Annotated[bool, Option("--no-cache", help="Measure the baseline even if it was measured before.")]

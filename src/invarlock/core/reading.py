@@ -38,6 +38,7 @@ LIMITS: dict[str, Limit] = {
     "resamples": Limit(0, 10_000_000),  # windows times replicates, of a certificate that is derived again
     "settings": Limit(256_000, 100_000),  # YAML, with all that it includes
     "report": Limit(64 * _MB, 2_000_000),  # certificates, reports
+    "pack": Limit(1024 * _MB, 16),  # a measured side in one file, as it is and unpacked
     "checkpoint": Limit(32 * _MB, 1_000_000),  # config.json and what else lies beside weights
     "tokenizer": Limit(128 * _MB, 10_000_000),
     "header": Limit(32 * _MB, 2_000_000),  # of a safetensors file

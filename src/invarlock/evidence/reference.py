@@ -15,7 +15,16 @@ from invarlock.evidence.model import TokenFile
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["TokenReference", "joined", "read_reference", "reference_digest", "write_reference"]
+__all__ = [
+    "TokenReference",
+    "joined",
+    "read_reference",
+    "reference_bytes",
+    "reference_digest",
+    "reference_from",
+    "token_file",
+    "write_reference",
+]
 
 _FIELDS = ("ids", "log_probs", "label_log_prob", "tail_ids", "tail_log_probs", "vocabulary")
 
@@ -70,22 +79,37 @@ def reference_digest(reference: TokenReference) -> str:
 
 def write_reference(reference: TokenReference, path: Path) -> TokenFile:
     """Write the compact distributions beside the report and return what the evidence says of them."""
-    from safetensors.torch import save
-
-    blob = save({name: array.contiguous() for name, array in reference.arrays().items()})
+    blob = reference_bytes(reference)
     write_whole(path, blob)
-    tokens = max(1, len(reference.label_log_prob))
-    return TokenFile(name=path.name, sha256=hashlib.sha256(blob).hexdigest(), bytes_per_token=len(blob) / tokens)
+    return token_file(blob, path.name, len(reference.label_log_prob))
+
+
+def token_file(blob: bytes, name: str, tokens: int) -> TokenFile:
+    """Return what the evidence says of a file of distributions of so many tokens."""
+    return TokenFile(name=name, sha256=hashlib.sha256(blob).hexdigest(), bytes_per_token=len(blob) / max(tokens, 1))
 
 
 def read_reference(path: Path, facts: TokenFile) -> TokenReference:
     """Read what `write_reference` wrote; ModelLoadError where the file is gone or is not the one recorded."""
-    from safetensors.torch import load
-
     if not path.is_file():
         raise ModelLoadError(f"the baseline's evidence file {path} is missing; expected it beside its report.json")
     blob = path.read_bytes()
     if hashlib.sha256(blob).hexdigest() != facts.sha256:
         raise ModelLoadError(f"{path} is not the file that the baseline's report recorded; measure the baseline again")
+    return reference_from(blob)
+
+
+def reference_bytes(reference: TokenReference) -> bytes:
+    """Return the compact distributions as a safetensors file."""
+    from safetensors.torch import save
+
+    data: bytes = save({name: array.contiguous() for name, array in reference.arrays().items()})
+    return data
+
+
+def reference_from(blob: bytes) -> TokenReference:
+    """Return what `reference_bytes` wrote."""
+    from safetensors.torch import load
+
     arrays: dict[str, Any] = load(blob)
     return TokenReference(**{name: arrays[name] for name in _FIELDS if name in arrays})

@@ -29,10 +29,11 @@ from invarlock.core.leftovers import sweep
 from invarlock.core.ranks import follows, join
 from invarlock.core.registry import nearest
 from invarlock.eval.sources.engines import Address
+from invarlock.evidence.pack import is_pack
 from invarlock.evidence.plan import Cut
 from invarlock.evidence.reference import TokenReference
 from invarlock.evidence.windows import WindowBatches
-from invarlock.flow import steps
+from invarlock.flow import cache, steps
 from invarlock.flow.job import INTENTS, Job, Tick, open_job, resolved_metric
 from invarlock.flow.measure import Measurement, files_only, followed, measure
 from invarlock.flow.run_folder import find_report
@@ -41,7 +42,7 @@ from invarlock.guards.boundary import BUILT_IN_GUARDS
 from invarlock.guards.invariants import InvariantsGuard, baseline_damage
 from invarlock.policy.resolve import resolve_policy
 
-__all__ = ["CertifyOutcome", "CertifyRequest", "certify", "find_report"]
+__all__ = ["CertifyOutcome", "CertifyRequest", "Source", "certify", "find_report", "open_certification"]
 
 _REFUSED = "the subject was refused before evaluation because of what its files hold"
 _HOW_TO_ASK = "; where it was built differently on purpose, certify it with --intent restructure"
@@ -58,7 +59,7 @@ class CertifyRequest:
 
     `dataset` holds `provider`, `seq_len`, `stride`, `split`, `seed` and the provider's options; `overrides` follows the
     shape of a policy; `guard_arguments` are constructor arguments of plugin guards. `edit` {name, plan} is applied to the
-    subject after loading.
+    subject after loading. `baseline` may be a baseline pack. `cache`: a baseline that was measured before is found again.
     """
 
     subject: str
@@ -80,6 +81,7 @@ class CertifyRequest:
     baseline_engine: str | None = None
     out: Path = Path("runs")
     notes: tuple[str, ...] = ()  # what else a reader of the certificate should know
+    cache: bool = True
 
     def __post_init__(self) -> None:
         if self.intent not in INTENTS:
@@ -126,9 +128,10 @@ class CertifyOutcome:
 
 
 @dataclass
-class _Source:
+class Source:
     """The baseline's side. `report` is as it was read or written; `failed`: plugin guards whose prepare failed, by place,
-    None before they were shown the model; `stale`: more was measured than was written."""
+    None before they were shown the model; `stale`: more was measured than was written; `key`: of its entry in the cache;
+    `said`: of what the caller alone is told."""
 
     side: Side
     report: dict[str, Any] = field(default_factory=dict)
@@ -136,6 +139,8 @@ class _Source:
     measured: Measurement | None = None
     failed: dict[int, str] | None = None
     stale: bool = False
+    key: str | None = None
+    said: list[str] = field(default_factory=list)
 
     @property
     def reach(self) -> Cut:
@@ -175,13 +180,7 @@ def certify(request: CertifyRequest, tick: Tick | None = None) -> CertifyOutcome
     """
     if not follows():
         sweep(request.out)
-    policy = resolve_policy(request.tier, request.profile, overrides=request.overrides)
-    guards = steps.create_guards(tuple(dict.fromkeys(policy.values["guards"]["order"])), request.guard_arguments)
-    facts = {"intent": request.intent, "loading": request.loading, "notes": [*request.notes], "ranks": join()}
-    job = open_job(policy, request.adapter, request.device, guards, tick, **facts)
-    job.partial = request.out / _PARTIAL
-    with job.timed("baseline files"):
-        source = _read_baseline(job, request)
+    job, source = open_certification(request, tick)
     with job.timed("subject files"):
         subject = steps.read(job, request.subject, request.engine)
     job.metric = resolved_metric(request.metric_kind, job.adapter)
@@ -194,15 +193,31 @@ def certify(request: CertifyRequest, tick: Tick | None = None) -> CertifyOutcome
                 job.windows = reuse_windows(source.report)
             job.windows = job.windows or cut_windows(job, source.side, request.dataset)
             _encode_both(job, source.side, subject)
+            local = job.ranks is None and request.engine is None and request.baseline_engine is None
+            if not stored and request.cache and local:
+                _find(job, request, source)
         certificate, report = _look_by_look(job, request, source, _Subject(subject))
         edited = _finish(job, request, report, certificate)
-        if not follows():
+        if not follows() and job.partial is not None:
             shutil.rmtree(job.partial, ignore_errors=True)
-    return CertifyOutcome(certificate, source.path, edited, job.notes, job.timings)
+    return CertifyOutcome(certificate, source.path, edited, [*job.notes, *source.said], job.timings)
+
+
+def open_certification(request: CertifyRequest, tick: Tick | None = None) -> tuple[Job, Source]:
+    """Resolve a request and read the baseline's side, before anything is measured."""
+    policy = resolve_policy(request.tier, request.profile, overrides=request.overrides)
+    guards = steps.create_guards(tuple(dict.fromkeys(policy.values["guards"]["order"])), request.guard_arguments)
+    facts = {"intent": request.intent, "loading": request.loading, "notes": [*request.notes], "ranks": join()}
+    job = open_job(policy, request.adapter, request.device, guards, tick, **facts)
+    job.partial = request.out / _PARTIAL
+    with job.timed("baseline files"):
+        source = _read_baseline(job, request)
+    job.metric = resolved_metric(request.metric_kind, job.adapter)
+    return job, source
 
 
 def _look_by_look(
-    job: Job, request: CertifyRequest, source: _Source, subject: _Subject
+    job: Job, request: CertifyRequest, source: Source, subject: _Subject
 ) -> tuple[dict[str, Any], RunReport]:
     """Measure both sides as far as each look reaches, until all gates are decided or the text ends.
 
@@ -230,13 +245,27 @@ def _look_by_look(
     return certificate, report
 
 
-def _read_baseline(job: Job, request: CertifyRequest) -> _Source:
-    """Read the baseline's files, or take a stored baseline report."""
-    if request.baseline_report is not None:
-        report, evidence, path = steps.stored_baseline(request.baseline_report)
+def _find(job: Job, request: CertifyRequest, source: Source) -> None:
+    """Take the baseline's measurement from the cache where it has one of these files on this text."""
+    source.key = cache.key_of(job, source.side)
+    source.measured = cache.find(source.key, source.side)
+    if source.measured is None:
+        return
+    source.said.append("the baseline's measurement was found in the cache; --no-cache measures it again")
+    source.report = steps.report(job, source.measured, steps.NOOP, f"source-{job.stamp}").to_dict()
+    source.path = _write(job, source.report, request.out / "source", source.reference)
+
+
+def _read_baseline(job: Job, request: CertifyRequest) -> Source:
+    """Read the baseline's files, or take a stored baseline report or a pack."""
+    stored = request.baseline_report
+    if stored is None and is_pack(Path(str(request.baseline))):
+        stored = Path(str(request.baseline))
+    if stored is not None:
+        report, evidence, path = steps.stored_baseline(stored)
         model, measured = evidence.model, steps.stored_measurement(evidence, path)
         facts = (model.tokenizer_digest, model.tokenizer_size)
-        return _Source(
+        return Source(
             Side(model.id, None, evidence.structure, model.behaviour, None, facts, usage=model.usage),
             report,
             path,
@@ -248,10 +277,10 @@ def _read_baseline(job: Job, request: CertifyRequest) -> _Source:
         more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
         what = f"the baseline {side.id} is damaged: {damage[0]['message']}{more}"
         raise CheckpointDamagedError(f"{what}; give an intact baseline", damage)
-    return _Source(side)
+    return Source(side)
 
 
-def _refuse(job: Job, request: CertifyRequest, source: _Source, subject: Side) -> dict[str, Any] | None:
+def _refuse(job: Job, request: CertifyRequest, source: Source, subject: Side) -> dict[str, Any] | None:
     """Return a FAIL certificate where the subject's files alone show that it is damaged, else None.
 
     A foreign tokenizer is a pairing error (E002) in the ci and release profiles, a FAIL elsewhere.
@@ -303,7 +332,7 @@ def _refuses(finding: Mapping[str, Any], subject: Side, intent: str) -> bool:
     return finding["group"] == "structure" or finding["code"] in ("E002", "vocabulary_size")
 
 
-def _measure_baseline(job: Job, request: CertifyRequest, source: _Source, cut: Cut | None) -> bool:
+def _measure_baseline(job: Job, request: CertifyRequest, source: Source, cut: Cut | None) -> bool:
     """Measure the baseline as far as `cut`, all where None, and show it to plugin guards the first time.
 
     Returns False where a stored one does not reach so far and cannot be loaded.
@@ -317,9 +346,9 @@ def _measure_baseline(job: Job, request: CertifyRequest, source: _Source, cut: C
     if enough and not ask:
         source.failed = source.failed or {}
         return True
-    if source.measured is not None and not enough and not _at_hand(job, source):
-        source.failed = source.failed or {}
-        return False
+    if source.measured is not None and not _at_hand(job, source):
+        source.failed = _not_shown(job) if source.failed is None else source.failed
+        return enough
     model = steps.load(job, source.side, "the baseline for plugin guards" if enough else "the baseline")
     if source.failed is None:
         about = RunReport(context={"profile": request.profile, "tier": request.tier})
@@ -329,23 +358,35 @@ def _measure_baseline(job: Job, request: CertifyRequest, source: _Source, cut: C
         steps.remark_on_baseline(job, source.measured.evidence)
         source.report = steps.report(job, source.measured, steps.NOOP, f"source-{job.stamp}").to_dict()
         source.path = _write(job, source.report, request.out / "source", source.measured.reference)
+        cache.keep(source.key, source.measured)
     elif not enough:
         source.measured = followed(job, model, source.side, source.measured, "the baseline", cut or whole)
         source.report = {**source.report, "evidence": source.measured.evidence.model_dump(mode="json")}
         source.stale = True
+        cache.keep(source.key, source.measured)
     return True
 
 
-def _at_hand(job: Job, source: _Source) -> bool:
+def _not_shown(job: Job) -> dict[int, str]:
+    """Say of the guards that have to see the baseline why they did not."""
+    why = "it has to see the baseline's weights, which are not at hand: give --baseline its folder"
+    named = {place: guard.name for place, guard in enumerate(job.plugins) if isinstance(guard, GuardWithPrepare)}
+    job.notes.extend(f"guard {name!r} is not evaluated: {why}" for name in named.values())
+    return dict.fromkeys(named, why)
+
+
+def _at_hand(job: Job, source: Source) -> bool:
     """Whether the checkpoint of a stored baseline still is where it was, and what it was."""
     assert source.measured is not None
+    if source.side.folder is not None:  # its files were read by this command
+        return True
     if source.side.structure.source != "file" or not Path(source.side.id).exists():
         return False
     there = steps.read(job, source.side.id)
     return there.structure.weights_digest() == source.measured.evidence.structure.weights_digest()
 
 
-def _measure_subject(job: Job, request: CertifyRequest, source: _Source, subject: _Subject, cut: Cut | None) -> None:
+def _measure_subject(job: Job, request: CertifyRequest, source: Source, subject: _Subject, cut: Cut | None) -> None:
     """Measure the subject as far as `cut`, all where None; the first time, show it to plugin guards too."""
     assert source.measured is not None
     make_deterministic(job.policy.limits.bootstrap.seed)  # an edit in memory is made again at every look

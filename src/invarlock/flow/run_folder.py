@@ -13,6 +13,7 @@ from invarlock.core import settings
 from invarlock.core.exceptions import ConfigError
 from invarlock.core.files import read_json, write_json
 from invarlock.core.leftovers import owned_folder
+from invarlock.evidence.pack import is_pack, read_pack
 
 __all__ = [
     "EVIDENCE",
@@ -45,7 +46,11 @@ def _newest(path: Path) -> list[Path]:
 
 
 def read_report(path: Path) -> tuple[dict[str, Any], Path]:
-    """Return the report that `path` names, and where it lies."""
+    """Return the report that `path` names (a run's folder, its report.json, or a baseline pack), and where it lies."""
+    if is_pack(path):
+        pack = read_pack(path, ConfigError)
+        report = pack.json(REPORT, str(path), ConfigError)
+        return {**report, "meta": {**report.get("meta", {}), "pack": pack.address}}, path
     found = find_report(path)
     data = read_json(found, "a run's report.json")
     if not isinstance(data, dict):

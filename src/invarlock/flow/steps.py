@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from pydantic import ValidationError
 
 from invarlock.certificate.reports import check_baseline, evidence_of
 from invarlock.checkpoints.side import Side, read_side
@@ -22,7 +23,14 @@ from invarlock.core.exceptions import ConfigError, ModelLoadError
 from invarlock.core.files import plain
 from invarlock.eval.sources.engines import Engine
 from invarlock.evidence.model import Evidence, Structure, finite_or_none
-from invarlock.evidence.reference import TokenReference, read_reference, write_reference
+from invarlock.evidence.pack import Pack, is_pack, read_pack
+from invarlock.evidence.reference import (
+    TokenReference,
+    read_reference,
+    reference_bytes,
+    reference_from,
+    write_reference,
+)
 from invarlock.evidence.windows import pick_indices
 from invarlock.flow.job import Job
 from invarlock.flow.measure import Measurement
@@ -37,6 +45,8 @@ __all__ = [
     "create_guards",
     "load",
     "measure_overhead",
+    "measured_members",
+    "members_measured",
     "prepare_guards",
     "read",
     "remark_on_baseline",
@@ -49,6 +59,7 @@ __all__ = [
     "write_measured",
 ]
 
+_EVIDENCE_JSON = "evidence.json"
 NOOP: Mapping[str, Any] = {"name": "noop", "deltas": {"params_changed": 0}}
 _OVERHEAD_WINDOWS = 8
 
@@ -208,9 +219,36 @@ def stored_baseline(path: Path) -> tuple[dict[str, Any], Evidence, Path]:
 
 
 def stored_measurement(evidence: Evidence, place: Path) -> Measurement:
-    """Read the distributions beside the report at `place` too. Raises ModelLoadError where their file is gone."""
+    """Read the distributions beside the report at `place` too, or in its pack. Raises ModelLoadError where they are gone."""
     file = evidence.token_file
-    return Measurement(evidence, None if file is None else read_reference(place.parent / file.name, file))
+    if file is None:
+        return Measurement(evidence)
+    if is_pack(place):
+        return Measurement(evidence, _distributions(read_pack(place), place))
+    return Measurement(evidence, read_reference(place.parent / file.name, file))
+
+
+def measured_members(measured: Measurement) -> dict[str, bytes]:
+    """Return a measurement as members of a pack."""
+    members = {_EVIDENCE_JSON: measured.evidence.model_dump_json().encode()}
+    if measured.reference is not None:
+        members[EVIDENCE] = reference_bytes(measured.reference)
+    return members
+
+
+def members_measured(pack: Pack, place: Path) -> Measurement:
+    """Return what `measured_members` made. Raises ModelLoadError where it is of another release."""
+    try:
+        evidence = Evidence.model_validate(pack.json(_EVIDENCE_JSON, str(place)))
+    except ValidationError as error:
+        raise ModelLoadError(f"{place} holds evidence of another release ({error.error_count()} problems)") from None
+    return Measurement(evidence, _distributions(pack, place) if EVIDENCE in pack.members else None)
+
+
+def _distributions(pack: Pack, place: Path) -> TokenReference:
+    if EVIDENCE not in pack.members:
+        raise ModelLoadError(f"{place} has no {EVIDENCE}; expected the baseline's distributions: make the pack again")
+    return reference_from(pack.members[EVIDENCE])
 
 
 def write_measured(data: dict[str, Any], reference: TokenReference | None, folder: Path) -> Path:
