@@ -24,7 +24,8 @@ from invarlock.flow.sampling import cut_windows
 
 __all__ = ["MadePack", "make_pack"]
 
-_KEPT = ("tier", "profile", "policy", "plugins", "device", "intent", "env_flags")  # of what a report says of a command
+#: of what a report says of a command
+_KEPT = ("tier", "profile", "policy", "plugins", "device", "intent", "env_flags", "warnings")
 
 
 @dataclass(frozen=True)

@@ -263,6 +263,8 @@ def _read_baseline(job: Job, request: CertifyRequest) -> Source:
         stored = Path(str(request.baseline))
     if stored is not None:
         report, evidence, path = steps.stored_baseline(stored)
+        if is_pack(path):  # what was said when its text was cut
+            job.notes += map(str, report["meta"].get("warnings") or ())
         model, measured = evidence.model, steps.stored_measurement(evidence, path)
         facts = (model.tokenizer_digest, model.tokenizer_size)
         return Source(
