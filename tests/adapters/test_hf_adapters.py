@@ -48,7 +48,7 @@ def test_checkpoints_of_any_type_load_single_or_sharded(
 
 @pytest.mark.parametrize("options", [{"dtype": "int8"}, {"torch_dtype": "float7"}])
 def test_unknown_types_are_refused(llama_model: Path, options: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="expected auto, float32, float16 or bfloat16"):
+    with pytest.raises(ConfigError, match="expected auto, stored, float32, float16 or bfloat16"):
         HF_Causal_Adapter().load_model(str(llama_model), device="cpu", **options)
 
 

@@ -148,8 +148,8 @@ def test_a_missing_shard_is_named(demo_model: Path, copy_model: Copy) -> None:
     shards = sorted(folder.glob("model-*.safetensors"))
     assert len(shards) > 2
     shards[1].unlink()
-    with pytest.raises(ModelLoadError, match=shards[1].name):
-        _structure(folder)
+    missing = _findings(demo_model, folder)
+    assert missing and {code for code, _ in missing} == {"tensor_missing"}
     with pytest.raises(ModelLoadError):
         HF_Causal_Adapter().load_model(str(folder), device="cpu")
 

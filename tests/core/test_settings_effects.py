@@ -44,6 +44,8 @@ ELSEWHERE = {
     "INVARLOCK_SNAPSHOT_AUTO_RAM_FRACTION": "flow/test_snapshot.py",
     "INVARLOCK_SNAPSHOT_MODE": "flow/test_snapshot.py",
     "INVARLOCK_SNAPSHOT_THRESHOLD_MB": "flow/test_snapshot.py",
+    "INVARLOCK_CACHE": "flow/test_cache.py",
+    "INVARLOCK_READ_LIMITS": "core/test_reading.py",
     "HF_DATASETS_OFFLINE": "cli/conftest.py",  # theirs; we only switch it on, see test_the_hub_switches_follow_ours
     "HF_HOME": "flow/test_doctor.py",  # theirs
 }

@@ -26,7 +26,7 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("INVARLOCK_ALLOW_NETWORK", raising=False)
 
 
-@pytest.fixture(params=["parquet", "jsonl", "saved", "saved_dict"])
+@pytest.fixture(params=["parquet", "jsonl", "saved_dict"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     rows = datasets.Dataset.from_dict(ROWS)
     path = tmp_path / "corpus"
@@ -35,8 +35,6 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         rows.to_parquet(path / "test.parquet")
     elif request.param == "jsonl":
         rows.to_json(path / "test.jsonl")
-    elif request.param == "saved":
-        rows.save_to_disk(path)
     else:
         datasets.DatasetDict({"test": rows}).save_to_disk(path)
     return str(path)
@@ -45,6 +43,15 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def test_a_local_folder_is_read_whatever_its_format(folder: str) -> None:
     provider = get_provider("hf_text", dataset_name=folder, text_field="body", split="test")
     assert provider.documents() == [(f"corpus:test:{i}", text) for i, text in enumerate(ROWS["body"])]
+
+
+def test_a_set_saved_without_splits_has_none_to_choose(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict(ROWS).save_to_disk(tmp_path / "corpus")
+    options = {"dataset_name": str(tmp_path / "corpus"), "text_field": "body"}
+    whole = get_provider("hf_text", **options)
+    assert whole.documents() == [(f"corpus:data:{i}", text) for i, text in enumerate(ROWS["body"])]
+    with pytest.raises(DataError, match="without splits"):
+        get_provider("hf_text", split="test", **options).documents()
 
 
 def test_pairs_may_be_nested(folder: str) -> None:
