@@ -11,7 +11,7 @@ import pytest
 
 from invarlock.certificate.third import GATE_NAMES
 
-from .pages import DOCS, ROOT, blocks
+from .pages import DOCS, ROOT
 
 ERRORS = (DOCS / "reference" / "errors.md").read_text(encoding="utf-8")
 
@@ -87,13 +87,3 @@ def test_links_and_pictures_lead_somewhere(name: str) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (page.parent / target).exists(), target
-
-
-def test_the_readme_shows_the_help_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = [block for block in blocks(ROOT / "README.md") if (block.remark or "").startswith("help: ")]
-    assert shown
-    for block in shown:
-        command = str(block.remark).removeprefix("help: ").split()
-        monkeypatch.setenv("COLUMNS", "80")
-        done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=True)
-        assert block.code.strip() == done.stdout.strip()
