@@ -65,7 +65,8 @@ def _check(guard: StatsGuard, given: Mapping[str, Any]) -> None:
 
 #: type of a default -> the types that stand in its place, and their name
 _KINDS: dict[type, tuple[Any, str]] = {
-    bool: (bool, "True or False"), int: ((int, float), "a number"), float: ((int, float), "a number"), str: ((str, list, tuple), "text or a list"),
+    bool: (bool, "True or False"), int: ((int, float), "a number"), float: ((int, float), "a number"),
+    str: ((str, list, tuple), "text or a list"),
     dict: ((Mapping, int, float), "a mapping"), list: ((list, tuple), "a list"),
 }  # fmt: skip
 

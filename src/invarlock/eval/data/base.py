@@ -285,10 +285,8 @@ class PairProvider(Provider):
             for batch in _batches(sorted(groups, key=request.key)):
                 flat = [pair for document_id in batch for pair in groups[document_id]]
                 how = {} if request.special and not request.joined else {"add_special_tokens": False}
-                sources, targets = (
-                    tokenizer(**{name: [getattr(pair, side) for pair in flat]}, verbose=False, **how)["input_ids"]
-                    for name, side in (("text", "source"), ("text_target", "target"))
-                )
+                sources = tokenizer([pair.source for pair in flat], verbose=False, **how)["input_ids"]
+                targets = tokenizer(text_target=[pair.target for pair in flat], verbose=False, **how)["input_ids"]
                 rows: dict[str, list[_Window]] = defaultdict(list)
                 for pair, source, target in zip(flat, sources, targets, strict=True):
                     ids, labels, whole = request.fitted(source, target, tail)
