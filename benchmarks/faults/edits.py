@@ -310,13 +310,13 @@ def reset_norms(place: Place) -> Culprits:
     return names if only else names | UNIFORM
 
 
-def _embedding(model: Any) -> WeightMatrix:
-    weight = model.get_input_embeddings().weight
-    return next(w for w in weight_matrices(model) if w._parameter is weight)
+def _matrix(model: Any, module: Any) -> WeightMatrix:
+    """Return the matrix of an embedding or an output layer; it may be listed under the name of what it is tied to."""
+    return next(w for w in weight_matrices(model) if w.tensor().data_ptr() == module.weight.data_ptr())
 
 
 def zero_unseen(place: Place) -> Culprits:
-    weight = _embedding(place.model)
+    weight = _matrix(place.model, place.model.get_input_embeddings())
     unseen = sorted(set(range(weight.shape[0])) - place.seen)
     if len(unseen) < 8:
         return None
@@ -326,15 +326,14 @@ def zero_unseen(place: Place) -> Culprits:
 
 
 def shift_vocabulary(place: Place) -> Culprits:
-    weight = _embedding(place.model)
+    weight = _matrix(place.model, place.model.get_input_embeddings())
     weight.tensor().copy_(weight.tensor().roll(1, 0))
     return {weight.name}
 
 
 def reinitialise_head(place: Place) -> Culprits:
     """Re-initialise the output layer; where it is tied to the embedding, both."""
-    weight = place.model.get_output_embeddings().weight
-    entry = next(w for w in weight_matrices(place.model) if w._parameter is weight)
+    entry = _matrix(place.model, place.model.get_output_embeddings())
     tensor = entry.tensor()
     tensor.copy_(torch.randn(tensor.shape, generator=place.rng) * 0.02)
     return {entry.name}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -70,7 +71,7 @@ def write_pack(path: Path, about: Mapping[str, Any], members: Mapping[str, bytes
 
 def is_pack(path: Path) -> bool:
     """Say whether a path is a file that begins as packs do."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises where a name is too long
         return False
     with path.open("rb") as file:
         return file.read(len(_MAGIC)) == _MAGIC
