@@ -122,7 +122,7 @@ def test_a_wrong_configuration_is_one_line_and_ends_with_2(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("flags", "code"), [([], 1), (["--profile", "ci_cpu"], 3)])
+@pytest.mark.parametrize(("flags", "code"), [([], 5), (["--profile", "ci_cpu"], 3)])
 def test_sides_that_cannot_be_paired_are_a_hard_stop_in_ci_alone(
     cli: Any, configure: Configure, edited_run: RunOutcome, tmp_path: Path, flags: list[str], code: int
 ) -> None:

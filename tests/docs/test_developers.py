@@ -129,6 +129,7 @@ def test_adding_a_gate_on_a_new_figure_takes_four_files(tmp_path: Path, run: Run
     (gate,) = (gate for gate in certificate["gates"] if gate["name"] == "entropy")
     assert (gate["decision"], gate["limit"]) == ("fail", 0.1) and gate["measured"] > 0.1
     assert "ENTROPY" in [reason["code"] for reason in certificate["verdict"]["reasons"]]
-    assert len(certificate["evaluation_windows"]["preview"]["subject_entropy"]) == 32
+    measured = certificate["dataset"]["windows"]["preview"]  # so clear a change is decided before the last of the 32
+    assert len(certificate["evaluation_windows"]["preview"]["subject_entropy"]) == measured > 0
     for path in ("cert", str(ROOT / "tests" / "assets" / "certificates" / "pass_8bit.json")):
         assert "INTACT" in run(sys.executable, "-m", "invarlock", "verify", path).stdout

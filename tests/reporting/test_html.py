@@ -91,16 +91,23 @@ def test_tables_have_captions_and_headers_and_pictures_have_words(each: dict[str
     assert all(header.get("scope") in ("col", "row") for header in page.named("th"))
     pictures = [svg for svg in page.named("svg") if svg.get("aria-hidden") != "true"]
     assert all(svg.get("role") == "img" and svg.get("aria-labelledby") for svg in pictures)
-    assert len(page.named("desc")) == len(pictures) == len(page.named("title")) - 1
+    titles, words = page.named("title"), page.named("desc")
+    named = [
+        title for title in titles if "id" in title
+    ]  # the others: the page's own, and one for every point of a module
+    points = [group for group in page.named("g") if (group.get("id") or "").startswith("layers-point-")]
+    labels = [f"{title['id']} {said['id']}" for title, said in zip(named, words, strict=True)]
+    assert labels == [svg["aria-labelledby"] for svg in pictures]
+    assert len(titles) == 1 + len(pictures) + len(points)
 
 
 @pytest.mark.parametrize(
     ("kind", "figures"),
     [
-        ("pass", {"interval", "windows", "divergence", "growth"}),
+        ("pass", {"interval", "windows", "divergence", "growth", "layers"}),
         ("self", {"interval", "windows", "divergence", "growth"}),
-        ("non_finite", {"windows", "divergence", "growth"}),
-        ("accuracy", {"interval", "growth"}),
+        ("non_finite", {"windows", "divergence", "growth", "layers"}),
+        ("accuracy", {"interval", "growth", "layers"}),
         ("refused", set()),
     ],
 )

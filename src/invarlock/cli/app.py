@@ -40,11 +40,9 @@ COMMANDS: dict[str, Command] = {
     "run": Command("invarlock.cli.run:run", "Apply an edit under guards, as a configuration says."),
     "verify": Command("invarlock.cli.verify:verify", "Re-check certificates offline, without the models."),
     "report": Command("invarlock.cli.report:app", "Show certificates and runs in other forms."),
-    "diff": Command("invarlock.cli.diff:diff", "Say what was done to a checkpoint, tensor by tensor, without a model."),
+    "diff": Command("invarlock.cli.diff:diff", "Say what was done to a checkpoint, tensor by tensor."),
     "bisect": Command("invarlock.cli.bisect:bisect", "Find the tensors that carry a subject's damage, and mend it."),
-    "sensitivity": Command(
-        "invarlock.cli.bisect:sensitivity", "Rank the tensors that an edit would hurt most, before it is made."
-    ),
+    "sensitivity": Command("invarlock.cli.bisect:sensitivity", "Rank the tensors that an edit would hurt most."),
     "demo": Command("invarlock.cli.demo:demo", "Certify a good and a bad edit of a small model, offline."),
     "plugins": Command("invarlock.cli.plugins:app", "List adapters, guards, edits and data providers."),
     "calibrate": Command("invarlock.cli.calibrate:app", "Derive guards' thresholds from harmless edits of a model."),

@@ -224,7 +224,7 @@ def _kl(c: Certificate, figure: Figure) -> str | None:
     ]  # both lines are on every chart, however far apart
     least, most = edges[used[0] if used.size else 0], edges[used[-1] + 1 if used.size else -1]
     axes.set_xlim(min([least, *shown]) / 2, max([most, *shown]) * 2.5)
-    axes.bar(edges[:-1], counts, np.diff(edges) * 0.94, align="edge", color=_ONE, linewidth=0)
+    axes.bar(edges[used], counts[used], np.diff(edges)[used] * 0.94, align="edge", color=_ONE, linewidth=0)
     first, second = ("right", "left") if (d.kl_mean or 0.0) <= (limit or 0.0) else ("left", "right")
     for value, label, colour, side in ((d.kl_mean, "mean", _INK, first), (limit, "limit", _BAD, second)):
         if value is not None and value > 0:
