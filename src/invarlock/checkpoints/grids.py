@@ -28,7 +28,8 @@ _FIRST = (16, 64)  # sizes of groups, and the whole line, of which one must fit
 _SIZES = (1024, 512, 256, 128, 64, 32, 16)
 _SLACK = 1.1  # on the error of rounding to the stored type
 _EXACT = 6e-5  # single precision's own error at the most steps
-_FITTING = 0.9  # share of groups that must fit
+_FITTING = 0.9  # share of the groups that can tell which must fit
+_LEAST = 0.5  # share of all groups that must fit: one that 2 bits left few values cannot tell
 _CHANCE = -14.0  # log-probability below which a fit is no accident
 _MOST_BITS = 8
 _COARSE, _DOUBTFUL = 1e-4, 6  # values in half precision that seem to need as many bits may have an offset instead
@@ -89,6 +90,7 @@ class _Fit(NamedTuple):
     low: Tensor
     high: Tensor
     steps: Tensor | None = None  # [G, g]
+    untold: Tensor | None = None  # [G], too few values other than zero to tell a grid of one step from none
 
 
 _Code = Callable[["Tensor", float], _Fit]
@@ -140,7 +142,10 @@ def _bits(lines: Tensor, size: int, fit: _Code, unit: float) -> int:
     if not len(groups) or not bool(fit(groups[:: -(-len(groups) // _FEW)], unit).good.any()):
         return 0
     measured = fit(groups, unit)
-    return _range(measured)[0] if float(measured.good.float().mean()) >= _FITTING else 0
+    fitting, telling = int(measured.good.sum()), len(groups)
+    if measured.untold is not None:
+        telling -= int(measured.untold.sum())
+    return _range(measured)[0] if fitting >= max(_FITTING * telling, _LEAST * len(groups)) else 0
 
 
 def _range(measured: _Fit) -> tuple[int, bool]:
@@ -217,7 +222,8 @@ def _whole_steps(groups: Tensor, base: Tensor, unit: float) -> _Fit:
         if not bool((possible.any(1) & (best < 0)).any()):
             break
     steps = (share * best.clamp_min(1)[:, None]).round()
-    return _Fit(best > 0, steps.amin(1), steps.amax(1), steps)
+    untold = (best < 0) & (((share == 0) | (1 - share.abs() <= error + _EXACT)).all(1))
+    return _Fit(best > 0, steps.amin(1), steps.amax(1), steps, untold)
 
 
 def _nf4(groups: Tensor, unit: float) -> _Fit:
@@ -227,7 +233,8 @@ def _nf4(groups: Tensor, unit: float) -> _Fit:
     table = torch.tensor(_NF4)
     place = torch.bucketize(share, (table[1:] + table[:-1]) / 2)
     good = ((share - table[place]).abs() <= 4 * unit * share.abs() + 1e-6).all(1)
-    return _Fit(good, place.amin(1) - 8, place.amax(1) - 8)
+    several = len(place.unique()) > 3  # its lowest, zero and its highest alone are those of 2 bits
+    return _Fit(good & several, place.amin(1) - 8, place.amax(1) - 8)
 
 
 def _fp8(groups: Tensor, unit: float) -> _Fit:
