@@ -85,12 +85,17 @@ def test_help_is_plain_and_fits_80_columns(script: Script, command: str) -> None
     assert "\x1b" not in shown.stdout
 
 
+#: commands that measure a model succeed once, with --json below; the demo, in `make demo` and in the tests of the first page
+MEASURING = ("certify", "run", "calibrate", "bisect", "sensitivity", "baseline", "demo")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_success_exits_with_0_and_a_failure_is_one_line(script: Script, cases: dict[str, Case], command: str) -> None:
     case = cases[command]
-    done = script(*case.success, COLUMNS="80")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() and "\x1b" not in done.stdout + done.stderr
+    if command not in MEASURING:
+        done = script(*case.success, COLUMNS="80")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() and "\x1b" not in done.stdout + done.stderr
     failed = script(*case.failure)
     assert failed.returncode == case.code, failed.stderr
     said = failed.stderr.strip() or failed.stdout.strip()
