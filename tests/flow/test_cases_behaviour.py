@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from certification import Certify, gates, reread
 from invarlock.certificate.verify import verify_certificate
@@ -144,10 +145,26 @@ def test_a_subject_whose_activations_do_not_fit_its_type_fails_by_block_and_type
     assert certify_models(baseline, baseline).status == "PASS"
 
 
+def _of_ids_below(limit: int, model: Path, text: Path, folder: Path) -> Path:
+    """Write the documents of a text that a model's tokenizer encodes with ids below `limit`."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    lines = text.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if max(tokenizer(json.loads(line)["text"])["input_ids"]) < limit]
+    (folder / "shared.jsonl").write_text("".join(kept), encoding="utf-8")
+    return folder / "shared.jsonl"
+
+
 @pytest.mark.parametrize("rows", [64, -8], ids=["padded", "cut"])
 def test_another_vocabulary_is_judged_by_behaviour_where_that_is_asked_for(
-    make: Make, llama_model: Path, certify_models: Certify, rows: int
+    make: Make,
+    llama_model: Path,
+    certify_models: Certify,
+    text_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: int,
 ) -> None:
+    """On text of ids that both sides have: a cut table cannot read the ids that it lost."""
+
     def resize(tensors: Tensors) -> None:
         table = tensors["model.embed_tokens.weight"]
         more = table.mean(0, keepdim=True).expand(max(rows, 0), -1)
@@ -155,10 +172,11 @@ def test_another_vocabulary_is_judged_by_behaviour_where_that_is_asked_for(
 
     size = json.loads((llama_model / "config.json").read_text())["vocab_size"] + rows
     subject = make(llama_model, resize, vocab_size=size)
-    refused = certify_models(subject, llama_model)
+    shared = {"file": str(_of_ids_below(size, llama_model, text_file, tmp_path_factory.mktemp("shared")))}
+    refused = certify_models(subject, llama_model, dataset=shared)
     assert refused.status == "FAIL"
     assert "--intent restructure" in refused.certificate["primary_metric"]["reason"]
-    outcome = certify_models(subject, llama_model, intent="restructure")
+    outcome = certify_models(subject, llama_model, dataset=shared, intent="restructure")
     assert outcome.certificate["divergence"]["kl_mean"] is not None
     assert gates(outcome.certificate)["divergence_kl"] == gates(outcome.certificate)["primary_metric"] == "pass"
     assert "under intent restructure" in outcome.certificate["invariants"]["message"] or rows < 0
