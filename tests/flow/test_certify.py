@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -167,12 +168,15 @@ def test_rounding_to_eight_bits_passes_on_measured_evidence(passed: CertifyOutco
     assert {"primary_metric", "divergence_kl", "token_flips", "spectral", "rmt", "pairing"} <= gates(certificate).keys()
 
 
-def test_rounding_to_two_bits_fails_and_says_that_all_of_it_changed(failed: CertifyOutcome) -> None:
+def test_rounding_to_two_bits_fails_and_says_how_much_of_it_changed(failed: CertifyOutcome) -> None:
     assert failed.status == "FAIL"
     decided = gates(failed.certificate)
     assert decided["primary_metric"] == decided["divergence_kl"] == "fail"
-    assert failed.certificate["weights"]["uniform"] is True
-    assert "uniform" in failed.certificate["verdict"]["reasons"][0]["message"]
+    weights, message = failed.certificate["weights"], failed.certificate["verdict"]["reasons"][0]["message"]
+    assert (weights["culprits"], weights["uniform"]) == ([], False)  # the embedding of positions was not rounded
+    assert re.search(
+        r"changed: .*attn\.weight \((\d+) of \1\).*; \d+ of \d+ tensors changed, \d+ are as they were", message
+    )
 
 
 def test_a_limit_inside_the_interval_is_inconclusive_and_says_what_would_decide(

@@ -28,7 +28,7 @@ from invarlock.certificate.schema import (
 from invarlock.evidence.plain import finite_or_none
 from invarlock.evidence.rows import Rows
 from invarlock.guards.boundary import BUILT_IN_GUARDS
-from invarlock.guards.sketch import Culprits
+from invarlock.guards.sketch import NO_CHANGE, Culprits
 from invarlock.policy.limits import Limits
 from invarlock.stats.paired import safe_exp
 
@@ -68,7 +68,7 @@ class Measured:
     def named(self, reason: str) -> str:
         """Add the weights at fault to a behavioural failure."""
         found = self.culprits
-        return f"{reason}; {found.text}" if found is not None and (found.named or found.uniform) else reason
+        return f"{reason}; {found.text}" if found is not None and found.text != NO_CHANGE else reason
 
     @property
     def culprit(self) -> str | None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "NO_CHANGE",
     "SKETCH_CONTRACT",
     "Culprits",
     "compare_all",
@@ -127,6 +128,10 @@ def compare_all(
     return rows
 
 
+#: what is said where no tensor changed
+NO_CHANGE = "no tensor changed"
+
+
 @dataclass(frozen=True)
 class Culprits:
     """What changed. `named`: the tensors that stand out, worst first, each {name, what, rel_change, cosine, ...}.
@@ -162,7 +167,7 @@ def culprits(rows: Sequence[Mapping[str, Any]]) -> Culprits:
         more = f" and {len(named) - 3} more" if len(named) > 3 else ""
         return Culprits(named, False, f"stands out: {shown}{more}")
     if not changed:
-        return Culprits([], False, "no tensor changed")
+        return Culprits([], False, NO_CHANGE)
     sizes = [changes[row["name"]] for row in changed]
     low, high = min(sizes), max(sizes)
     families = ", ".join(sorted({row["family"] for row in changed}))
