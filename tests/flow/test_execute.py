@@ -481,6 +481,7 @@ def test_two_runs_give_the_same_report_but_for_ids_and_timings(execute: Execute)
 
 def test_the_report_records_what_a_reader_needs(execute: Execute, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INVARLOCK_OMP_THREADS", str(torch.get_num_threads()))
+    monkeypatch.delenv("INVARLOCK_CACHE")  # set for all tests
     report = execute(_small, auto_config={"tier": "conservative", "probes": 3, "target_pm_ratio": 1.2, "enabled": True})
     assert report.meta["auto"] == {"tier": "conservative", "probes": 3, "target_pm_ratio": 1.2, "enabled": True}
     assert report.meta["policy"]["values"]["metrics"]["pm_ratio"]["limit"] == 1.05

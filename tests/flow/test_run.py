@@ -64,7 +64,7 @@ def test_an_edited_run_holds_its_own_baseline_and_can_be_certified(edited_run: R
 def test_an_unedited_run_serves_certify_as_baseline(
     noop_run: RunOutcome, certify_models: Callable[..., Any], demo_model: Path, harmless: Path
 ) -> None:
-    same = certify_models(demo_model, baseline_report=noop_run.folder)
+    same = certify_models(demo_model, baseline_report=noop_run.folder, dataset={"seq_len": 32})
     assert same.certificate["primary_metric"]["ratio_vs_baseline"] == 1.0
     assert same.certificate["weights"]["identical"]
     assert {gate["decision"] for gate in same.certificate["gates"] if gate["basis"] == "guard"} == {"pass"}

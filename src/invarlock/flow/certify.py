@@ -313,8 +313,13 @@ def _refuse(job: Job, request: CertifyRequest, source: Source, subject: Side) ->
 
 
 def _encode_both(job: Job, baseline: Side, subject: Side) -> None:
-    """Encode every document that windows are cut from with both tokenizers; the subject's usage says how many differ."""
+    """Encode every document that windows are cut from with both tokenizers; the subject's usage says how many differ.
+
+    Two sides of one folder have one tokenizer, which is not held against itself.
+    """
     ours, theirs = subject.tokenizer, baseline.tokenizer
+    if subject.folder is not None and subject.folder == baseline.folder:
+        return
     if not job.texts or ours is None or theirs is None or subject.usage is None or "encoded" in subject.usage:
         return
     texts = {name: text for read in job.texts for name, text in read().items()}
