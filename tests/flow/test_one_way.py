@@ -133,6 +133,12 @@ def _differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: {str(one)[:80]} != {str(other)[:80]}"
 
 
+def _without_remarks_on_text(certificate: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what a provider said as it read its text: `execute` is handed windows, and reads none."""
+    notes = [note for note in certificate.get("notes") or () if "they count as one document" not in note]
+    return {**certificate, "notes": notes}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("edit", ["quant_rtn", "noop"])
 def test_three_orders_of_the_same_steps_give_the_same_certificate(
@@ -147,8 +153,9 @@ def test_three_orders_of_the_same_steps_give_the_same_certificate(
     second = make_certificate(ran.report, json.loads(stored.read_text()))
     third = _executed(subject, path, edit, first.source_report)
     certificates = [_steady(reread(c)) for c in (first.certificate, second, third)]
-    for other in certificates[1:]:
-        assert list(_differences(certificates[0], other)) == []
+    assert list(_differences(certificates[0], certificates[1])) == []
+    one, other = (_without_remarks_on_text(certificate) for certificate in (certificates[0], certificates[2]))
+    assert list(_differences(one, other)) == []
 
 
 @pytest.mark.slow

@@ -181,6 +181,7 @@ class _Run:
             _require_windows(job.windows, given.measured)
         elif job.windows is not None:
             measured = measure(job, self.model, self.side, "the unedited model")
+            steps.remark_on_baseline(job, measured.evidence)
             report = steps.report(job, measured, steps.NOOP, f"{self.log.run_id}-baseline")
             self.held_to = StoredBaseline(report.to_dict(), measured)
         stats = self.held_to.measured.guard_stats if self.held_to is not None else None
