@@ -74,7 +74,8 @@ def _holds(document: Document) -> bool:
 @pytest.mark.parametrize("kind", ["failed", "refused"])
 def test_no_value_can_be_changed(kind: str, authentic: dict[str, Document]) -> None:
     tried = 0
-    for path, what, altered in itertools.islice(alterations(authentic[kind]), 0, None, 2):  # every other one, to save time
+    every_other = itertools.islice(alterations(authentic[kind]), 0, None, 2)  # to save time
+    for path, what, altered in every_other:
         tried += 1
         assert not _holds(altered), f"{'.'.join(map(str, path))} {what} is not noticed"
     assert tried > 250
