@@ -233,7 +233,8 @@ def _nf4(groups: Tensor, unit: float) -> _Fit:
     table = torch.tensor(_NF4)
     place = torch.bucketize(share, (table[1:] + table[:-1]) / 2)
     good = ((share - table[place]).abs() <= 4 * unit * share.abs() + 1e-6).all(1)
-    several = int(torch.bincount(place.flatten()).count_nonzero()) > 3  # lowest, zero and highest alone are those of 2 bits
+    # the lowest, zero and the highest alone are the levels of 2 bits
+    several = int(torch.bincount(place.flatten()).count_nonzero()) > 3
     return _Fit(good & several, place.amin(1) - 8, place.amax(1) - 8)
 
 
