@@ -17,7 +17,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## certify a good and a bad edit of the packaged model
 	$(BIN)/invarlock demo
 
-test test-fast: export OMP_NUM_THREADS = 1  # two processes on two cores
+# two processes on two cores
+test test-fast: export OMP_NUM_THREADS = 1
 
 test: $(READY)  ## run the tests
 	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
