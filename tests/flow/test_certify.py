@@ -399,6 +399,20 @@ def test_a_checkpoint_that_cannot_be_read_is_a_load_error_in_one_line(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
+def test_an_absent_shard_is_a_fail_that_names_its_tensors(
+    demo_model: Path, copy_model: Callable[..., Path], certify_models: Certify
+) -> None:
+    folder = copy_model(demo_model, max_shard_size="500KB")
+    index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    shard = sorted(set(index["weight_map"].values()))[1]
+    (folder / shard).unlink()
+    outcome = certify_models(folder, demo_model)
+    named = {reason["tensor"] for reason in outcome.certificate["verdict"]["reasons"]}
+    assert outcome.status == "FAIL"
+    assert named and named <= {name for name, file in index["weight_map"].items() if file == shard}
+
+
 @pytest.mark.usefixtures("no_loading")
 def test_too_little_text_stops_before_loading_in_ci(
     demo_model: Path, one_document: Path, certify_models: Certify, tmp_path: Path

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from invarlock.assurance.certification import request_from
-from invarlock.certificate.reports import check_baseline
+from invarlock.certificate.reports import check_baseline, evidence_of
 from invarlock.core.api import RunConfig
 from invarlock.core.exceptions import CertificateError, ConfigError
 from invarlock.flow.sampling import check_same_data
@@ -42,12 +42,12 @@ def test_a_stored_baseline_of_other_data_is_refused_by_key(
     stored: dict[str, Any], asked: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(ConfigError, match=named):
-        check_same_data(stored, asked)
+        check_same_data(evidence_of(stored, "baseline").data, asked)
 
 
 @pytest.mark.parametrize("asked", [{}, {"seed": 42}, {"provider": "python_docs", "seq_len": 160, "seed": 42}])
 def test_a_stored_baseline_of_the_data_asked_for_is_taken(stored: dict[str, Any], asked: dict[str, Any]) -> None:
-    check_same_data(stored, asked)
+    check_same_data(evidence_of(stored, "baseline").data, asked)
 
 
 def test_a_data_file_that_is_gone_is_refused(stored: dict[str, Any], tmp_path: Path) -> None:
@@ -56,9 +56,9 @@ def test_a_data_file_that_is_gone_is_refused(stored: dict[str, Any], tmp_path: P
     data = {**evidence["data"], "provider": "local_jsonl", "options": {"file": path, "text_field": "text"}}
     report = {**stored, "evidence": {**evidence, "data": data}}
     with pytest.raises(ConfigError, match="does not exist; expected the data file"):
-        check_same_data(report, {"provider": "local_jsonl", "file": path})
+        check_same_data(evidence_of(report, "baseline").data, {"provider": "local_jsonl", "file": path})
     Path(path).touch()
-    check_same_data(report, {"provider": "local_jsonl", "file": path})
+    check_same_data(evidence_of(report, "baseline").data, {"provider": "local_jsonl", "file": path})
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import shutil
-import tempfile
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +23,7 @@ from invarlock.core import settings
 from invarlock.core.api import ModelAdapter, ModelLike
 from invarlock.core.device import require_extra, resolve_device
 from invarlock.core.exceptions import AdapterError, CheckpointDamagedError, ConfigError, ModelLoadError
-from invarlock.core.files import first_line
+from invarlock.core.files import first_line, kept_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -243,8 +240,7 @@ def _placed(options: Mapping[str, Any], *, stays: bool) -> dict[str, Any]:
     require_extra("device_map", "adapters", "accelerate")
     chosen, folder = options["device_map"], options.get("offload_folder")
     if folder is None:
-        folder = tempfile.mkdtemp(prefix="invarlock-offload-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        folder = str(kept_folder())
     return {**others, "device_map": {"": "disk"} if chosen == "disk" else chosen, "offload_folder": folder}
 
 

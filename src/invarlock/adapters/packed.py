@@ -34,10 +34,8 @@ class HF_GPTQ_Adapter(HF_Causal_Adapter):
 
     def matches(self, config: PretrainedConfig) -> bool:
         method, layout = _packing(config)
-        by_awq = "awq" in layout
-        return super().matches(config) and method in self.methods and (method != "auto-round" or by_awq == self._awq)
-
-    _awq: ClassVar[bool] = False
+        its_layout = method != "auto-round" or ("awq" in layout) == ("awq" in self.methods)
+        return super().matches(config) and method in self.methods and its_layout
 
     def load_model(self, model_id: str, device: str = "auto", **options: Any) -> PreTrainedModel:
         """See `HF_Causal_Adapter`. Raises AdapterError for a checkpoint of another packing."""
@@ -58,7 +56,6 @@ class HF_AWQ_Adapter(HF_GPTQ_Adapter):
 
     name = "hf_awq"
     methods = ("awq", "auto-round")
-    _awq = True
 
 
 class HF_BNB_Adapter(HF_GPTQ_Adapter):

@@ -14,7 +14,7 @@ from invarlock.checkpoints.side import Loading
 from invarlock.core import registry
 from invarlock.core.exceptions import ConfigError
 from invarlock.core.ranks import follows
-from invarlock.core.registry import nearest
+from invarlock.core.registry import nearest, no_argument
 from invarlock.flow.certify import CertifyOutcome, CertifyRequest
 from invarlock.flow.certify import certify as run_certify
 from invarlock.flow.job import INTENTS, Tick
@@ -121,9 +121,7 @@ def certify(
     """
     for name in unknown:
         known = [key for key in inspect.signature(certify).parameters if key != "unknown"]
-        raise ConfigError(
-            f"certify has no argument {name!r}{nearest(name, known)}; expected one of: {', '.join(known)}"
-        )
+        raise no_argument("certify", name, known)
     _choose(profile=(profile, PROFILES), intent=(intent, INTENTS), tier=(tier, TIERS))
     flags: dict[str, object] = {"model.adapter": adapter, "model.device": device, "auto.tier": tier, "dataset": dataset}
     flags |= {"eval.early_stop": None if early_stop else False, "output.dir": None if runs is None else os.fspath(runs)}

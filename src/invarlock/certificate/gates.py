@@ -40,6 +40,7 @@ __all__ = [
     "Outcome",
     "all_gates",
     "base_name",
+    "kind_of_text",
     "validation_of",
     "verdict_of",
 ]
@@ -298,6 +299,11 @@ def verdict_of(gates: Sequence[Gate], m: Measured, kinds: Sequence[GateKind] = G
 def base_name(gate: str) -> str:
     """Return what a gate is called without the kind of text that it is on: `primary_metric[code]` is `primary_metric`."""
     return gate if gate.startswith(f"{PLUGINS}:") else gate.partition("[")[0]
+
+
+def kind_of_text(gate: str) -> str:
+    """Return the kind of text that a gate is on: `primary_metric[code]` is on `code`; "" where it is on all."""
+    return gate.removeprefix(base_name(gate)).strip("[]")
 
 
 _MOST_REASONS = 5

@@ -433,9 +433,8 @@ class Recorded(Plain):
     data: DataFacts
     weights: WeightsRecord
     evaluation_windows: dict[Split, PairedRows]
-    notes: Annotated[list[str] | None, ABSENT] = (
-        None  # what was said as it was made: data left out, settings overridden
-    )
+    #: what was said as it was made: data left out, settings overridden
+    notes: Annotated[list[str] | None, ABSENT] = None
     activation_peaks: Annotated[PeaksRecord | None, ABSENT] = None
     looks: Annotated[LooksRecord | None, ABSENT] = None  # None: all of the text, in one look
     experts: Annotated[ExpertsRecord | None, ABSENT] = None

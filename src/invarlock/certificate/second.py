@@ -27,7 +27,7 @@ from invarlock.stats.paired import AccuracyComparison, Decision, confidence_labe
 from invarlock.stats.proportions import accuracy_score_paired
 from invarlock.stats.studentised import studentised_interval
 
-__all__ = ["SECOND_ESTIMATORS", "SECOND_GATES", "confidence_of", "effective_documents"]
+__all__ = ["SECOND_ESTIMATORS", "SECOND_GATES", "confidence_of", "effective_documents", "sample_outcome"]
 
 _Labels = Sequence[Hashable]
 
@@ -109,17 +109,24 @@ def effective_documents(m: Measured) -> float:
 
 
 def _sample(m: Measured) -> Outcome:
-    floor, counts, documents = m.limits.sample, m.counts, effective_documents(m)
+    counts = m.counts
+    return sample_outcome(m, (counts["actual_preview"], counts["actual_final"]), counts["tokens"])
+
+
+def sample_outcome(m: Measured, windows: tuple[float, float], tokens: float, planned: str = "") -> Outcome:
+    """Hold windows of preview and final and scored tokens, `planned ` or measured, and the documents that were used, to
+    the floors."""
+    floor, documents = m.limits.sample, effective_documents(m)
     needs = (
-        (counts["actual_preview"], floor.preview, "preview windows"),
-        (counts["actual_final"], floor.final, "final windows"),
-        (counts["tokens"], floor.min_tokens, "scored tokens"),
+        (windows[0], floor.preview, f"{planned}preview windows"),
+        (windows[1], floor.final, f"{planned}final windows"),
+        (tokens, floor.min_tokens, f"{planned}scored tokens"),
         (round(documents, 6), floor.min_documents, "documents of equal weight"),
     )
     short = [f"{have:.6g} {what}, {needed} needed" for have, needed, what in needs if not have >= needed]
     decision: GateDecision = "pass" if not short else "warn" if floor.shortfall == "warn" else "inconclusive"
     reason = "; ".join(short) or f"enough windows, tokens and documents ({documents:.0f} of equal weight)"
-    return Outcome(float(counts["tokens"]), float(floor.min_tokens), "counts", decision, reason)
+    return Outcome(float(tokens), float(floor.min_tokens), "counts", decision, reason)
 
 
 def _drift(m: Measured) -> Outcome | None:

@@ -9,8 +9,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache, partial
 
 from invarlock.certificate.figures import Comparison, figures
 from invarlock.certificate.gates import GateKind, Measured, Outcome
@@ -34,8 +35,8 @@ SLICED = (
 #: what a gate on one kind of text is called: `primary_metric[code]`
 _NAME = "{gate}[{slice}]"
 
-#: by name: judged at the level of the whole, and at the one at which a kind of text may fail
-Slices = Mapping[str, tuple[Measured, Measured]]
+#: by name: judged at the level of the whole, and what judges at the one at which a kind of text may fail
+Slices = Mapping[str, tuple[Measured, Callable[[], Measured]]]
 
 
 def measured_slices(whole: Measured, c: Comparison, data: DataFacts, divergence: DivergenceRecord | None) -> Slices:
@@ -46,13 +47,12 @@ def measured_slices(whole: Measured, c: Comparison, data: DataFacts, divergence:
         raise CertificateError(f"the rows are of the slices {got}; the data have {expected}")
     record = None if divergence is None else divergence.model_copy(update={"histogram": []})  # that is of all text
     level = 1 - (1 - c.limits.ratio.ci_level) / max(len(known), 1)
-    return {
-        name: (
-            _measured(whole, replace(c, rows=c.rows.of_slice(name)), facts, record),
-            _measured(whole, replace(c, rows=c.rows.of_slice(name), limits=at_level(c.limits, level)), facts, record),
-        )
-        for name, facts in known.items()
-    }
+    strict, found = at_level(c.limits, level), {}
+    for name, facts in known.items():
+        here = replace(c, rows=c.rows.of_slice(name))
+        there = partial(_measured, whole, replace(here, limits=strict), facts, record)
+        found[name] = _measured(whole, here, facts, record), cache(there)  # most pass, and need no second look
+    return found
 
 
 def at_level(limits: Limits, level: float) -> Limits:
@@ -82,7 +82,7 @@ def slice_gates(slices: Slices, kinds: Sequence[GateKind]) -> Iterator[Gate]:
             if outcome is None:
                 continue
             if outcome.decision == "fail":
-                outcome = _still(outcome, kind.check(strict), strict.limits.ratio.ci_level)
+                outcome = _still(outcome, kind.check(strict()), strict().limits.ratio.ci_level)
             value = finite_or_none(outcome.measured) if isinstance(outcome.measured, float) else outcome.measured
             found = outcome._replace(measured=value, reason=f"on {name}: {outcome.reason}")
             yield Gate(name=_NAME.format(gate=kind.name, slice=name), **found._asdict())

@@ -13,7 +13,7 @@ from typing import Any
 from invarlock.certificate.gates import PLUGINS, GateKind, Measured, Outcome
 from invarlock.certificate.guards import GUARDS
 from invarlock.certificate.schema import Coverage, GateDecision
-from invarlock.certificate.second import SECOND_ESTIMATORS, SECOND_GATES, effective_documents
+from invarlock.certificate.second import SECOND_ESTIMATORS, SECOND_GATES, sample_outcome
 from invarlock.guards.base import StatsGuard
 from invarlock.guards.routing import expert_of, not_exercised
 from invarlock.stats.coverage import smallest_share
@@ -25,19 +25,10 @@ THIRD_ESTIMATORS = SECOND_ESTIMATORS
 
 def _sample(m: Measured) -> Outcome:
     """Hold what was planned to the floors of windows and tokens, and what was used to that of documents."""
-    floor, counts, documents, plan = m.limits.sample, m.counts, effective_documents(m), m.planned
-    windows = plan.planned_windows if plan else (counts["actual_preview"], counts["actual_final"])
-    tokens, planned = (plan.planned_tokens, "planned ") if plan else (counts["tokens"], "")
-    needs = (
-        (windows[0], floor.preview, f"{planned}preview windows"),
-        (windows[1], floor.final, f"{planned}final windows"),
-        (tokens, floor.min_tokens, f"{planned}scored tokens"),
-        (round(documents, 6), floor.min_documents, "documents of equal weight"),
-    )
-    short = [f"{have:.6g} {what}, {needed} needed" for have, needed, what in needs if not have >= needed]
-    decision: GateDecision = "pass" if not short else "warn" if floor.shortfall == "warn" else "inconclusive"
-    reason = "; ".join(short) or f"enough windows, tokens and documents ({documents:.0f} of equal weight)"
-    return Outcome(float(tokens), float(floor.min_tokens), "counts", decision, reason)
+    plan, counts = m.planned, m.counts
+    if plan is None:
+        return sample_outcome(m, (counts["actual_preview"], counts["actual_final"]), counts["tokens"])
+    return sample_outcome(m, plan.planned_windows, plan.planned_tokens, "planned ")
 
 
 def coverage_of(m: Measured) -> Coverage | None:

@@ -99,9 +99,8 @@ def usage(folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizer
     template = _chat_template(folder)
     if tokenizer is not None:
         found["tokenizer"] = tokenizer_usage(tokenizer)
-    if (
-        folder / REBUILT
-    ).is_file():  # it has one end of the text, no file about generation, and roles that the converter left out
+    if (folder / REBUILT).is_file():
+        # metadata have one end of the text, no file about generation, and roles that the converter left out
         found = {key: value for key, value in found.items() if key not in ("config", "generation", "sampling")}
         found["rebuilt"] = "gguf"
     if tokenizer is not None or template:

@@ -296,20 +296,13 @@ class _Names:
 
     def all(self) -> Iterator[Operation]:
         """Yield the operations."""
-        for recognise in (self._constant, self._scaled, self._shifted, self._lines, self._rounded, self._pruned):
-            found = list(recognise())
-            if found:
+        moved = (self._moved,) if self.cosine < _MOVED else ()
+        named = (self._constant, self._scaled, self._shifted, self._lines, self._rounded, self._pruned)
+        for recognise in (*named, *moved, self._low_rank):
+            if found := list(recognise()):
                 yield from found
                 return
-        if self.cosine < _MOVED:
-            found = list(self._moved())
-            if found:
-                yield from found
-                return
-        found = list(self._low_rank())
-        if found:
-            yield from found
-        elif abs(self.cosine) < _UNRELATED and self.sums.aa:
+        if abs(self.cosine) < _UNRELATED and self.sums.aa:
             spread = math.sqrt(self.sums.bb / max(self.new.numel(), 1))
             yield Operation("unrelated", {"spread": spread})
         else:

@@ -7,12 +7,9 @@ private folder that stands until the program ends.
 
 from __future__ import annotations
 
-import atexit
 import json
 import re
-import shutil
 import struct
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +24,7 @@ from invarlock.checkpoints.quiet import quiet_transformers
 from invarlock.checkpoints.structure import Layout, layout_of, structure_of
 from invarlock.core.device import require_extra
 from invarlock.core.exceptions import ModelLoadError
-from invarlock.core.files import first_line
+from invarlock.core.files import first_line, kept_folder
 from invarlock.evidence.model import Structure
 
 if TYPE_CHECKING:
@@ -78,8 +75,7 @@ def unfolded(file: Path) -> Path:
     if key not in _done:
         require_extra(f"the file {file}", "gguf", "gguf")
         require_extra(f"the file {file}", "adapters", "torch", "transformers")
-        target = Path(tempfile.mkdtemp(prefix="invarlock-"))  # only this user can read it
-        atexit.register(shutil.rmtree, target, ignore_errors=True)
+        target = kept_folder()
         _unfold(shards, target)
         _done[key] = target
     return _done[key]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -19,8 +20,18 @@ _WHAT = "a safetensors file"
 
 def open_tensors(path: Path) -> Any:
     """Open a safetensors file for torch, its header checked. Errors of `check_header`, SafetensorError and OSError."""
-    check_header(path)
+    try:
+        facts = os.stat(path)
+        _check_once(path, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+    except OSError:
+        check_header(path)  # says what is wrong with the path
     return safe_open(path, framework="pt")
+
+
+@lru_cache(maxsize=256)
+def _check_once(path: Path, *state: int) -> None:
+    """Check a file that is opened for every tensor of it once, as long as it stays as it is."""
+    check_header(path)
 
 
 def read_header(path: Path) -> dict[str, Any]:

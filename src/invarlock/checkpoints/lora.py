@@ -5,8 +5,6 @@ peft itself merges, since it alone knows every kind; the result stands in a priv
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import json
 import os
 import shutil
@@ -22,7 +20,7 @@ from invarlock.checkpoints.quiet import quiet_transformers
 from invarlock.checkpoints.structure import live_structure
 from invarlock.core.device import require_extra
 from invarlock.core.exceptions import ModelLoadError
-from invarlock.core.files import first_line, private_folder, read_json
+from invarlock.core.files import first_line, kept_folder, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,8 +38,6 @@ _TOKENIZER = (
     "*.model",
     "*.jinja",
 )
-_kept = contextlib.ExitStack()  # of the folders of merged checkpoints
-atexit.register(_kept.close)
 _at_work: list[Path] = []  # adapters whose bases are being found, one the base of the other
 _done: dict[tuple[Path, int], Path] = {}  # by folder and age of the adapter
 
@@ -70,7 +66,7 @@ def merged(folder: Path, find_base: Callable[[str], Path]) -> Path:
     if key not in _done:
         require_extra(f"the adapter {folder}", "adapters", "torch", "transformers", "peft")
         base = _base_of(folder, find_base)
-        target = _kept.enter_context(private_folder())
+        target = kept_folder()
         with quiet_transformers(), warnings.catch_warnings(action="ignore"):  # what matters of it is checked here
             _merge(folder, base, target)
         _done[key] = target

@@ -339,11 +339,14 @@ class PackedFolder:
 
     def readers(self) -> dict[str, Callable[[], Tensor]]:
         """See `base.readers`."""
+        settings = _settings(self.folder) or {}
         with self._opened() as stored:
-            packed, parts = self._packed(stored, _settings(self.folder) or {})
+            packed, parts = self._packed(stored, settings)
         plain = (name for name in stored if name not in packed.keys() | parts and name.rpartition(".")[2] not in _ASIDE)
-        names = {name: packed[name][1] for name in packed} | {name: name for name in plain}
-        return {shown: partial(self._read, name) for name, shown in names.items()}
+        own: dict[str, Callable[[], Tensor]] = {
+            how[1]: partial(self._read, name, how, settings) for name, how in packed.items()
+        }
+        return own | {name: partial(self._read, name, None, settings) for name in plain}
 
     def parts(self) -> dict[str, str]:
         """Return for every stored part of a packed weight the name of the dense one."""
@@ -351,12 +354,10 @@ class PackedFolder:
             packed, _ = self._packed(stored, _settings(self.folder) or {})
         return {part: dense for _, dense, names in packed.values() for part in names.values()}
 
-    def _read(self, name: str) -> Tensor:
-        settings = _settings(self.folder) or {}
+    def _read(self, name: str, how: tuple[_Scheme, str, dict[str, str]] | None, settings: Settings) -> Tensor:
         with self._opened() as stored:
-            packed, _ = self._packed(stored, settings)
-            if name in packed:
-                return _dense(name, *packed[name], stored, settings)[1]
+            if how is not None:
+                return _dense(name, *how, stored, settings)[1]
             return next(tensor for _, tensor in _other(name, stored[name].get_tensor(name)))
 
     def _packed(

@@ -63,8 +63,8 @@ class SafetensorsFolder:
                 ) from error
 
     def count(self) -> int:
-        """Return how many tensors the files hold, by their headers alone."""
-        return len({name for path in self.files() for name in read_header(path)})
+        """Return how many tensors the files that are there hold, by their headers alone."""
+        return len({name for path in self.files(absent_too=False) for name in read_header(path)})
 
     def readers(self) -> dict[str, Callable[[], Tensor]]:
         """See `base.readers`. A file is mapped while a tensor of it is read, so that memory holds no more than that."""

@@ -18,7 +18,7 @@ from invarlock.core.files import write_json, write_whole
 from invarlock.flow.bisect import Bisection, BisectRequest, open_search, seconds
 from invarlock.flow.bisect import bisect as run_bisect
 from invarlock.flow.damage import Changed
-from invarlock.flow.diff import role_of
+from invarlock.flow.diff import place_of
 from invarlock.flow.repair import Repair
 from invarlock.flow.repair import repair as run_repair
 from invarlock.flow.sampling import dataset_options
@@ -181,12 +181,8 @@ def _show(
 
 
 def _page(title: str, lines: list[str], ranking: list[Changed], found: Bisection | None = None) -> Findings:
-    picture = {}
-    for change in sorted(
-        ranking, key=lambda change: (layer_index(change.name) is not None, layer_index(change.name) or 0)
-    ):
-        layer = layer_index(change.name)
-        picture["outside" if layer is None else str(layer), role_of(change.name)] = max(change.expected, 0.0)
+    ordered = sorted(ranking, key=lambda change: -1 if (layer := layer_index(change.name)) is None else layer)
+    picture = {place_of(change.name): max(change.expected, 0.0) for change in ordered}
     rows = []
     for change in ranking:
         recovered = found.recovered(change.name) if found is not None else None

@@ -7,13 +7,13 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from invarlock.checkpoints.fingerprints import Change
 from invarlock.cli.console import emit_json, note, progress, say
 from invarlock.cli.options import JsonOption
 from invarlock.core.exceptions import ConfigError, InvarlockError
 from invarlock.core.files import write_whole
-from invarlock.flow.diff import Diff, Expectation, role_of
+from invarlock.flow.diff import Diff, Expectation, place_of
 from invarlock.flow.diff import diff as run_diff
-from invarlock.guards.families import layer_index
 from invarlock.reporting.findings import Findings, render_findings
 
 __all__ = ["diff"]
@@ -57,7 +57,7 @@ def diff(
         return code
     for line in [*found.summary, *(f"NOT MEANT: {line}" for line in violations[:_SHOWN])]:
         say(line)
-    for change in sorted(found.changed, key=lambda c: -(c.rel_change or 0.0)) if verbose else ():
+    for change in _largest_first(found) if verbose else ():
         say(f"  {change.name}  {_number(change.rel_change)}  cosine {_number(change.cosine)}  {change.words}")
     return code
 
@@ -66,16 +66,16 @@ def _number(value: float | None) -> str:
     return "—" if value is None else f"{value:.4g}"
 
 
+def _largest_first(found: Diff) -> list[Change]:
+    return sorted(found.changed, key=lambda change: -(change.rel_change or 0.0))
+
+
 def _page(found: Diff, violations: list[str]) -> Findings:
-    picture = {}
-    for change in found.changes:
-        layer = layer_index(change.name)
-        place = ("outside" if layer is None else str(layer), role_of(change.name))
-        picture[place] = float("inf") if change.rel_change is None else change.rel_change
+    picture = {place_of(c.name): float("inf") if c.rel_change is None else c.rel_change for c in found.changes}
     rows = [
         (c.name, c.words, _number(c.rel_change), _number(c.cosine), _number(c.largest), f"{c.rows[0]} of {c.rows[1]}",
          f"{c.columns[0]} of {c.columns[1]}")
-        for c in sorted(found.changed, key=lambda c: -(c.rel_change or 0.0))
+        for c in _largest_first(found)
     ]  # fmt: skip
     return Findings(
         title=f"{found.baseline} → {found.subject}",

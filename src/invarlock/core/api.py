@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar, ru
 
 from invarlock.core.exceptions import AdapterError, ConfigError
 from invarlock.core.files import plain
-from invarlock.core.registry import nearest
+from invarlock.core.registry import no_argument
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,8 +94,7 @@ def _named(config: _Config) -> _Config:
     @functools.wraps(make)
     def init(self: object, *args: object, **given: object) -> None:
         for name in given.keys() - set(known):
-            what = f"{config.__name__} has no argument {name!r}{nearest(name, known)}"
-            raise ConfigError(f"{what}; expected one of: {', '.join(known)}")
+            raise no_argument(config.__name__, name, known)
         make(self, *args, **given)
 
     config.__init__ = init  # type: ignore[misc]

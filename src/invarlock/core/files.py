@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import math
@@ -16,7 +17,19 @@ from invarlock.core.exceptions import ConfigError, InvarlockError
 from invarlock.core.leftovers import SNAPSHOTS, owned_folder, owned_name
 from invarlock.core.reading import parse_json, read_regular
 
-__all__ = ["first_line", "plain", "private_folder", "read_json", "write_json", "write_together", "write_whole"]
+__all__ = [
+    "first_line",
+    "kept_folder",
+    "plain",
+    "private_folder",
+    "read_json",
+    "write_json",
+    "write_together",
+    "write_whole",
+]
+
+_kept = contextlib.ExitStack()  # of the folders that stand until the program ends
+atexit.register(_kept.close)
 
 _EXACT = 2**53  # from here on not every whole number is a float, and a float stays one
 
@@ -101,3 +114,8 @@ def private_folder(parent: Path | None = None) -> Iterator[Path]:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def kept_folder() -> Path:
+    """Return a private folder that stands until the program ends; what a killed one leaves is swept by the next run."""
+    return _kept.enter_context(private_folder())

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -20,7 +20,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from invarlock.core import settings
 from invarlock.core.exceptions import ConfigError, DependencyError, InvarlockError
 
-__all__ = ["Entry", "Registry", "adapters", "edits", "guards", "nearest", "providers"]
+__all__ = ["Entry", "Registry", "adapters", "edits", "guards", "nearest", "no_argument", "providers"]
 
 T = TypeVar("T")
 
@@ -52,6 +52,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)`, or an empty string where nothing is near."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def no_argument(what: str, name: str, known: Collection[str]) -> ConfigError:
+    """Return the error for an argument that `what` does not have."""
+    return ConfigError(f"{what} has no argument {name!r}{nearest(name, known)}; expected one of: {', '.join(known)}")
 
 
 @dataclass(frozen=True)

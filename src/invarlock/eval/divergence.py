@@ -113,6 +113,13 @@ def _cells(
     return torch.cat([cells, tail], dim=-1)
 
 
+def _of_cells(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Return the divergence [n] of distributions over cells, [n, cells]."""
+    import torch
+
+    return torch.where(p > 0, p * (p / q.clamp_min(1e-300)).log(), 0.0).sum(-1).clamp_min(0.0)
+
+
 def kl_and_flips(
     reference: TokenReference, log_probs: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,8 +139,7 @@ def kl_and_flips(
     apart = (ids != labels[:, None]).all(-1)
     p = _cells(theirs, reference.label_log_prob, apart, 0.0)
     q = _cells(picked, log_probs.gather(-1, labels[:, None])[:, 0], apart, _beyond(reference, log_probs))
-    terms = torch.where(p > 0, p * (p / q.clamp_min(1e-300)).log(), 0.0)
-    kl = terms.sum(-1).clamp_min(0.0) + _within_tail(reference, log_probs, p[:, -1], q[:, -1])
+    kl = _of_cells(p, q) + _within_tail(reference, log_probs, p[:, -1], q[:, -1])
     kl = torch.where(torch.isnan(q).any(-1), torch.nan, kl)
     ties = (reference.log_probs >= reference.log_probs[:, :1]).sum(-1)
     allowed = torch.where(ties == ids.shape[-1], log_probs.shape[-1], ties).clamp_min(TIES)
@@ -154,9 +160,8 @@ def told_kl(reference: TokenReference, told: TokenReference, labels: torch.Tenso
     apart = ~((reference.ids == labels[:, None]) & known).any(-1)
     p = _cells(theirs, reference.label_log_prob, apart, 0.0)
     q = _cells(picked, told.label_log_prob, apart, 0.0)
-    terms = torch.where(p > 0, p * (p / q.clamp_min(1e-300)).log(), 0.0)
     lost = torch.isnan(told.label_log_prob) | torch.isnan(told.log_probs).any(-1)
-    kl = torch.where(lost, torch.nan, terms.sum(-1).clamp_min(0.0))
+    kl = torch.where(lost, torch.nan, _of_cells(p, q))
     return kl, ~(picked[:, 0] >= told.log_probs.amax(-1))
 
 

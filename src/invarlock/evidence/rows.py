@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,6 +95,10 @@ class _Columns(Plain):
 
         def __getattr__(self, name: str) -> list[Any]: ...
 
+    def head(self, count: int) -> Self:
+        """Return the first `count` rows."""
+        return type(self)(**{name: None if values is None else values[:count] for name, values in self})
+
 
 class _WindowRows(_Columns):
     """What one side showed, one row a window, as columns."""
@@ -112,12 +116,6 @@ class _WindowRows(_Columns):
         made: WindowRows = WindowRows(**{name: known[name].plain(values) for name, values in given.items()})
         return made
 
-    def head(self, count: int) -> WindowRows:
-        """Return the first `count` rows."""
-        columns = {name: None if values is None else values[:count] for name, values in self}
-        made: WindowRows = WindowRows(**columns)
-        return made
-
     def followed_by(self, more: WindowRows) -> WindowRows:
         """Return these rows and then those; a figure that one of the two lacks is None there."""
         columns = {}
@@ -132,11 +130,6 @@ class _WindowRows(_Columns):
 
 class _PairedRows(_Columns):
     """What both sides showed on one split, side by side, as columns."""
-
-    def head(self, count: int) -> PairedRows:
-        """Return the first `count` rows."""
-        made: PairedRows = PairedRows(**{name: None if v is None else v[:count] for name, v in self})
-        return made
 
 
 def _form(base: type[_Columns], fields: dict[str, tuple[Any, Any]]) -> Any:

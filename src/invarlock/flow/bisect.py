@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from invarlock.checkpoints.side import Loading, Side
 from invarlock.core.api import ModelLike
@@ -25,9 +25,6 @@ from invarlock.flow.damage import Changed, Damage, Trials, changed_tensors, part
 from invarlock.flow.job import Job, Tick, open_job, resolved_metric
 from invarlock.flow.sampling import cut_windows
 from invarlock.policy.resolve import resolve_policy
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = ["BisectRequest", "Bisection", "Search", "bisect", "open_search", "seconds"]
 
@@ -191,7 +188,8 @@ def _search(search: Search, found: Bisection) -> None:
     with job.timed("blocks"):
         found.blocks = part_ways(job, search.baseline, search.subject, windows[:_PARTING_WINDOWS])
     with job.timed("ranking"):
-        _ranked_by_gradients(search, changes)
+        first = windows[:_RANKING_WINDOWS]
+        rank(job, search.baseline, search.subject, changes, first, stop=search.late)
     found.ranking = sorted(changes.values(), key=_worst_first)
     with job.timed("baseline"):
         trials = Trials(job, search.baseline, search.subject, windows)
@@ -204,17 +202,6 @@ def _search(search: Search, found: Bisection) -> None:
 
 def _worst_first(change: Changed) -> float:
     return -change.expected if change.expected == change.expected else float("inf")
-
-
-def _ranked_by_gradients(search: Search, changes: Mapping[str, Changed]) -> None:
-    """Fill in the expected damage of every change."""
-    old, new = dict(search.baseline.named_parameters()), dict(search.subject.named_parameters())
-
-    def change_of(name: str) -> Tensor:
-        return new[name].detach() - old[name].detach()
-
-    windows = search.windows.preview[:_RANKING_WINDOWS]
-    rank(search.job, search.baseline, changes, change_of, windows, stop=search.late)
 
 
 def _alone(search: Search, found: Bisection, trials: Trials) -> None:

@@ -187,14 +187,13 @@ def certify(request: CertifyRequest, tick: Tick | None = None) -> CertifyOutcome
     certificate, edited = _refuse(job, request, source, subject), None
     if certificate is None:
         with job.timed("data"):
-            stored = source.measured is not None
-            if stored:
-                check_same_data(source.report, request.dataset)
+            if source.measured is not None:
+                check_same_data(source.measured.evidence.data, request.dataset)
                 job.windows = reuse_windows(source.report)
             job.windows = job.windows or cut_windows(job, source.side, request.dataset)
             _encode_both(job, source.side, subject)
             local = job.ranks is None and request.engine is None and request.baseline_engine is None
-            if not stored and request.cache and local:
+            if source.measured is None and request.cache and local:
                 _find(job, request, source)
         certificate, report = _look_by_look(job, request, source, _Subject(subject))
         edited = _finish(job, request, report, certificate)

@@ -20,8 +20,9 @@ from invarlock.checkpoints.fingerprints import compare
 from invarlock.core.api import ModelLike
 from invarlock.core.exceptions import DataError, EditError
 from invarlock.eval.sources.base import Scores, Watch, score_all
+from invarlock.eval.sources.torch_model import scored_logits
 from invarlock.evidence.reference import TokenReference
-from invarlock.evidence.windows import IGNORED, Window
+from invarlock.evidence.windows import Window
 from invarlock.flow.job import Job
 from invarlock.guards.peaks import BlockPeaks
 from invarlock.stats.intervals import Interval
@@ -147,8 +148,8 @@ def part_ways(job: Job, baseline: ModelLike, subject: ModelLike, windows: Sequen
 def rank(
     job: Job,
     model: ModelLike,
+    subject: ModelLike,
     changes: Mapping[str, Changed],
-    change_of: Callable[[str], Tensor],
     windows: Sequence[Window],
     *,
     stop: Callable[[], bool] = lambda: False,
@@ -157,13 +158,13 @@ def rank(
 
     For labels drawn from the model itself, half the expected square of the gradient times the change is the KL divergence
     to second order (Fisher's information; Martens 2020, "New insights and perspectives on the natural gradient method").
-    One pass forward and `_DRAWS` back a window; `change_of` gives a tensor's change when it is needed.
+    One pass forward and `_DRAWS` back a window; a change is taken from the two models when it is needed.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if name in changes}
+    changed = dict(subject.named_parameters())
     dots: dict[str, list[float]] = {name: [] for name in parameters}
     done = 0
-    with _gradients(model, parameters) as products:
-        products.change_of = change_of
+    with _gradients(model, parameters, changed) as products:
         for window in windows:
             if stop() and done >= 4:
                 break
@@ -182,22 +183,24 @@ def rank(
 class _Products:
     """Gradient times change of each parameter, summed as the gradients come; no gradient is kept."""
 
-    def __init__(self) -> None:
-        self.change_of: Callable[[str], Tensor] = lambda name: NotImplemented
+    def __init__(self, changed: Mapping[str, Tensor]) -> None:
+        self.changed = changed
         self.found: dict[str, float] = {}
 
     def take(self, name: str, parameter: Tensor) -> None:
         gradient = parameter.grad
         if gradient is not None:
-            change = self.change_of(name).to(gradient.device)
+            change = (self.changed[name].detach() - parameter.detach()).to(gradient.device)
             self.found[name] = self.found.get(name, 0.0) + float((gradient.double() * change.double()).sum())
             parameter.grad = None
 
 
 @contextlib.contextmanager
-def _gradients(model: ModelLike, parameters: Mapping[str, Tensor]) -> Iterator[_Products]:
+def _gradients(
+    model: ModelLike, parameters: Mapping[str, Tensor], changed: Mapping[str, Tensor]
+) -> Iterator[_Products]:
     """Let gradients flow to these parameters alone, and take away whatever was set up for it afterwards."""
-    products = _Products()
+    products = _Products(changed)
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     handles = []
     try:
@@ -219,8 +222,7 @@ def _draws(job: Job, model: ModelLike, window: Window, products: _Products) -> I
     """Yield for each draw of labels half the squared product a token, by parameter."""
     import torch
 
-    logits, scored = _logits(job, model, window)
-    log_probs = logits[scored].float().log_softmax(-1)
+    log_probs = scored_logits(model, window, job.metric.task, job.device).float().log_softmax(-1)
     generator = torch.Generator(device="cpu").manual_seed(int(window.id[:8], 16) if _is_hex(window.id) else 0)
     for draw in range(_DRAWS):
         drawn = torch.multinomial(log_probs.detach().exp().cpu(), 1, generator=generator).to(log_probs.device)
@@ -232,28 +234,6 @@ def _draws(job: Job, model: ModelLike, window: Window, products: _Products) -> I
 
 def _is_hex(text: str) -> bool:
     return len(text) >= 8 and all(letter in "0123456789abcdef" for letter in text[:8])
-
-
-def _logits(job: Job, model: Any, window: Window) -> tuple[Tensor, Tensor]:
-    """Return the logits [T, V] of one window and which positions are scored, with gradients."""
-    import torch
-
-    def tensor(values: Sequence[int]) -> Tensor:
-        return torch.tensor([list(values)], device=job.device)
-
-    task = job.metric.task
-    inputs = {"input_ids": tensor(window.input_ids)}
-    if window.mask is not None:
-        inputs["attention_mask"] = tensor(window.mask)
-    if task == "seq2seq":
-        labels = tensor(window.labels or ())
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
-        return model(**inputs, use_cache=False).logits[0], labels[0] != IGNORED
-    if task == "mlm":
-        return model(**inputs).logits[0], tensor(window.labels or ())[0] != IGNORED
-    scored = torch.ones(len(window.input_ids), dtype=torch.bool, device=job.device)
-    scored[-1] = False
-    return model(**inputs, use_cache=False).logits[0], scored
 
 
 class Trials:

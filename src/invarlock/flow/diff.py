@@ -22,7 +22,7 @@ from invarlock.checkpoints.files import open_checkpoint, resolve_folder
 from invarlock.checkpoints.fingerprints import OPERATIONS, Change, Operation, as_matrix, compare
 from invarlock.checkpoints.tokenizer import tokenizer_facts
 from invarlock.core.exceptions import ConfigError, ModelLoadError
-from invarlock.core.files import plain
+from invarlock.core.files import plain, read_json
 from invarlock.core.registry import nearest
 from invarlock.flow.job import Tick, no_tick
 from invarlock.guards.families import classify, layer_index
@@ -30,7 +30,7 @@ from invarlock.guards.families import classify, layer_index
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Diff", "Expectation", "diff", "layers_in_words", "role_of"]
+__all__ = ["Diff", "Expectation", "diff", "layers_in_words", "place_of", "role_of"]
 
 _PREFIX = re.compile(r"^(module|_orig_mod|base_model\.model|model|transformer|language_model|bert|roberta|gpt_neox)\.")
 _NUMBER = re.compile(r"\.\d+\.")
@@ -105,10 +105,11 @@ def diff(baseline: str, subject: str, tick: Tick = no_tick) -> Diff:
     folders = resolve_folder(baseline), resolve_folder(subject)
     old, new = (readers(open_checkpoint(folder)) for folder in folders)
     names = _paired(old, new)
-    changes, probes = [], {}
+    changes, probes, head_size = [], {}, _head_size(folders[0])
     for done, (name, other) in enumerate(names.items()):
         before, after = old[name](), new[other]()
-        changes.append(compare(name, before, after, head_size=_head_size(name, folders[0])))
+        of_heads = classify(name, ())[0] == "attn"
+        changes.append(compare(name, before, after, head_size=head_size if of_heads else None))
         probes[name] = _probe(before)
         if _may_hold_another(changes[-1]):
             probes[f"after {name}"] = _probe(after)
@@ -145,15 +146,13 @@ def _paired(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
     return {name: pairs.get(name) or left[bare(name)] for name in sorted(old) if name in pairs or bare(name) in left}
 
 
-def _head_size(name: str, folder: Path) -> int | None:
-    if classify(name, ())[0] != "attn":
-        return None
+def _head_size(folder: Path) -> int | None:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json", "a model's configuration", ModelLoadError, "checkpoint")
         heads = config.get("num_attention_heads") or config.get("n_head") or config.get("num_heads")
         width = config.get("hidden_size") or config.get("n_embd") or config.get("d_model")
         return int(config.get("head_dim") or config.get("d_kv") or width // heads)
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (ModelLoadError, ValueError, TypeError, AttributeError):
         return None
 
 
@@ -244,6 +243,12 @@ def role_of(name: str) -> str:
     return short.removesuffix(".weight")
 
 
+def place_of(name: str) -> tuple[str, str]:
+    """Return where a tensor stands in a picture by layer: its layer, or `outside` of them, and its role."""
+    layer = layer_index(name)
+    return "outside" if layer is None else str(layer), role_of(name)
+
+
 def layers_in_words(names: Iterable[str]) -> str:
     """Return the layers of tensors in words: `layers 0–31`, `layer 3`; `outside the layers` for those that have none."""
     found = sorted({layer for name in names if (layer := layer_index(name)) is not None})
@@ -292,7 +297,7 @@ def _kind(change: Change) -> str:
             "pruned": f"pruned {op.facts.get('pattern') or 'without a pattern'}",
             "not_finite": "values that are not finite",
         }.get(op.name, op.words)
-        if op.name not in ("identical",):
+        if op.name != "identical":
             words.append(told)
     return " + ".join(words)
 
@@ -316,7 +321,7 @@ def _where(members: Sequence[Change], total: int) -> str:
 
 def _untouched(found: Diff) -> str:
     same = [change for change in found.changes if change.identical]
-    families = {family for change in found.changed for family in (classify(change.name, change.shape)[0],)}
+    families = {classify(change.name, change.shape)[0] for change in found.changed}
     kept = sorted({role_of(change.name) for change in same if classify(change.name, change.shape)[0] == "embed"})
     named = f", {' and '.join(kept[:3])} among them" if kept and "embed" not in families else ""
     return f"{len(same)} of {len(found.changes)} tensors{named}"
@@ -324,8 +329,9 @@ def _untouched(found: Diff) -> str:
 
 def _settings(old: Path, new: Path) -> Iterator[str]:
     """Tell what the files beside the weights say differently."""
-    yield from _differences("configuration", *(_behaviour(folder) for folder in (old, new)))
-    sides = [_usage(folder) for folder in (old, new)]
+    told = [_told(folder) for folder in (old, new)]
+    yield from _differences("configuration", *(acts for acts, _ in told))
+    sides = [used for _, used in told]
     for key, what in (("config", "token roles"), ("generation", "generation"), ("sampling", "sampling")):
         yield from _differences(what, *(dict(side.get(key) or {}) for side in sides))
     here, there = ((side.get("chat_template") or {}).get("digest") for side in sides)
@@ -339,18 +345,13 @@ def _bytes(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
 
 
-def _behaviour(folder: Path) -> dict[str, Any]:
+def _told(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a configuration makes a model do, and how it is to be used; nothing of one that cannot be read."""
     try:
-        return behaviour(load_config(folder))
+        config = load_config(folder)
+        return behaviour(config), usage(folder, config, None)
     except ModelLoadError:
-        return {}
-
-
-def _usage(folder: Path) -> dict[str, Any]:
-    try:
-        return usage(folder, load_config(folder), None)
-    except ModelLoadError:
-        return {}
+        return {}, {}
 
 
 def _tokenizers(old: Path, new: Path) -> Iterator[str]:

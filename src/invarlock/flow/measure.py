@@ -33,8 +33,9 @@ from invarlock.guards.sketch import sketch_model
 from invarlock.guards.spectral import SpectralGuard
 from invarlock.stats.coverage import vocabulary_seen
 
-_MOST_ROWS = 64
 __all__ = ["Measurement", "files_only", "followed", "measure", "model_facts", "weights_of"]
+
+_MOST_ROWS = 64  # of tokens whose texts are told
 
 
 @dataclass(frozen=True)

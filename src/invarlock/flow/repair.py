@@ -10,10 +10,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,15 +24,16 @@ from invarlock.checkpoints.headers import open_tensors
 from invarlock.checkpoints.packed import PackedFolder
 from invarlock.checkpoints.shards import SafetensorsFolder
 from invarlock.checkpoints.structure import Layout, layout_of
-from invarlock.core.exceptions import ConfigError, EditError
-from invarlock.core.files import plain, write_json, write_whole
+from invarlock.core.exceptions import EditError, ModelLoadError
+from invarlock.core.files import plain, read_json, write_json, write_whole
 from invarlock.evidence.windows import Windows
 from invarlock.flow import steps
 from invarlock.flow.bisect import Bisection, BisectRequest, Search
 from invarlock.flow.certify import CertifyOutcome, CertifyRequest, certify
-from invarlock.flow.damage import Damage, Trials
+from invarlock.flow.damage import Changed, Damage, Trials
 from invarlock.flow.job import Tick, open_job, resolved_metric
 from invarlock.flow.measure import measure
+from invarlock.flow.run_folder import require_free, staged_folder
 from invarlock.policy.resolve import resolve_policy
 
 __all__ = ["Repair", "choose", "ignore_lists", "repair", "write_repaired"]
@@ -97,7 +96,7 @@ class Repair:
 def choose(search: Search, found: Bisection) -> Repair:
     """Choose the tensors: greedily by damage a byte, then without those that prove needless."""
     trials = Trials(search.job, search.baseline, search.subject, search.windows.preview)
-    order = sorted(found.ranking, key=lambda change: -_worth(found, change.name))
+    order = sorted(found.ranking, key=lambda change: -_worth(found, change))
     names = [change.name for change in order]
 
     def passes(chosen: Sequence[str]) -> bool:
@@ -120,9 +119,8 @@ def choose(search: Search, found: Bisection) -> Repair:
     return Repair(chosen, trials.damage(chosen), found.changed)
 
 
-def _worth(found: Bisection, name: str) -> float:
-    change = next(change for change in found.ranking if change.name == name)
-    recovered = found.recovered(name)
+def _worth(found: Bisection, change: Changed) -> float:
+    recovered = found.recovered(change.name)
     expected = change.expected if change.expected == change.expected else 0.0
     return max(expected, recovered or 0.0) / max(change.bytes, 1)
 
@@ -131,8 +129,7 @@ def repair(
     request: BisectRequest, search: Search, found: Bisection, out: Path, runs: Path, tick: Tick | None = None
 ) -> tuple[Repair, CertifyOutcome | None]:
     """Choose, write and certify. The models of the search are let go before the certification loads its own."""
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty; expected a new folder for the repaired checkpoint")
+    require_free(out)
     made = choose(search, found)
     if made.everything:
         return made, None
@@ -183,10 +180,7 @@ def write_repaired(
     given = {known(stored): (stored, read) for stored, read in readers(open_checkpoint(baseline)).items()}
     alias = layout.alias if layout is not None else {}
     wanted = names | {other for other, name in alias.items() if name in names}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-    try:
-        os.chmod(staging, 0o755)
+    with staged_folder(out) as staging:
         for path in subject.iterdir():
             if path.is_file() and path.suffix != ".safetensors" and path.name != _INDEX:
                 shutil.copyfile(path, staging / path.name)
@@ -200,11 +194,6 @@ def write_repaired(
             write_json(staging / _INDEX, {"metadata": {}, "weight_map": where})
         _list_ignored(staging / "config.json", ignore)
         write_json(staging / _RECIPE, ignore)
-        if out.exists():
-            out.rmdir()
-        os.replace(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _dense_names(subject: Path, known: Callable[[str], str]) -> dict[str, str]:
@@ -238,7 +227,7 @@ def _rewritten(
 
 def _list_ignored(path: Path, ignore: Mapping[str, Any]) -> None:
     """Add the modules that are dense now to the list of the configuration's own quantizer."""
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path, "a model's configuration", ModelLoadError, "checkpoint")
     settings = config.get("quantization_config")
     if not settings or not ignore:
         return
@@ -273,7 +262,7 @@ def _gguf_names(modules: Sequence[str], baseline: Path) -> list[str]:
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
     except ImportError:
         return []
-    config = json.loads((baseline / "config.json").read_text(encoding="utf-8"))
+    config = read_json(baseline / "config.json", "a model's configuration", ModelLoadError, "checkpoint")
     arch = next((key for key, name in MODEL_ARCH_NAMES.items() if name == config.get("model_type")), None)
     layers = config.get("num_hidden_layers") or config.get("n_layer") or 0
     if arch is None:

@@ -24,7 +24,7 @@ from invarlock.evidence.windows import Windows
 from invarlock.flow import steps
 from invarlock.flow.execute import CoreRunner, StoredBaseline
 from invarlock.flow.job import Job, Tick, open_job, resolved_metric
-from invarlock.flow.run_folder import REPORT, read_report, require_free, staged_folder
+from invarlock.flow.run_folder import REPORT, require_free, staged_folder
 from invarlock.flow.sampling import check_same_data, cut_windows, dataset_options, reuse_windows
 from invarlock.policy.config import RunSettings
 from invarlock.policy.resolve import resolve_policy
@@ -142,8 +142,7 @@ def run(request: RunRequest, tick: Tick | None = None) -> RunOutcome:
         if request.baseline is None:
             job.windows = cut_windows(job, work.side, dataset_options(chosen.dataset))
         else:
-            check_same_data(read_report(request.baseline)[0], dataset_options(chosen.dataset))
-            work.baseline = _stored_baseline(job, request.baseline, work.side)
+            work.baseline = _stored_baseline(job, request.baseline, work.side, dataset_options(chosen.dataset))
     with staged_folder(final, keep=not request.cleanup) as folder:
         with job.timed("load"):
             model = steps.load(job, work.side, "the model")
@@ -199,9 +198,11 @@ def _whole_plan(chosen: RunSettings) -> dict[str, Any]:
     return {**getattr(edit, "settings", {}), **chosen.edit.plan}
 
 
-def _stored_baseline(job: Job, path: Path, side: Side) -> StoredBaseline:
-    """Take windows and measurements from a stored report. Raises PairingError where this model cannot be held to it."""
+def _stored_baseline(job: Job, path: Path, side: Side, dataset: Mapping[str, Any]) -> StoredBaseline:
+    """Take windows and measurements from a stored report. Raises ConfigError where `dataset` asks for other data than it
+    was measured on, and PairingError where this model cannot be held to it."""
     report, evidence, place = steps.stored_baseline(path)
+    check_same_data(evidence.data, dataset)
     ours, theirs, data = side.tokenizer_facts[0], evidence.model.tokenizer_digest, evidence.data
     length = data.seq_len + len(data.prefix or ()) + len(data.suffix or ())
     if evidence.model.usage is None:  # measured by the first release, which digested tokenizers in another way

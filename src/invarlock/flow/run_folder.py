@@ -20,7 +20,6 @@ __all__ = [
     "GUARD_MEASUREMENTS",
     "REPORT",
     "find_report",
-    "folder_size",
     "read_report",
     "require_free",
     "require_writable",
@@ -74,11 +73,6 @@ def require_writable(folder: Path) -> None:
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         what = f"{above} is {'not writable' if above.is_dir() else 'a file'}"
         raise ConfigError(f"runs cannot be written to {folder}: {what}; name another folder with output.dir or --out")
-
-
-def folder_size(folder: Path) -> int:
-    """Return how many bytes lie below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
 def require_free(target: Path) -> None:

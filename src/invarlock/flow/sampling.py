@@ -61,12 +61,11 @@ def reuse_windows(report: Mapping[str, Any], *, reused: bool = True) -> Windows:
     return windows
 
 
-def check_same_data(report: Mapping[str, Any], dataset: Mapping[str, Any]) -> None:
-    """Raise ConfigError, naming the key, where `dataset` asks for other data than a stored report was measured on.
+def check_same_data(data: DataFacts, dataset: Mapping[str, Any]) -> None:
+    """Raise ConfigError, naming the key, where `dataset` asks for other data than a stored baseline was measured on.
 
     Its windows are measured again as they are, so that what else was asked for would be recorded and not done.
     """
-    data = evidence_of(report, "baseline").data
     slices = dataset.get("slices")
     if (slices is None) != (data.slices is None) and dataset.get("provider", slices) is not None:
         raise _other_data("slices", sorted(slices or ()), sorted(data.slices or ()))

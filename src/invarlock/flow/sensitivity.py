@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from invarlock.core import registry
 from invarlock.core.files import plain
@@ -13,9 +13,6 @@ from invarlock.flow import steps
 from invarlock.flow.bisect import Search
 from invarlock.flow.damage import Changed, changed_tensors, rank
 from invarlock.flow.repair import ignore_lists
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = ["Sensitivity", "sensitivity"]
 
@@ -74,13 +71,8 @@ def sensitivity(search: Search, edit: str, plan: Mapping[str, Any], share: float
     made = registry.edits.create(edit, **dict(plan))
     facts, _ = steps.apply_edit(job, search.subject, search.sides[0], made, {})
     changes = changed_tensors(search.baseline, search.subject)
-    old, new = dict(search.baseline.named_parameters()), dict(search.subject.named_parameters())
-
-    def change_of(name: str) -> Tensor:
-        return new[name].detach() - old[name].detach()
-
     with job.timed("ranking"):
-        windows = rank(job, search.baseline, changes, change_of, search.windows.preview, stop=search.late)
+        windows = rank(job, search.baseline, search.subject, changes, search.windows.preview, stop=search.late)
     ranking = sorted(changes.values(), key=lambda change: -change.expected)
     budget = int(share * sum(change.bytes for change in ranking))
     found = Sensitivity(search.sides[0].id, {"name": edit, "plan": dict(plan)}, ranking, windows, budget)

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 from invarlock.core.api import AdapterLike, Context, Guard, ModelLike
 from invarlock.core.exceptions import ConfigError, GuardError
-from invarlock.core.registry import nearest
+from invarlock.core.registry import no_argument
 from invarlock.eval.sources.base import Source, Watch
 from invarlock.eval.sources.torch_model import TorchSource, task_of_model
 from invarlock.evidence.windows import Window, calibration_windows
@@ -53,10 +53,7 @@ def _check(guard: StatsGuard, given: Mapping[str, Any]) -> None:
     """Raise ConfigError for a constructor argument that the guard's policy does not have, or that is of another type."""
     for key, value in given.items() if guard.defaults else ():
         if key not in guard.defaults:
-            raise ConfigError(
-                f"guard {guard.name!r} has no argument {key!r}{nearest(key, guard.defaults)}; expected one of: "
-                f"{', '.join(guard.defaults)}"
-            )
+            raise no_argument(f"guard {guard.name!r}", key, guard.defaults)
         kinds, expected = _KINDS.get(type(guard.defaults[key]), (object, ""))
         wrong = not isinstance(value, kinds) or (isinstance(value, bool) and expected == "a number")
         if value is not None and wrong:

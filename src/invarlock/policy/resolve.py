@@ -49,8 +49,8 @@ _TINY: _Values = {
     "sample": {"min_tokens": 0, "shortfall": "warn"},
     "metrics": {"pm_tail": {"min_windows": 1}, "accuracy": {"min_examples": 1}},
 }
+_FLOORS_ALONE = 5  # the version of the tiers from which on it sets floors alone
 #: variable -> the value of the policy that it sets; counts of windows in the ci profiles only
-_FLOORS_ALONE = 5
 _ENVIRONMENT = {
     "INVARLOCK_CI_PREVIEW": ("sample", "preview"),
     "INVARLOCK_CI_FINAL": ("sample", "final"),

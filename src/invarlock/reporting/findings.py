@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from invarlock.reporting.html import page_environment
 
 __all__ = ["Findings", "render_findings"]
 
@@ -59,11 +59,4 @@ class Findings:
 
 def render_findings(findings: Findings) -> str:
     """Return the page, which stands alone; all that it is given is escaped."""
-    environment = Environment(
-        loader=PackageLoader("invarlock.reporting", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("findings.html").render(page=findings)
+    return page_environment().get_template("findings.html").render(page=findings)

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from invarlock.reporting.plots import draw
 from invarlock.reporting.view import Badge, parse, view
 
-__all__ = ["render_html"]
+__all__ = ["page_environment", "render_html"]
 
 
 def _is_badge(value: object) -> bool:
@@ -23,7 +23,14 @@ def render_html(certificate: Mapping[str, Any]) -> str:
     Raises CertificateError where the certificate does not follow the schema.
     """
     parsed = parse(certificate)
-    environment = Environment(
+    environment = page_environment()
+    environment.tests["badge"] = _is_badge
+    return environment.get_template("certificate.html").render(view=view(parsed), plots=draw(parsed))
+
+
+def page_environment() -> Environment:
+    """Return what renders the templates of pages; all that they are given is escaped."""
+    return Environment(
         loader=PackageLoader("invarlock.reporting", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -31,5 +38,3 @@ def render_html(certificate: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.tests["badge"] = _is_badge
-    return environment.get_template("certificate.html").render(view=view(parsed), plots=draw(parsed))

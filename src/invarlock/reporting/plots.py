@@ -219,9 +219,8 @@ def _kl(c: Certificate, figure: Figure) -> str | None:
     axes = figure.add_subplot()
     axes.set_xscale("log")
     used = np.flatnonzero(counts)
-    shown = [
-        x for x in (d.kl_mean, limit) if x is not None and x > 0
-    ]  # both lines are on every chart, however far apart
+    # both lines are on every chart, however far apart
+    shown = [x for x in (d.kl_mean, limit) if x is not None and x > 0]
     least, most = edges[used[0] if used.size else 0], edges[used[-1] + 1 if used.size else -1]
     axes.set_xlim(min([least, *shown]) / 2, max([most, *shown]) * 2.5)
     axes.bar(edges[used], counts[used], np.diff(edges)[used] * 0.94, align="edge", color=_ONE, linewidth=0)

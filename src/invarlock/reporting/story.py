@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from invarlock.certificate.gates import base_name
+from invarlock.certificate.gates import base_name, kind_of_text
 from invarlock.certificate.schema import Certificate, Gate
 from invarlock.guards.boundary import BUILT_IN_GUARDS
 from invarlock.reporting.wording import GATES, MISSING, WORDS, clean, count, fill, gate_words, number
@@ -34,13 +34,11 @@ def strength(c: Certificate) -> str:
 def reason_why(c: Certificate) -> str:
     """Return one sentence: what failed, what stayed open, or how close the subject is. Each clause stands there once."""
     status = c.verdict.status
-    asked = {"FAIL": ("fail",), "INCONCLUSIVE": _UNDECIDED}.get(status, ())
-    gates = [gate for gate in _each_once(c) if gate.decision in asked]
     if status == "PASS":
         shown = [gate for gate in c.gates if gate.name in ("primary_metric", "divergence_kl", "token_flips")]
         clauses = [_clause(gate, c) for gate in shown]
     else:
-        clauses = [_clause(gate, c) for gate in gates]
+        clauses = [_clause(gate, c) for gate in _deciding(c)]
         if status == "FAIL" and c.weights.culprits:
             named = ", ".join(clean(name, 120) for name in c.weights.culprits[:3])
             clauses.append(f"what changed most stands in {named}")
@@ -50,6 +48,12 @@ def reason_why(c: Certificate) -> str:
     more = len(clauses) - _CLAUSES
     said = clauses[:_CLAUSES] + ([f"and {more} more"] if more > 0 else [])
     return _sentence("; ".join(said)) if said else ""
+
+
+def _deciding(c: Certificate) -> list[Gate]:
+    """Return the gates that failed, or stayed open where none failed; none of a PASS."""
+    asked = {"FAIL": ("fail",), "INCONCLUSIVE": _UNDECIDED}.get(c.verdict.status, ())
+    return [gate for gate in _each_once(c) if gate.decision in asked]
 
 
 def _each_once(c: Certificate) -> list[Gate]:
@@ -67,7 +71,7 @@ def _sentence(text: str) -> str:
 def _clause(gate: Gate, c: Certificate) -> str:
     words = gate_words(gate, c.primary_metric)
     template = words.doubt if gate.decision == "inconclusive" else words.clause
-    kind = gate.name.removeprefix(base_name(gate.name)).strip("[]")
+    kind = kind_of_text(gate.name)
     part = (c.slices or {}).get(kind)
     source = part if part is not None else c
     low, high = source.primary_metric.display_ci or (None, None)
@@ -88,16 +92,12 @@ def _clause(gate: Gate, c: Certificate) -> str:
 
 def points(c: Certificate) -> list[tuple[str, str]]:
     """Return why the verdict is not PASS, point by point: what the check is called, and a sentence."""
-    asked = {"FAIL": ("fail",), "INCONCLUSIVE": _UNDECIDED}.get(c.verdict.status, ())
     told: list[tuple[str, str]] = []
-    for gate in _each_once(c):
-        if gate.decision in asked:
-            title, name = gate_words(gate, c.primary_metric).title, base_name(gate.name)
-            found = [_JARGON.sub("", clean(r.message)) for r in c.verdict.reasons if r.gate == gate.name]
-            told += [
-                (title, text)
-                for text in (found if name in FOUND_BY_TENSOR and found else [_sentence(_clause(gate, c))])
-            ]
+    for gate in _deciding(c):
+        title, name = gate_words(gate, c.primary_metric).title, base_name(gate.name)
+        found = [_JARGON.sub("", clean(r.message)) for r in c.verdict.reasons if r.gate == gate.name]
+        texts = found if name in FOUND_BY_TENSOR and found else [_sentence(_clause(gate, c))]
+        told += [(title, text) for text in texts]
     return list(dict.fromkeys(told))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from invarlock.certificate.gates import base_name
+from invarlock.certificate.gates import kind_of_text
 from invarlock.certificate.schema import Certificate, Gate, GateDecision, GuardSection, PluginGuardSection, Status
 from invarlock.certificate.verify import parse_certificate
 from invarlock.guards.boundary import BUILT_IN_GUARDS
@@ -229,7 +229,7 @@ def _gate_row(gate: Gate, c: Certificate) -> GateRow:
 
 def _without_slice(gate: Gate) -> str:
     """Return the reason of a gate without the kind of text, which its title says."""
-    kind = gate.name.removeprefix(base_name(gate.name)).strip("[]")
+    kind = kind_of_text(gate.name)
     return gate.reason.removeprefix(f"on {kind}: ") if kind else gate.reason
 
 

@@ -13,7 +13,7 @@ from importlib import resources
 from string import Formatter
 from typing import Any, NamedTuple
 
-from invarlock.certificate.gates import base_name
+from invarlock.certificate.gates import base_name, kind_of_text
 from invarlock.certificate.schema import Gate, PrimaryMetric
 
 __all__ = [
@@ -127,13 +127,9 @@ count = _form(lambda value: f"{value:,.0f}")
 def _percent(value: float) -> str:
     """Return a share with as many digits as a reader takes in: 66%, 2.5%, 0.04%."""
     shown = abs(100 * value)
-    return (
-        f"{100 * value:.0f}%"
-        if shown >= 10 or shown == 0
-        else f"{100 * value:.2g}%"
-        if shown >= 0.01
-        else "under 0.01%"
-    )
+    if shown >= 10 or shown == 0:
+        return f"{100 * value:.0f}%"
+    return f"{100 * value:.2g}%" if shown >= 0.01 else "under 0.01%"
 
 
 def _two(value: float) -> str:
@@ -247,7 +243,7 @@ def gate_words(gate: Gate, metric: PrimaryMetric) -> GateWords:
     plugin, name = gate.name.removeprefix("plugin:"), base_name(gate.name)
     title = f"Plugin guard {clean(plugin)}" if plugin != gate.name else clean(gate.name)
     known = GATES.get(f"{name}:{metric.unit}") or GATES.get(name)
-    kind = gate.name.removeprefix(name).strip("[]")
+    kind = kind_of_text(gate.name)
     if known and kind:
         return known._replace(title=f"{known.title} on {clean(kind)}")
     return known or GATES["other"]._replace(title=title)

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from invarlock.core.exceptions import DataError
 from invarlock.eval.data.base import Document, TextProvider
-from invarlock.eval.data.python_docs import SPLITS, module_sources
+from invarlock.eval.data.python_docs import chosen_split, module_sources
 
 __all__ = ["PythonCodeProvider"]
 
@@ -30,10 +30,7 @@ class PythonCodeProvider(TextProvider):
     name: ClassVar[str] = "python_code"
 
     def documents(self, split: str | None = None) -> list[Document]:
-        wanted = split or self.split or "test"
-        if wanted not in SPLITS:
-            raise DataError(f"got split '{wanted}' for python_code, expected one of {', '.join(SPLITS)}")
-        documents = [Document(name, _code(path)) for name, path in module_sources(wanted)]
+        documents = [Document(name, _code(path)) for name, path in module_sources(chosen_split(self, split))]
         if not any(document.text.strip() for document in documents):
             raise DataError("this Python has no sources of its standard library: name another dataset.provider")
         return documents

@@ -22,10 +22,10 @@ from typing import ClassVar
 from invarlock.core.exceptions import DataError
 from invarlock.eval.data.base import Document, TextProvider
 
-__all__ = ["SPLITS", "PythonDocsProvider", "module_sources", "split_of"]
+__all__ = ["PythonDocsProvider", "chosen_split", "module_sources", "split_of"]
 
 _TEST_SHARE = 0.4
-SPLITS = ("train", "test", "all")
+_SPLITS = ("train", "test", "all")
 # Tests are no documentation; codecs are a hundred generated files of one sentence, which would count as a hundred
 # independent documents.
 _LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "site-packages", "dist-packages"}
@@ -48,10 +48,7 @@ class PythonDocsProvider(TextProvider):
     name: ClassVar[str] = "python_docs"
 
     def documents(self, split: str | None = None) -> list[Document]:
-        wanted = split or self.split or "test"
-        if wanted not in SPLITS:
-            raise DataError(f"got split '{wanted}' for python_docs, expected one of {', '.join(SPLITS)}")
-        documents = _read(wanted)
+        documents = _read(chosen_split(self, split))
         if not documents:
             raise DataError(
                 "the data set is empty: this Python has neither the sources of its standard library nor help topics: "
@@ -60,7 +57,15 @@ class PythonDocsProvider(TextProvider):
         return list(documents)
 
 
-@lru_cache(maxsize=len(SPLITS))
+def chosen_split(provider: TextProvider, split: str | None) -> str:
+    """Return the split asked for, `test` where none was. Raises DataError for one that there is not."""
+    wanted = split or provider.split or "test"
+    if wanted not in _SPLITS:
+        raise DataError(f"got split '{wanted}' for {provider.name}, expected one of {', '.join(_SPLITS)}")
+    return wanted
+
+
+@lru_cache(maxsize=len(_SPLITS))
 def _read(split: str) -> tuple[Document, ...]:
     ready = [d for d in (*_topics(), *_builtin_modules()) if split in ("all", split_of(d.document_id))]
     read = (Document(document_id, _docstrings(path)) for document_id, path in module_sources(split))

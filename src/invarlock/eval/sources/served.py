@@ -68,12 +68,12 @@ class ServedSource:
         if not self.engine.top:
             self.engine.check(cut)
         offsets = list(accumulate(counts, initial=0))
-        folder = self._kept(windows)
+        folder = self._kept(windows, cut)
         for number, indices in enumerate(_batches(cut, self.batch_tokens)):
             told = self._told(folder and folder / f"{number:05d}.safetensors", [cut[i] for i in indices])
             yield self._scored(indices, windows, cut, told, reference, offsets, keep_reference, correct)
 
-    def _kept(self, windows: Sequence[Window]) -> Path | None:
+    def _kept(self, windows: Sequence[Window], cut: Sequence[Sequence[int]]) -> Path | None:
         """Return the folder of these windows' answers, without answers that the engine would no longer give."""
         if self.folder is None:
             return None
@@ -81,7 +81,6 @@ class ServedSource:
         folder = self.folder / canonical_digest([facts, [content_digest(*w.content) for w in windows]])[:16]
         first = folder / "00000.safetensors"
         if first.is_file():
-            cut = [_prompt(window) for window in windows]
             prompt = cut[next(_batches(cut, self.batch_tokens))[0]]
             moved = _reference(self.engine.ask([prompt])[0]).label_log_prob - _load(first)[0].label_log_prob
             if not float(moved.abs().mean()) <= _STILL:

@@ -33,7 +33,7 @@ from invarlock.evidence.windows import IGNORED, Window, pick_indices
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["BATCH_TOKENS", "TorchSource", "task_of_model"]
+__all__ = ["BATCH_TOKENS", "TorchSource", "scored_logits", "task_of_model"]
 
 BATCH_TOKENS = 2048
 _CHUNK_BYTES = 48 * 2**20  # of logits held at a time
@@ -294,6 +294,13 @@ class _LogProbs:
             for block in logits.split(max(1, _BLOCK_BYTES // (4 * width))):
                 yield start, start + len(block), block.float().log_softmax(-1)
                 start += len(block)
+
+
+def scored_logits(model: ModelLike, window: Window, task: Task, device: str) -> Tensor:
+    """Return the logits [t, V] of one window's scored tokens as `score` sees them; gradients flow where they are on."""
+    batch = _collate([_trimmed(window.dressed(), task)], [0], task, device)
+    logits: Tensor = _LogProbs(model, task)._full(batch)
+    return logits[batch.scored.to(logits.device)]
 
 
 def _check_vocabulary(model: ModelLike, windows: Sequence[Window]) -> None:
