@@ -14,6 +14,11 @@ seconds are shown for orientation only.
   switched off, for whoever does not trust the clocks;
 - memory: the peak above the imports over the size of one model in memory;
 - cached baseline: certify with --baseline-report over certify without;
+- fixed: what a command takes beside scoring windows, on 8,000 tokens, over two plain passes over these; from the start
+  of the process to its end, imports included, loading the two models told apart;
+- warm: certify an 8-bit rounding, look by look, with the baseline found in the cache, over two plain passes over the
+  planned tokens; `wrecked`: seconds from command to FAIL of a model whose layers' inputs are shifted by one, less loading;
+- pack: bytes a token of a baseline pack's distributions, and of the whole file;
 - bootstrap: 3200 replicates over 400 windows; `--help`: the start of the command line.
 """
 
@@ -37,11 +42,11 @@ from unittest import mock
 
 SMALL = {"n_embd": 512, "n_layer": 8, "n_head": 8, "vocab_size": 4096, "windows": 30, "seq_len": 256}
 FULL = {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "windows": 85, "seq_len": 512}
+SHORT_TOKENS = 8_000  # on which the fixed cost is taken
 #: what a run does beyond loading, forward passes and log-loss: module, attribute
 EXTRAS = (
     ("invarlock.eval.divergence", "reference_rows"),
     ("invarlock.eval.divergence", "kl_and_flips"),
-    ("invarlock.eval.sources.torch_model", "_Whole.add"),
     ("invarlock.flow.measure", "reference_digest"),
     ("invarlock.flow.steps", "write_reference"),
     ("invarlock.guards.spectral", "SpectralGuard.measure"),
@@ -49,26 +54,42 @@ EXTRAS = (
     ("invarlock.guards.variance", "_see"),
     ("invarlock.guards.sketch", "sketch_model"),
 )
+#: scoring windows and loading a model, which are no fixed cost
+PARTS = (("invarlock.flow.measure", "_score"), ("invarlock.flow.steps", "load"))
 WITHOUT = {"guards": {"order": ["invariants"]}, "metrics": {"divergence": {"mode": "off"}}}
 
 
 def make_model(folder: Path, size: dict[str, int]) -> None:
-    """Write a GPT-2-shaped model with seeded random weights: cost does not depend on what it has learned."""
+    """Write a GPT-2-shaped model with seeded random weights: cost does not depend on what it has learned. Beside it lie
+    `rounded`, to 8 bits, and `wrecked`, whose layers' matrices are shifted by one input."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
+
+    from invarlock.edits import RTNQuantEdit
 
     torch.manual_seed(0)
     shape = {key: size[key] for key in ("n_embd", "n_layer", "n_head", "vocab_size")}
     config = GPT2Config(**shape, n_positions=size["seq_len"], bos_token_id=0, eos_token_id=0)
-    GPT2LMHeadModel(config).save_pretrained(folder)
+    model = GPT2LMHeadModel(config)
+    model.save_pretrained(folder)
+    with torch.no_grad():
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        RTNQuantEdit(bitwidth=8).apply(model, None)
+        model.save_pretrained(folder.with_name("rounded"))
+        model.load_state_dict(state)
+        for name, parameter in model.named_parameters():
+            if ".h." in name and parameter.ndim == 2:
+                parameter.copy_(parameter.roll(1, 0))
+        model.save_pretrained(folder.with_name("wrecked"))
     demo = Path(__file__).parents[1] / "src/invarlock/data/demo_model"
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(demo / name, folder)
+        for side in (folder.name, "rounded", "wrecked"):
+            shutil.copy(demo / name, folder.with_name(side))
 
 
 @contextlib.contextmanager
-def clocked(seconds: dict[str, float]) -> Iterator[None]:
-    """Add up, by name, the time spent in each of `EXTRAS`."""
+def clocked(seconds: dict[str, float], what: tuple[tuple[str, str], ...]) -> Iterator[None]:
+    """Add up, by name, the time spent in each of `what`."""
 
     def timed(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(work)
@@ -82,35 +103,68 @@ def clocked(seconds: dict[str, float]) -> Iterator[None]:
         return run
 
     with contextlib.ExitStack() as patches:
-        for module, attribute in EXTRAS:
+        for module, attribute in what:
             target = functools.reduce(getattr, attribute.split(".")[:-1], __import__(module, fromlist=["_"]))
             last = attribute.split(".")[-1]
             patches.enter_context(mock.patch.object(target, last, timed(attribute, getattr(target, last))))
         yield
 
 
-def certify_job(folder: Path, size: dict[str, int], out: Path, baseline_report: str, overrides: Any) -> dict[str, Any]:
-    """Certify the model against itself; returns seconds, those spent on extras, and the source report's path."""
+def certify_job(folder: Path, size: dict[str, int], out: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Certify; returns seconds, those spent on extras and parts, and what the certificate says of the amount of text.
+
+    `options`: `subject` (default: the model itself), `report` of a measured baseline, `overrides`, `early` (look by
+    look), `cache`, `verdict` to expect, `windows` of each of preview and final.
+    """
     from invarlock.flow.certify import CertifyRequest, certify
 
-    count = size["windows"]
-    sample = {"preview": count, "final": count, "min_tokens": 0}
+    count, report = options.get("windows", size["windows"]), options.get("report")
+    sample = {"preview": count, "final": count, "min_tokens": 0, "early_stop": options.get("early", False)}
+    if "windows" in options:
+        sample["min_documents"] = 0
     request = CertifyRequest(
-        subject=str(folder),
-        baseline=None if baseline_report else str(folder),
-        baseline_report=Path(baseline_report) if baseline_report else None,
+        subject=str(folder.with_name(options.get("subject", folder.name))),
+        baseline=None if report else str(folder),
+        baseline_report=Path(report) if report else None,
         profile="ci_cpu",
         dataset={"provider": "python_docs", "split": "all", "seq_len": size["seq_len"]},
-        overrides={"sample": sample, **overrides},
+        overrides={"sample": sample, **options.get("overrides", {})},
         out=out,
+        cache=options.get("cache", False),
     )
     extras: dict[str, float] = {}
+    parts: dict[str, float] = {}
     started = time.perf_counter()
-    with clocked(extras):
+    with clocked(extras, EXTRAS), clocked(parts, PARTS):
         outcome = certify(request)
     taken = time.perf_counter() - started
-    assert outcome.status == "PASS", "a model against itself passes"
-    return {"seconds": taken, "extras": extras, "report": str(outcome.source_report)}
+    expected = options.get("verdict", "PASS")
+    assert outcome.status == expected, f"{outcome.status}, {outcome.certificate['verdict']['reasons']}"
+    share = (outcome.certificate.get("looks") or {}).get("share_used", 1.0)
+    return {
+        "seconds": taken, "extras": extras, "parts": parts, "report": str(outcome.source_report), "share": share,
+        "timings": outcome.timings,
+    }  # fmt: skip
+
+
+def pack_job(folder: Path, size: dict[str, int], out: Path) -> dict[str, Any]:
+    """Make a baseline pack of a short text; returns bytes a token of its distributions and of the whole file."""
+    from invarlock.flow.baseline import make_pack
+    from invarlock.flow.certify import CertifyRequest
+
+    count = size["windows"] // 4
+    made = make_pack(
+        CertifyRequest(
+            subject="",
+            baseline=str(folder),
+            profile="ci_cpu",
+            dataset={"provider": "python_docs", "split": "all", "seq_len": size["seq_len"]},
+            overrides={"sample": {"preview": count, "final": count, "min_tokens": 0}},
+            cache=False,
+        ),
+        out,
+    )
+    return {"seconds": 0.0, "reference": made.reference_bytes_per_token, "whole": made.size / made.tokens}
 
 
 def plain_job(folder: Path, report: str) -> dict[str, Any]:
@@ -125,9 +179,10 @@ def plain_job(folder: Path, report: str) -> dict[str, Any]:
     by_length: dict[int, list[list[int]]] = {}
     for row in rows:
         by_length.setdefault(len(row), []).append(row)
-    started = time.perf_counter()
+    started, passes = time.perf_counter(), 0.0
     for _ in range(2):
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        loaded = time.perf_counter()
         with torch.inference_mode():
             for length, group in by_length.items():
                 size = max(1, BATCH_TOKENS // length)
@@ -136,15 +191,19 @@ def plain_job(folder: Path, report: str) -> dict[str, Any]:
                     logits = model(ids, use_cache=False).logits
                     flat = logits[:, :-1].reshape(-1, logits.shape[-1])
                     torch.nn.functional.cross_entropy(flat, ids[:, 1:].reshape(-1))
+        passes += time.perf_counter() - loaded
         del model
-    return {"seconds": time.perf_counter() - started, "tokens": sum(map(len, rows))}
+    return {"seconds": time.perf_counter() - started, "passes": passes, "tokens": sum(map(len, rows))}
 
 
 def in_child(job: str, *arguments: Any) -> dict[str, Any]:
-    """Run one job in a process of its own; adds the peak of its resident memory above the imports, in bytes."""
+    """Run one job in a process of its own; adds the peak of its resident memory above the imports, in bytes, and the
+    seconds from the start of the process to its end."""
     command = [sys.executable, "-P", __file__, "--child", json.dumps([job, *arguments])]
+    started = time.perf_counter()
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+    wall = time.perf_counter() - started
+    return {**json.loads(done.stdout.strip().splitlines()[-1]), "wall": wall}
 
 
 def child(job: str, *arguments: Any) -> None:
@@ -165,8 +224,8 @@ def child(job: str, *arguments: Any) -> None:
     elif job == "plain":
         result = plain_job(Path(folder), *rest)
     else:
-        size, out, report, overrides = rest
-        result = certify_job(Path(folder), size, Path(out), report, overrides)
+        size, out, *options = rest
+        result = {"certify": certify_job, "pack": pack_job}[job](Path(folder), size, Path(out), *options)
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     print(json.dumps({**result, "peak": peak}))
 
@@ -203,6 +262,42 @@ def bootstrap_seconds() -> float:
     return time.perf_counter() - started
 
 
+def quick_rows(folder: Path, size: dict[str, int], rounds: int, passes: float) -> list[tuple[str, float, str]]:
+    """What is not forward passes, and what a decision takes that needs few of them; `passes`: two over all tokens."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    short = {"windows": max(1, SHORT_TOKENS // (2 * size["seq_len"])), "subject": "rounded"}
+    quick = {"early": True, "cache": True}
+    for turn in range(rounds):
+        out = str(folder.with_name(f"quick{turn}"))
+        os.environ["INVARLOCK_CACHE"] = out + "-cache"  # the children's
+        wrecked = {**quick, "subject": "wrecked", "verdict": "FAIL"}
+        jobs = {"short": short, "wrecked": wrecked, "cold": {**quick, "subject": "rounded"}, "wrecked, warm": wrecked,
+                "warm": {**quick, "subject": "rounded"}}  # fmt: skip
+        for name, options in jobs.items():
+            found.setdefault(name, []).append(in_child("certify", str(folder), size, f"{out}-{name}", options))
+        found.setdefault("plain, short", []).append(in_child("plain", str(folder), found["short"][-1]["report"]))
+        found.setdefault("pack", []).append(in_child("pack", str(folder), size, out + ".pack"))
+    best = {name: min(jobs, key=lambda job: job["wall"]) for name, jobs in found.items()}
+    for name, job in best.items():
+        parts = "".join(f", {part} {seconds:.2f}" for part, seconds in job.get("parts", {}).items())
+        used = f", {job['share']:.0%} of the tokens" if "share" in job else ""
+        print(f"  {name:<14} {job['wall']:7.2f} s from start to end{parts}{used} {job.get('timings', '')}")
+    one, plain, pack = best["short"], best["plain, short"], best["pack"]
+    beside = one["wall"] - one["parts"]["_score"]
+    after = {name: best[name]["wall"] - best[name]["parts"]["load"] for name in ("wrecked", "wrecked, warm")}
+    return [
+        (f"fixed, {plain['tokens']} tokens / two plain passes", (beside - one["parts"]["load"]) / plain["passes"],
+         "<= 0.20"),
+        ("  with loading both models", beside / plain["passes"], ""),
+        ("wrecked: seconds to FAIL beyond loading", after["wrecked"], "<= 15"),
+        ("  with a warm baseline", after["wrecked, warm"], ""),
+        ("warm baseline / two plain passes", best["warm"]["wall"] / passes, "<= 0.35"),
+        ("  share of the planned tokens", best["warm"]["share"], "<= 0.25"),
+        ("pack: bytes a token of distributions", pack["reference"], ""),
+        ("pack: bytes a token of the whole file", pack["whole"], ""),
+    ]  # fmt: skip
+
+
 def measure(size: dict[str, int], rounds: int, without: bool) -> list[tuple[str, float, str]]:
     """Run every job `rounds` times in turn, print the best of each, and return the rows of the table."""
     found: dict[str, list[dict[str, Any]]] = {"certify": [], "plain": [], "cached": [], "without": []}
@@ -213,12 +308,13 @@ def measure(size: dict[str, int], rounds: int, without: bool) -> list[tuple[str,
         model_bytes = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
         for turn in range(rounds):
             out = str(root / f"run{turn}")
-            found["certify"].append(in_child("certify", str(folder), size, out, "", {}))
+            found["certify"].append(in_child("certify", str(folder), size, out, {}))
             report = found["certify"][-1]["report"]
             found["plain"].append(in_child("plain", str(folder), report))
-            found["cached"].append(in_child("certify", str(folder), size, out + "c", report, {}))
+            found["cached"].append(in_child("certify", str(folder), size, out + "c", {"report": report}))
             if without:
-                found["without"].append(in_child("certify", str(folder), size, out + "w", "", WITHOUT))
+                found["without"].append(in_child("certify", str(folder), size, out + "w", {"overrides": WITHOUT}))
+        rows = quick_rows(folder, size, rounds, min(job["passes"] for job in found["plain"]))
     best = {name: min(jobs, key=lambda job: job["seconds"]) for name, jobs in found.items() if jobs}
     certify, plain, cached = best["certify"], best["plain"], best["cached"]
     print(f"{model_bytes / 4e6:.0f}M parameters, {plain['tokens']} tokens, {rounds} round(s), the best of each job")
@@ -226,7 +322,7 @@ def measure(size: dict[str, int], rounds: int, without: bool) -> list[tuple[str,
         print(f"  {name:<8} {job['seconds']:8.2f} s   peak {job['peak'] / 1e6:6.0f} MB above the imports")
     for name, spent in sorted(certify["extras"].items(), key=lambda pair: -pair[1]):
         print(f"    {name:<24} {spent:6.2f} s  {spent / certify['seconds']:6.2%}")
-    rows = [
+    rows += [
         ("certify / two plain passes and loading", certify["seconds"] / plain["seconds"], "<= 1.15"),
         ("share of guards, divergence, sketches", sum(certify["extras"].values()) / certify["seconds"], "<= 0.08"),
         ("cached baseline / certify", cached["seconds"] / certify["seconds"], "about 0.5"),
