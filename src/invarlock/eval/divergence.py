@@ -76,7 +76,7 @@ def reference_rows(log_probs: torch.Tensor, labels: torch.Tensor, place: torch.T
     drawn, there = _drawn(log_probs, ids, labels, place)
     size = torch.full_like(ids[:, 0], log_probs.shape[-1], dtype=torch.int32)
     tail = log_probs.gather(-1, drawn).masked_fill(~there, -torch.inf)
-    return TokenReference(ids.to(torch.int32), values, label, {}, drawn.to(torch.int32), tail, size)
+    return TokenReference(ids.to(torch.int32), values, label, drawn.to(torch.int32), tail, size)
 
 
 def _drawn(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +32,7 @@ _FIELDS = ("ids", "log_probs", "label_log_prob", "tail_ids", "tail_log_probs", "
 @dataclass(frozen=True)
 class TokenReference:
     """The baseline's compact distributions for n scored tokens: `ids` [n, k] int32, `log_probs` [n, k] float32
-    (nats), `label_log_prob` [n] float32. `whole` keeps, in memory only, the complete log-probabilities [t, V] of a few
-    windows by index, for the exact divergence there.
+    (nats), `label_log_prob` [n] float32.
 
     `tail_ids` [n, m] int32 are drawn from all other ids, `tail_log_probs` [n, m] float32 are theirs; `vocabulary` [n]
     int32 is how many ids there are. These are None where a source knows the most likely ids alone.
@@ -42,7 +41,6 @@ class TokenReference:
     ids: Tensor
     log_probs: Tensor
     label_log_prob: Tensor
-    whole: dict[int, Tensor] = field(default_factory=dict)
     tail_ids: Tensor | None = None
     tail_log_probs: Tensor | None = None
     vocabulary: Tensor | None = None
@@ -56,17 +54,16 @@ class TokenReference:
         return TokenReference(**{name: array[start:stop] for name, array in self.arrays().items()})
 
     def to(self, device: object) -> TokenReference:
-        """Return the same on another device, without `whole`."""
+        """Return the same on another device."""
         return TokenReference(**{name: array.to(device) for name, array in self.arrays().items()})
 
 
 def joined(parts: Sequence[TokenReference]) -> TokenReference:
-    """Return one reference of several, token after token; `whole` is by the number of the part."""
+    """Return one reference of several, token after token."""
     import torch
 
-    whole = {number: tensor for number, part in enumerate(parts) for tensor in part.whole.values()}
     arrays: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in parts[0].arrays()}
-    return TokenReference(**arrays, whole=whole)
+    return TokenReference(**arrays)
 
 
 def reference_digest(reference: TokenReference) -> str:

@@ -135,12 +135,7 @@ def measure(
     )
     if baseline is not None:
         _name_rows(baseline.evidence, evidence, side)
-    return Measurement(evidence, _as_stored(scores.reference))
-
-
-def _as_stored(reference: TokenReference | None) -> TokenReference | None:
-    """Return what a file holds of the distributions, so that a stored baseline gives the certificate of a fresh one."""
-    return None if reference is None else reference.rows(0, len(reference.label_log_prob))
+    return Measurement(evidence, scores.reference)
 
 
 def _name_rows(baseline: Evidence, subject: Evidence, side: Side) -> None:

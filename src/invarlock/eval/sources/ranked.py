@@ -69,7 +69,6 @@ def _save(part: Scored, path: Path) -> None:
     arrays: dict[str, Any] = {f"kl.{n}": torch.from_numpy(kl) for n, kl in enumerate(part.kl)}
     for n, reference in enumerate(part.references):
         arrays |= {f"reference.{n}.{name}": array.contiguous() for name, array in reference.arrays().items()}
-        arrays |= {f"whole.{n}.{key}": rows.contiguous() for key, rows in reference.whole.items()}
     arrays |= {f"seen.{n}": torch.from_numpy(one.numbers) for n, one in enumerate(part.seen)}
     facts = {
         "indices": part.indices,
@@ -77,7 +76,6 @@ def _save(part: Scored, path: Path) -> None:
         "counts": [len(part.kl), len(part.references), len(part.seen)],
         "seen": [[one.watch, one.window, one.path] for one in part.seen],
         "reference": sorted(part.references[0].arrays()) if part.references else [],
-        "whole": sorted(name for name in arrays if name.startswith("whole.")),
     }
     write_whole(path, save(arrays, metadata={"part": json.dumps(facts)}))
 
@@ -88,10 +86,6 @@ def _load(path: Path) -> Scored:
     with safe_open(path, framework="pt") as file:
         facts = json.loads(file.metadata()["part"])
         kl, references, seen = facts["counts"]
-        whole: dict[int, dict[int, Any]] = {n: {} for n in range(references)}
-        for name in facts["whole"]:
-            _, n, key = name.split(".")
-            whole[int(n)][int(key)] = file.get_tensor(name)
         names = facts["reference"]
         kept = [{name: file.get_tensor(f"reference.{n}.{name}") for name in names} for n in range(references)]
         looked = [(watch, window, path) for watch, window, path in facts["seen"]]
@@ -99,6 +93,6 @@ def _load(path: Path) -> Scored:
             facts["indices"],
             facts["columns"],
             [file.get_tensor(f"kl.{n}").numpy() for n in range(kl)],
-            [TokenReference(**arrays, whole=whole[n]) for n, arrays in enumerate(kept)],
+            [TokenReference(**arrays) for arrays in kept],
             [Seen(*looked[n], np.asarray(file.get_tensor(f"seen.{n}").numpy())) for n in range(seen)],
         )

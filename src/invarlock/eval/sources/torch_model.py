@@ -28,7 +28,7 @@ from invarlock.eval import divergence
 from invarlock.eval.metrics import Task
 from invarlock.eval.sources.base import Column, Scored, Seen, Watch, hand_over, scored_tokens
 from invarlock.evidence.reference import TokenReference, joined
-from invarlock.evidence.windows import IGNORED, Window, pick_indices
+from invarlock.evidence.windows import IGNORED, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,8 +38,6 @@ __all__ = ["BATCH_TOKENS", "TorchSource", "scored_logits", "task_of_model"]
 BATCH_TOKENS = 2048
 _CHUNK_BYTES = 48 * 2**20  # of logits held at a time
 _BLOCK_BYTES = 8 * 2**20  # of log-probabilities worked on at a time
-_EXACT_BYTES = 48 * 2**20  # of whole distributions kept of the baseline, for the exact divergence of a few windows
-_EXACT_WINDOWS = 8
 _PROBE_TOKENS = 16
 
 
@@ -87,8 +85,7 @@ class TorchSource:
             raise DataError(f"a window has no scored token ({bad}); expected at least one in every window")
         _check_vocabulary(self.model, windows)
         ids = [window.id for window in windows]
-        exact = _exact_windows(counts, self.model) if keep_reference else []
-        wanted = _Wanted(counts, list(accumulate(counts, initial=0)), reference, keep_reference, correct, ids, exact)
+        wanted = _Wanted(counts, list(accumulate(counts, initial=0)), reference, keep_reference, correct, ids)
         path = _LogProbs(self.model, self.task)
         batches = list(_batches(windows, self.task, self.batch_tokens))
         seen: list[Seen] = []
@@ -126,7 +123,6 @@ class _Wanted:
     keep_reference: bool
     correct: bool
     ids: list[str]
-    exact: list[int]  # windows whose whole distributions the baseline keeps
 
     def places(self, indices: list[int]) -> list[float]:
         """Return where the draws from the tail start, for each token of a batch whose distributions are kept."""
@@ -315,15 +311,6 @@ def _check_vocabulary(model: ModelLike, windows: Sequence[Window]) -> None:
             )
 
 
-def _exact_windows(counts: list[int], model: ModelLike) -> list[int]:
-    """Return the evenly spaced windows whose whole distributions fit into `_EXACT_BYTES`, at most `_EXACT_WINDOWS`."""
-    size = getattr(getattr(model, "config", None), "vocab_size", None)
-    if not isinstance(size, int):
-        return []
-    choices = (pick_indices(len(counts), wanted) for wanted in range(_EXACT_WINDOWS, 0, -1))
-    return next((picked for picked in choices if 4 * size * sum(counts[i] for i in picked) <= _EXACT_BYTES), [])
-
-
 def _score_batch(path: _LogProbs, batch: _Batch, wanted: _Wanted, in_hand: list[int]) -> Scored:
     """Run one batch and cut its tokens' figures into windows."""
     import torch
@@ -332,7 +319,6 @@ def _score_batch(path: _LogProbs, batch: _Batch, wanted: _Wanted, in_hand: list[
     compared = wanted.compared(batch.indices, batch.labels.device)
     labels = batch.labels[batch.scored]
     pieces: dict[str, list[Any]] = defaultdict(list)
-    whole = _Whole(batch.indices, sizes, wanted)
     place = torch.tensor(wanted.places(batch.indices), dtype=torch.float64, device=labels.device)
     for start, stop, log_probs in path.blocks(batch):
         in_hand.clear()  # the body has run: the output layer's chunks are no activations of a window
@@ -342,42 +328,16 @@ def _score_batch(path: _LogProbs, batch: _Batch, wanted: _Wanted, in_hand: list[
         if wanted.correct:
             few = torch.full_like(target, divergence.TIES)
             pieces["correct"].append(divergence.is_top(log_probs, label_log_prob, few))
-        whole.add(start, log_probs)
         if wanted.keep_reference:
             pieces["reference"].append(divergence.reference_rows(log_probs, target, place[start:stop]))
         if compared is not None:
             kl, flip = divergence.kl_and_flips(compared.rows(start, stop).to(log_probs.device), log_probs, target)
             pieces["kl"].append(kl)
             pieces["flips"].append(flip)
-    return _cut(batch.indices, sizes, pieces, whole)
+    return _cut(batch.indices, sizes, pieces)
 
 
-class _Whole:
-    """The whole distributions of a few windows: kept on the baseline's side, compared with on the subject's."""
-
-    def __init__(self, indices: list[int], sizes: list[int], wanted: _Wanted) -> None:
-        self.theirs = wanted.reference.whole if wanted.reference is not None else {}
-        spans = zip(indices, accumulate(sizes, initial=0), accumulate(sizes), strict=False)
-        self.spans = [span for span in spans if span[0] in wanted.exact or span[0] in self.theirs]
-        self.kept: dict[int, list[Tensor]] = defaultdict(list)
-        self.kl: dict[int, float] = defaultdict(float)
-
-    def add(self, start: int, log_probs: Tensor) -> None:
-        """Take the log-probabilities [n, V] of the batch's scored tokens from `start` on."""
-        import torch
-
-        for index, first, last in self.spans:
-            rows = log_probs[max(first - start, 0) : max(last - start, 0)]
-            if len(rows) and index in self.theirs:
-                old = self.theirs[index][max(start - first, 0) :][: len(rows)].to(rows.device).double()
-                if old.shape != rows.shape:
-                    continue  # a subject with another vocabulary has no exact divergence
-                self.kl[index] += float(torch.where(old.exp() > 0, old.exp() * (old - rows.double()), 0.0).sum())
-            elif len(rows):
-                self.kept[index].append(rows.cpu())
-
-
-def _cut(indices: list[int], sizes: list[int], pieces: dict[str, list[Any]], whole: _Whole) -> Scored:
+def _cut(indices: list[int], sizes: list[int], pieces: dict[str, list[Any]]) -> Scored:
     """Cut a batch's figures per token into columns per window."""
     import torch
 
@@ -392,14 +352,12 @@ def _cut(indices: list[int], sizes: list[int], pieces: dict[str, list[Any]], who
         "kl_sum": [float(values.sum()) for values in kl],
         "kl_max": [float(values.max()) for values in kl],
         "flips": [int(flip.sum()) for flip in flips],
-        "kl_exact_sum": [whole.kl.get(index) for index in indices if whole.theirs],
     }
     references = []
     if kept := pieces["reference"]:
         arrays = {name: windows([getattr(part, name) for part in kept]) for name in kept[0].arrays()}
-        for place, index in enumerate(indices):
-            exact = {0: torch.cat(whole.kept[index])} if index in whole.kept else {}
-            references.append(TokenReference(**{n: parts[place] for n, parts in arrays.items()}, whole=exact))
+        for place in range(len(indices)):
+            references.append(TokenReference(**{n: parts[place] for n, parts in arrays.items()}))
     filled = {name: values for name, values in columns.items() if values}
     return Scored(indices, filled, [values.numpy() for values in kl], references)
 
