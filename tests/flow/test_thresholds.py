@@ -15,6 +15,7 @@ from invarlock.flow.calibration import rmt_thresholds, spectral_thresholds, ve_t
 from invarlock.policy.resolve import resolve_policy
 from invarlock.stats.linalg import SIGMA_CONTRACT
 
+TIERS = ("conservative", "balanced", "aggressive")
 RECORDED = Path(__file__).parents[2] / "benchmarks/results/calibration.json"
 
 
@@ -33,6 +34,11 @@ def test_kappa_holds_the_family_wise_level_and_covers_what_was_seen() -> None:
     level = float(norm.isf(0.05 / (2 * 256)))
     assert spectral_thresholds(_rows("spectral", [1e-4] * 12))["kappa"]["ffn"] == pytest.approx(level)
     assert spectral_thresholds(_rows("spectral", [1e-4] * 12 + [0.1]))["kappa"]["ffn"] == pytest.approx(0.1 / 0.005)
+
+
+def test_the_deadband_has_the_margin_of_the_widest_family() -> None:
+    rows = [{"spectral": {"ffn": [0.001], "attn": [-0.03]}}] * 12
+    assert spectral_thresholds(rows)["deadband"] == pytest.approx(math.expm1(0.12))
 
 
 def test_epsilon_leaves_a_margin_over_what_was_seen() -> None:
@@ -58,5 +64,6 @@ def test_the_packaged_thresholds_are_the_recorded_ones_rounded_up() -> None:
     for key, found in (("tau", spectral["tau"]), ("kappa", spectral["kappa"])):
         for family, value in found.items():
             assert value <= guards["spectral"][key][family] <= 1.05 * value
+    assert all(resolve_policy(tier).values["guards"]["spectral"]["deadband"] >= spectral["deadband"] for tier in TIERS)
     for family, value in rmt["epsilon"].items():
         assert value <= guards["rmt"]["epsilon"][family] <= 1.05 * value

@@ -29,7 +29,7 @@ def test_a_change_of_some_is_told_by_role_and_not_as_uniform() -> None:
     assert not found.uniform and found.named == []
     assert found.text == (
         "changed: attn.q_proj.weight (4 of 4), attn.o_proj.weight (4 of 4), mlp.up.weight (3 of 4), "
-        "mlp.down.weight (3 of 4), relative change 0.1 to 0.12; 14 of 16 tensors changed, 2 are as they were"
+        "mlp.down.weight (3 of 4), relative change 0.1 to 0.1; 14 of 16 tensors changed, 2 are as they were"
     )
 
 

@@ -33,7 +33,7 @@ _SWEEPS = {
         "null_sweep",
         {"spectral": "spectral_thresholds", "rmt": "rmt_thresholds"},
         3,
-        "Spectral and rmt: derive tau, kappa and epsilon, in the shape of `guards` in a configuration or a tier.",
+        "Spectral and rmt: derive deadband, tau, kappa and epsilon, in the shape of `guards` in a configuration or a tier.",
     ),
     "ve-sweep": _Sweep(
         "ve_sweep",

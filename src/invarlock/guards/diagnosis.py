@@ -91,7 +91,7 @@ def _by_role(rows: Sequence[Row], changed: Sequence[Row]) -> str:
     layers = {found[0].strip(".") if (found := _NUMBER.search(str(row["name"]))) else None for row in changed}
     where = f" in layer {layers.pop()}" if len(layers) == 1 and None not in layers else ""
     sizes = sorted(size for row in changed if (size := finite(row.get("rel_change"))) is not None)
-    spread = f", relative change {sizes[0]:.2g} to {sizes[-1]:.2g}" if sizes else ""
+    spread = f", relative change {sizes[0]:.1g} to {sizes[-1]:.1g}" if sizes else ""
     return f"changed{where}: {', '.join(parts)}{more}{spread}"
 
 

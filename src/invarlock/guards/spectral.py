@@ -1,9 +1,10 @@
 """Spectral guard: the largest singular value, the stable rank and the row and column norms of every weight matrix.
 
 Growth g = s1/s0 - 1 and z = ln(s1/s0) / tau of the module's family. A module violates when |g| exceeds the deadband,
-|z| exceeds kappa of its family, and its p-value 2 * Phi(-|z|) survives the multiple-testing rule over all modules. Up
-to `max_caps` violations warn, more fail. Fatal by themselves: a ratio of singular values outside [1/2, 2], a stable
-rank under a quarter of the baseline's, a norm ratio of a row or column outside [0.1, 10].
+|z| exceeds kappa of its family, and its p-value 2 * Phi(-|z|) survives the multiple-testing rule over all modules. With
+the packaged tau and kappa the deadband alone decides, since beyond it |z| is 9.8 and more: the others are for who sets
+them wider. Up to `max_caps` violations warn, more fail. Fatal by themselves: a ratio of singular values outside
+[1/2, 2], a stable rank under a quarter of the baseline's, a norm ratio of a row or column outside [0.1, 10].
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class SpectralGuard(StatsGuard):
     """Compares the spectra of the subject's weights with the baseline's.
 
     Policy keys and constructor arguments: `deadband` (of |g|), `kappa` and `tau` by family, `max_caps`,
-    `multiple_testing` {method: bh|bonferroni, alpha}, `scope` ("all" or families in which growth is judged),
+    `multiple_testing` {method: bh|bonferroni, alpha} (these three change nothing unless set so wide that they reach beyond
+    the deadband), `scope` ("all" or families in which growth is judged),
     `sigma_quantile` and `correction_enabled`: in a run, an offender that grew past that quantile of its family's
     baseline singular values is scaled down to it.
     """
@@ -311,7 +313,9 @@ def _violations(modules: list[dict[str, Any]], policy: Policy) -> list[Finding]:
     for (module, log_ratio), z, rejected in zip(judged, scores, survives, strict=True):
         growth, family = math.exp(log_ratio) - 1, module["family"]
         if rejected and abs(growth) > policy["deadband"] and abs(z) > _by_family(policy, "kappa", family):
-            text = f"{module['name']}: sigma changed by {growth:+.1%} (z = {z:.1f}, family {family})"
+            text = (
+                f"{module['name']}: sigma changed by {growth:+.1%}, beyond {policy['deadband']:.0%} (family {family})"
+            )
             found.append(finding("spectral_growth", module["name"], text))
     return found
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from invarlock.certificate.gates import base_name, kind_of_text
 from invarlock.certificate.schema import Gate, PrimaryMetric
+from invarlock.guards.sketch import rough
 
 __all__ = [
     "DECISIONS",
@@ -173,6 +174,7 @@ FORMS: Mapping[str, Form] = {
     "some": lambda value: plain(value or "none"),
     "ratio": ratio,
     "percent": percent,
+    "rough": _form(rough),
     "change": change,
     "nats": nats,
     "points": points,
