@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 from benchmarks.statistics.rules import RULES, Bounds, accuracy_passes, cluster_t, new_rule
-from benchmarks.statistics.samples import Array, Design, Sample, sample
+from benchmarks.statistics.samples import Design, Sample, sample
 from scipy.special import nctdtrinc, stdtrit
 
 from invarlock.stats.intervals import Interval
 from invarlock.stats.power import documents_needed, minimum_detectable_effect
-from invarlock.stats.sequential import looks
 
 Row = dict[str, str | float | int]
 
@@ -24,13 +23,14 @@ class Extent(NamedTuple):
     values: tuple[str, ...] = ("normal", "t3", "skew 2", "skew 6", "rare")
     documents: tuple[int, ...] = (10, 40, 60, 100, 400)
     sizes: tuple[str, ...] = ("equal", "geometric", "one dominating")
-    planned: tuple[int, ...] = (60, 100, 400)
+    planned: tuple[int, ...] = (10, 40, 60, 100, 160, 400)
+    iccs: tuple[float, ...] = (0.0, 0.1, 0.3)
     designs: tuple[tuple[int, int, float], ...] = ((200, 1, 0.0), (40, 5, 0.1), (40, 5, 0.3), (100, 2, 0.3))
     discordant: tuple[float, ...] = (1.0, 1.5, 2.0, 4.0, 10.0)
 
 
 FULL = Extent(4000)
-FAST = Extent(600, ("normal", "skew 2", "rare"), (40, 100), ("equal", "one dominating"), (100,),
+FAST = Extent(600, ("normal", "skew 2", "rare"), (40, 100), ("equal", "one dominating"), (100,), (0.3,),
               ((200, 1, 0.0), (40, 5, 0.3)), (1.0, 4.0))  # fmt: skip
 MINIMUM = 30  # documents for a PASS
 
@@ -126,43 +126,6 @@ def passes(rng: np.random.Generator, inside: float, deviation: float, documents:
     mean = rng.normal(-inside, error)
     spread = error * np.sqrt(rng.chisquare(documents - 1) / (documents - 1))
     return bool(mean + stdtrit(documents - 1.0, 0.975) * spread <= 0.0)
-
-
-def sequential(extent: Extent) -> list[Row]:
-    """The looks, at the new rule: errors where the truth is the limit, power and share used where it lies inside.
-
-    `inside` is in units of the effect that the whole sample decides with 80 % power; at 0 `passes` and `fails` are the
-    errors of each side (nominal 0.025). `whole` is the PASS share of the whole sample at once.
-    """
-    rows = []
-    for values, planned in itertools.product(extent.values, extent.planned):
-        drawn = sample(Design(values, planned), extent.simulations)
-        effect = float(nctdtrinc(planned - 1.0, 0.2, stdtrit(planned - 1.0, 0.975))) * drawn.error
-        whole = new_rule(drawn)
-        steps = looks(planned, MINIMUM)
-        found = [new_rule(drawn.first(look.documents), 1.0 - 2.0 * look.level) for look in steps]
-        shares = [look.documents / planned for look in steps]
-        for inside in (0.0, 1.0, 2.0, 4.0):
-            passed, failed, used = decided(found, shares, inside * effect)
-            rows.append({
-                "values": values, "planned": planned, "looks": len(steps), "inside": inside, "passes": passed,
-                "fails": failed, "whole": float((whole.hi <= inside * effect).mean()),
-                "mean used": float(used.mean()), "median used": float(np.median(used)),
-            })  # fmt: skip
-    return rows
-
-
-def decided(found: list[Bounds], shares: list[float], shift: float) -> tuple[float, float, Array]:
-    """Share of samples that pass and that fail at their first look that decides, and the share of documents used."""
-    passed, failed = (np.zeros(len(found[0].hi), dtype=np.bool_) for _ in range(2))
-    used = np.full(len(passed), shares[-1])
-    for bounds, share in zip(found, shares, strict=True):
-        still = ~(passed | failed)
-        passes_now, fails_now = still & (bounds.hi <= shift), still & (bounds.lo > shift)
-        used[passes_now | fails_now] = share
-        passed |= passes_now
-        failed |= fails_now
-    return float(passed.mean()), float(failed.mean()), used
 
 
 def accuracy(extent: Extent) -> list[Row]:

@@ -99,6 +99,7 @@ def certify(
     edit_label: str | None = None,
     early_stop: bool = True,
     cache: bool = True,
+    noise_floor: bool = False,
     tick: Tick | None = None,
     **unknown: object,
 ) -> Certification:
@@ -112,7 +113,8 @@ def certify(
     intent: preserve, finetune, restructure or engine. engine, baseline_engine: served engines that score a side, such as
     vllm=http://127.0.0.1:8000. edit: {name, plan}, or a file that holds it, applied to the subject once
     loaded. early_stop: stop once the text decides; False measures all of it in one look. cache:
-    find the baseline's measurement again where it was made before. tick(what, done, total) is
+    find the baseline's measurement again where it was made before. noise_floor: also measure the baseline against itself
+    in another batch shape, number of threads, attention and type. tick(what, done, total) is
     called as work proceeds.
 
     Returns for PASS, FAIL and INCONCLUSIVE alike. Raises ConfigError for arguments that make no sense, ModelLoadError for
@@ -141,6 +143,7 @@ def certify(
             edit=_edit(edit),
             edit_label=edit_label,
             cache=cache,
+            noise_floor=noise_floor,
         )
         require_writable(request.out)
         outcome = run_certify(request, tick)

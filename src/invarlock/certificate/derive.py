@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ from invarlock.certificate.schema import (
     Gate,
     GateDecision,
     GuardSection,
+    NoiseDistance,
+    NoiseRecord,
     PairedRows,
     Recorded,
     Split,
@@ -36,7 +39,7 @@ from invarlock.certificate.slices import Slices, measured_slices, slice_gates, s
 from invarlock.certificate.third import THIRD_ESTIMATORS, THIRD_GATES, THIRD_JUDGES, coverage_of
 from invarlock.core.exceptions import CertificateError
 from invarlock.eval.metrics import metric_of
-from invarlock.evidence.plain import canonical_digest
+from invarlock.evidence.plain import canonical_digest, finite_or_none
 from invarlock.evidence.rows import Rows
 from invarlock.guards.base import StatsGuard
 from invarlock.guards.boundary import BUILT_IN_GUARDS
@@ -196,6 +199,7 @@ def derive(r: Recorded) -> Certificate:
         verdict=(verdict := verdict_of(gates, measured, rules.gates)),
         confidence=_modest(rules.confidence(measured, _interval(found)), verdict.status, rules),
         slices=slice_sections(slices, r.data, gates),
+        noise_distance=_noise_distance(r.noise_floor or (), found),
     )
 
 
@@ -246,6 +250,20 @@ def _measured(
         planned=r.looks,
     )
     return measured, compared
+
+
+def _noise_distance(floors: Sequence[NoiseRecord], found: Figures) -> NoiseDistance | None:
+    """Return how far the ratio lies beyond what arithmetic alone does; None where either was not measured."""
+    x, error = found.metric.log_ratio, found.metric.std_error
+    known = [floor for floor in floors if floor.log_ratio is not None and floor.std_error is not None]
+    if x is None or error is None or not known:
+        return None
+    widest = max(known, key=lambda floor: abs(floor.log_ratio or 0.0))
+    size, spread = abs(widest.log_ratio or 0.0), widest.std_error or 0.0
+    both = math.hypot(error, spread)
+    distance = (abs(x) - size) / both if both > 0.0 else math.copysign(math.inf, abs(x) - size)
+    beyond = finite_or_none(distance if abs(x) != size else 0.0)
+    return None if beyond is None else NoiseDistance(name=widest.name, floor=size, floor_error=spread, distance=beyond)
 
 
 def _same_weights(r: Recorded) -> bool:

@@ -19,6 +19,7 @@ from invarlock.certificate.schema import (
     LooksRecord,
     Meta,
     MetricChoice,
+    NoiseRecord,
     Overhead,
     PeaksRecord,
     PluginGuardSection,
@@ -108,6 +109,7 @@ def record(report: Report, baseline: Report) -> Recorded:
             for split in ("preview", "final")
         },
         looks=_looks(subject),
+        noise_floor=None if refused else [NoiseRecord(**row) for row in meta.get("noise_floor") or ()] or None,
     )
     # what follows is derived from what a reader will find
     return Recorded.model_validate(canonical(recorded.model_dump(mode="json")))

@@ -359,6 +359,32 @@ class Looks(LooksRecord):
     share_used: float
 
 
+class NoiseRecord(Plain):
+    """What the baseline showed against itself, computed in another way: `name` says what was changed, from `usual` to
+    `other`."""
+
+    name: str
+    usual: str
+    other: str
+    windows: int
+    documents: int
+    tokens: int
+    log_ratio: float | None
+    std_error: float | None
+    kl_mean: float | None
+    flip_rate: float | None
+
+
+class NoiseDistance(Plain):
+    """How far the log ratio lies beyond the `floor`, the largest of the baseline against itself (by changing `name`), in
+    standard errors of both: (|x| - floor) / sqrt(se^2 + se_floor^2). It decides nothing."""
+
+    name: str
+    floor: float
+    floor_error: float
+    distance: float
+
+
 class ExpertsRecord(Plain):
     """How many tokens were routed to each expert on the two sides, by the block that holds them."""
 
@@ -439,6 +465,7 @@ class Recorded(Plain):
     looks: Annotated[LooksRecord | None, ABSENT] = None  # None: all of the text, in one look
     experts: Annotated[ExpertsRecord | None, ABSENT] = None
     layers_paired: Annotated[dict[str, str] | None, ABSENT] = None  # of a pruned subject: its layer, the baseline's
+    noise_floor: Annotated[list[NoiseRecord] | None, ABSENT] = None
 
     @property
     def refused(self) -> str | None:
@@ -477,6 +504,7 @@ class Certificate(Recorded):
     verdict: Verdict
     confidence: Confidence
     slices: Annotated[dict[str, SliceSection] | None, ABSENT] = None
+    noise_distance: Annotated[NoiseDistance | None, ABSENT] = None
 
     @property
     def guards(self) -> dict[str, GuardSection]:

@@ -52,7 +52,7 @@ SIGNATURE_ONLY = (
     "per-window losses, token counts, correctness, KL sums and flips, as measured",
     "that the divergence was measured against this baseline (reference_matches)",
     "tables of tensors, configurations, spectra, activation statistics and sketches, as measured",
-    "results of plugin guards and guard_overhead, as measured",
+    "results of plugin guards, guard_overhead and noise_floor, as measured",
     "digests of the measurement contracts, where both sides agree",
     "window ids, documents, kinds of text, counts asked for and the provider digest (the text is not in the certificate)",
     "sentences in a certificate of another release (its numbers, names, decisions and codes are derived again)",

@@ -52,6 +52,9 @@ _Preset = Annotated[
 
 _Baseline = Annotated[str | None, Option("--baseline", "--source", help="The checkpoint it came from, or a pack.")]
 _Report = Annotated[Path | None, Option(help="Reuse a measured baseline: a run folder or report.json.")]
+_Noise = Annotated[
+    bool, Option("--noise-floor", help="Measure the baseline against itself too, computed in other ways.")
+]
 _Whole = Annotated[bool, Option("--no-early-stop", help="Measure all of the text, in one look.")]
 
 
@@ -75,6 +78,7 @@ def certify(
     edit_label: Annotated[str | None, Option(help="Name of the edit in the certificate.")] = None,
     no_early_stop: _Whole = False,
     no_cache: NoCacheOption = False,
+    noise_floor: _Noise = False,
     timing: TimingOption = False,
     json: JsonOption = False,
 ) -> int:
@@ -106,11 +110,11 @@ def certify(
             edit_label=edit_label,
             early_stop=not no_early_stop,
             cache=not no_cache,
+            noise_floor=noise_floor,
             tick=tick,
         )
     if follows():
         return 0
-    rows = outcome.certificate["evaluation_windows"]
     return show(
         "certify-v1",
         _fields(outcome),
@@ -118,11 +122,16 @@ def certify(
         {"Certificate": outcome.files[CERTIFICATE], "Page": outcome.files[HTML]},
         notes=outcome.notes,
         timings=outcome.timings,
-        measured=(("baseline", "subject"), 2 * sum(sum(rows[split]["tokens"]) for split in ("preview", "final"))),
+        measured=(("baseline", "subject"), 2 * _tokens(outcome.certificate)),
         code=VERDICT_CODES[outcome.status],
         json=json,
         timing=timing,
     )
+
+
+def _tokens(certificate: Mapping[str, Any]) -> int:
+    """Return how many tokens of the text were scored."""
+    return sum(sum(rows["tokens"]) for rows in certificate["evaluation_windows"].values())
 
 
 def _fields(outcome: Certification) -> dict[str, object]:

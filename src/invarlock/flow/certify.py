@@ -21,7 +21,7 @@ from invarlock.certificate.reports import make_certificate
 from invarlock.checkpoints.side import Loading, Side
 from invarlock.checkpoints.tokenizer import encoded_differently
 from invarlock.core import registry
-from invarlock.core.api import GuardWithPrepare, RunReport
+from invarlock.core.api import GuardWithPrepare, ModelLike, RunReport
 from invarlock.core.device import make_deterministic
 from invarlock.core.events import EventLog
 from invarlock.core.exceptions import CheckpointDamagedError, ConfigError, EditError, InvarlockError, PairingError
@@ -36,6 +36,7 @@ from invarlock.evidence.windows import WindowBatches
 from invarlock.flow import cache, steps
 from invarlock.flow.job import INTENTS, Job, Tick, open_job, resolved_metric
 from invarlock.flow.measure import Measurement, files_only, followed, measure
+from invarlock.flow.noise import noise_floor
 from invarlock.flow.run_folder import find_report
 from invarlock.flow.sampling import check_same_data, cut_windows, reuse_windows
 from invarlock.guards.boundary import BUILT_IN_GUARDS
@@ -82,6 +83,7 @@ class CertifyRequest:
     out: Path = Path("runs")
     notes: tuple[str, ...] = ()  # what else a reader of the certificate should know
     cache: bool = True
+    noise_floor: bool = False  # also measure the baseline against itself, computed in other ways
 
     def __post_init__(self) -> None:
         if self.intent not in INTENTS:
@@ -95,6 +97,8 @@ class CertifyRequest:
                 Address.parse(address, option)
         if self.engine is not None and self.edit is not None:
             raise ConfigError("got an engine with an edit; a served model cannot be edited: serve the edited one")
+        if self.noise_floor and (self.engine or self.baseline_engine):
+            raise ConfigError("got an engine with a noise floor, which changes how a model here computes; expected one")
         if self.baseline_engine is not None and self.baseline is None:
             raise ConfigError("got a baseline engine with a baseline report, which was measured already; expected one")
 
@@ -160,12 +164,16 @@ class _Subject:
     edit: dict[str, Any] | None = None
     overhead: dict[str, Any] = field(default_factory=dict)
     guards: dict[str, Any] = field(default_factory=dict)
+    live: tuple[ModelLike, Side] | None = None  # as it was loaded, while nothing else has to be
+    noise: list[dict[str, Any]] | None = None  # what the baseline showed against itself
 
     def report(self, job: Job, request: CertifyRequest) -> RunReport:
         assert self.measured is not None
         edit = request.edit_facts if self.edit is None else self.edit
         report = steps.report(job, self.measured, edit, f"edited-{job.stamp}", guard_overhead=self.overhead)
         report.guards = dict(self.guards)
+        if self.noise is not None:
+            report.meta["noise_floor"] = self.noise
         return report
 
 
@@ -224,15 +232,19 @@ def _look_by_look(
     where it can be had, else the look that it reaches is the last one.
     """
     early = job.policy.limits.sample.early_stop and len(job.cuts) > 1
-    for cut in job.cuts if early else [None]:
+    plan: list[Cut | None] = [*job.cuts] if early else [None]
+    for cut, following in zip(plan, [*plan[1:], None], strict=True):
         with job.timed("baseline"):
             reached = _measure_baseline(job, request, source, cut)
+            subject.noise = _noise(job, request, source) if subject.measured is None else subject.noise
             gc.collect()  # the model is gone before the next one comes
         if not reached and subject.measured is not None:
             job.notes.append(f"the stored baseline ends at {sum(source.reach)} windows, before the gates were decided")
             break
         with job.timed("subject"):
             _measure_subject(job, request, source, subject, cut)
+            if following is None or any(a < b for a, b in zip(source.reach, following, strict=True)):
+                subject.live = None  # the baseline's model comes next
             gc.collect()
         with job.timed("compare"):
             report = subject.report(job, request)
@@ -373,6 +385,17 @@ def _measure_baseline(job: Job, request: CertifyRequest, source: Source, cut: Cu
     return True
 
 
+def _noise(job: Job, request: CertifyRequest, source: Source) -> list[dict[str, Any]] | None:
+    """Measure the baseline against itself where that is asked for and its weights are at hand."""
+    assert source.measured is not None
+    if not request.noise_floor or job.metric.is_accuracy or not _at_hand(job, source):
+        if request.noise_floor:
+            why = "it is of the ratio" if job.metric.is_accuracy else "the baseline's weights are not at hand"
+            job.notes.append(f"the noise floor is not measured: {why}")
+        return None
+    return noise_floor(job, steps.load(job, source.side, "the baseline again"), source.measured)
+
+
 def _not_shown(job: Job) -> dict[int, str]:
     """Say of the guards that have to see the baseline why they did not."""
     why = "it has to see the baseline's weights, which are not at hand: give --baseline its folder"
@@ -395,13 +418,16 @@ def _at_hand(job: Job, source: Source) -> bool:
 def _measure_subject(job: Job, request: CertifyRequest, source: Source, subject: _Subject, cut: Cut | None) -> None:
     """Measure the subject as far as `cut`, all where None; the first time, show it to plugin guards too."""
     assert source.measured is not None
-    make_deterministic(job.policy.limits.bootstrap.seed)  # an edit in memory is made again at every look
-    model, side = steps.load(job, subject.side, "the subject", source.side.tokenizer), subject.side
-    if request.edit is not None:
+    make_deterministic(job.policy.limits.bootstrap.seed)  # an edit in memory is made again at every load
+    loaded = subject.live is None
+    if subject.live is None:
+        subject.live = steps.load(job, subject.side, "the subject", source.side.tokenizer), subject.side
+    model, side = subject.live
+    if request.edit is not None and loaded:
         edit = request.edit_facts
         made = registry.edits.create(edit["name"], **edit["plan"])
         facts, side = steps.apply_edit(job, model, side, made, {})
-        subject.edit = {**edit, **facts}
+        subject.edit, subject.live = {**edit, **facts}, (model, side)
     if subject.measured is not None and cut is not None:
         if side.structure.weights_digest() != subject.measured.evidence.structure.weights_digest():
             raise EditError("the edit made other weights the second time; expected the same: use --no-early-stop")

@@ -70,7 +70,8 @@ class Job:
     def cuts(self) -> list[Cut]:
         """How many windows of preview and final each look reaches; the last one reaches all."""
         assert self.windows is not None
-        return cuts(self.windows, self.policy.limits.sample.early_documents)
+        sample = self.policy.limits.sample
+        return cuts(self.windows, sample.early_documents, sample.first_documents)
 
     @property
     def plugins(self) -> list[Guard]:

@@ -281,6 +281,7 @@ def values(c: Certificate) -> dict[str, object]:
         "seen": c.data.vocabulary_seen,
         "look": c.looks.made[-1] if c.looks else None,
         "look_number": len(c.looks.made) if c.looks else None,
+        "noise": c.noise_distance,
         "d": d,
         "foreign": d is not None and not d.reference_matches,
         "tail": tail,

@@ -25,6 +25,7 @@ from invarlock.core.exceptions import ConfigError
 __all__ = ["ERROR", "FRACTIONS", "Look", "looks", "spending_levels"]
 
 FRACTIONS = (0.2, 0.4, 0.7, 1.0)
+FIRST = 0.05
 ERROR = 0.025  # one-sided, of all looks together
 _NODES = 128
 _FAR = 9.0  # standard deviations below which no density is left
@@ -37,16 +38,19 @@ class Look(NamedTuple):
     level: float
 
 
-def looks(planned_documents: int, minimum: int = 1, *, error: float = ERROR) -> list[Look]:
+def looks(planned_documents: int, minimum: int = 1, *, error: float = ERROR, first: int = 0) -> list[Look]:
     """Return the looks at `FRACTIONS` of the planned documents, none of them at fewer than `minimum`.
 
     An early look below the minimum moves up to it; looks at the same number are one. With no more documents planned
-    than the minimum there is one look at the end. Raises ConfigError for numbers below 1.
+    than the minimum there is one look at the end. With `first` above 0 one more look comes before several, at `FIRST` of
+    the documents and no fewer than `first`: it is for what is so far beyond a limit that few documents show it.
+    Raises ConfigError for numbers below 1, or a `first` below 0.
     """
-    if planned_documents < 1 or minimum < 1:
+    if planned_documents < 1 or minimum < 1 or first < 0:
         raise ConfigError(f"got {planned_documents} planned documents, minimum {minimum}; expected at least 1 each")
     counts = {min(planned_documents, max(minimum, math.ceil(t * planned_documents - 1e-9))) for t in FRACTIONS}
-    ordered = sorted(counts)
+    soon = max(first, math.ceil(FIRST * planned_documents - 1e-9))
+    ordered = sorted(counts | ({soon} if first and soon < min(counts) < planned_documents else set()))
     levels = spending_levels([count / planned_documents for count in ordered], error)
     return [Look(count, level) for count, level in zip(ordered, levels, strict=True)]
 
