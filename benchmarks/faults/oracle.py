@@ -159,6 +159,13 @@ class Oracle:
         harmful = any(not value <= limit for value, limit, _ in values)
         return {"harmful": harmful, "nearest": distance(values), "texts": figures}
 
+    def figures(self, subject: Any, name: str, blocks: int | None = None) -> dict[str, float]:
+        """Return the figures on one kind of text, on its first blocks or all, whatever they are."""
+        sums = _Sums()
+        for number in range(len(self.blocks[name][:blocks])):
+            self._measure(subject, name, number, sums)
+        return sums.figures()
+
     def _decided(self, figures: dict[str, dict[str, float]]) -> bool:
         gaps = [
             math.inf if not math.isfinite(value) else (value - limit) / max(se, 1e-12)
