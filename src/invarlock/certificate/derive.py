@@ -103,6 +103,21 @@ def _first_confidence(m: Measured, interval: Interval) -> Confidence:
 #: version of the tiers -> the first 16 hex digits of SHA-256 over the text of its file, as the first release issued it
 _TIERS_TEXT = {3: "6e383ec49b026dc1"}
 
+_THIRD = Rules(
+    THIRD_ESTIMATORS,
+    THIRD_GATES,
+    THIRD_JUDGES,
+    confidence_of,
+    diagnose_by_role,
+    notes=with_notes,
+    run_id=_run_id,
+    tiers_digest=lambda policy: policy.tiers_digest,
+    one_spelling=True,
+    by_split=True,
+    modest=True,
+    coverage=coverage_of,
+)
+
 DERIVATIONS: Mapping[int, Rules] = {
     1: Rules(
         FIRST_ESTIMATORS,
@@ -126,20 +141,8 @@ DERIVATIONS: Mapping[int, Rules] = {
         tiers_digest=lambda policy: policy.tiers_digest,
         one_spelling=True,
     ),
-    3: Rules(
-        THIRD_ESTIMATORS,
-        THIRD_GATES,
-        THIRD_JUDGES,
-        confidence_of,
-        diagnose_by_role,
-        notes=with_notes,
-        run_id=_run_id,
-        tiers_digest=lambda policy: policy.tiers_digest,
-        one_spelling=True,
-        by_split=True,
-        modest=True,
-        coverage=coverage_of,
-    ),
+    3: _THIRD,
+    4: _THIRD,  # other sentences
 }
 #: the derivation of new certificates
 CURRENT = max(DERIVATIONS)

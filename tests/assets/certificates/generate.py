@@ -94,8 +94,8 @@ def rtn(bits: int, **plan: Any) -> dict[str, Any]:
 class Case:
     """One `invarlock certify`. The subject is the baseline, after `change` of its file or with `edit` in memory.
 
-    `reuse` names an earlier case whose measured baseline takes the place of the baseline model; `config` is what changes
-    in the subject's config.json.
+    `reuse` names an earlier case whose measured baseline takes the place of the baseline model, as `pack` has one
+    made of the baseline and certified against; `config` is what changes in the subject's config.json.
     """
 
     verdict: str
@@ -105,6 +105,7 @@ class Case:
     preset: Mapping[str, Any] = field(default_factory=lambda: PYTHON_DOCS)
     flags: tuple[str, ...] = DEV
     reuse: str | None = None
+    pack: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -152,6 +153,27 @@ CASES: Mapping[str, Case] = {
     "second_packed": Case("PASS", "llama", change=pack_attention, config={
         "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True},
     }),
+    "third_pass": Case("PASS", change=round_rows(8)),
+    "third_fail": Case("FAIL", edit=rtn(2)),
+    "third_inconclusive": Case("INCONCLUSIVE", edit=rtn(2, max_modules=1)),
+    "third_refused": Case("FAIL", change=spoil),
+    "third_accuracy": Case("INCONCLUSIVE", change=round_rows(3), preset=ACCURACY, flags=CI_CPU),
+    "third_plugin_guard": Case("PASS", "neox", change=round_rows(8), preset={
+        **PYTHON_DOCS, "guards": {"order": ["invariants", "rmt", "hello_guard"], "hello_guard": {"message": "good day"}},
+    }),
+    "third_slices": Case("FAIL", "llama", edit=rtn(3), preset={"dataset": {"seq_len": 128, "slices": {
+        "docs": {"provider": "python_docs"}, "code": {"provider": "python_code"},
+    }}}, flags=CI_CPU),
+    "third_packs": Case("PASS", "llama", change=round_rows(8), pack=True),
+    "third_whole": Case("PASS", "bert", change=round_rows(8), flags=(*DEV, "--no-early-stop")),
+    "third_looks": Case("PASS", "neox", change=round_rows(8), preset=LONGER, flags=CI_CPU),
+    "third_pairs": Case("PASS", "t5", edit=rtn(8), preset=PAIRS),
+    "third_restructure": Case(
+        "PASS", "llama", change=pad_vocabulary, config={"vocab_size": 4160}, flags=(*DEV, "--intent", "restructure"),
+    ),
+    "third_packed": Case("PASS", "llama", change=pack_attention, config={
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    }),
 }  # fmt: skip
 
 
@@ -160,6 +182,18 @@ def model_folder(name: str) -> Path:
     if name == "gpt2":
         return Path(str(resources.files("invarlock.data").joinpath("demo_model")))
     return MODELS / name
+
+
+def _invarlock(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("INVARLOCK_")}
+    return subprocess.run(
+        [sys.executable, "-m", "invarlock", *command],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def certify(name: str, work: Path) -> Path:
@@ -177,23 +211,22 @@ def certify(name: str, work: Path) -> Path:
     if case.config:
         config = json.loads((subject / "config.json").read_text(encoding="utf-8"))
         (subject / "config.json").write_text(json.dumps({**config, **case.config}), encoding="utf-8")
-    command = ["certify", "--subject", "subject", "--cert-out", "cert", "--out", "runs", "--device", "cpu", *case.flags]
-    command += ["--baseline-report", f"../{case.reuse}/runs/source"] if case.reuse else ["--baseline", "baseline"]
+    preset = []
     if case.preset:
         (folder / "preset.yaml").write_text(yaml.safe_dump(dict(case.preset)), encoding="utf-8")
-        command += ["--preset", "preset.yaml"]
+        preset = ["--preset", "preset.yaml"]
+    if case.pack:
+        _invarlock(folder, "baseline", "make", "baseline", "-o", "baseline.pack", *case.flags, *preset)
+    command = ["certify", "--subject", "subject", "--cert-out", "cert", "--out", "runs", "--device", "cpu", *case.flags]
+    command += preset
+    if case.reuse:
+        command += ["--baseline-report", f"../{case.reuse}/runs/source"]
+    else:
+        command += ["--baseline", "baseline.pack" if case.pack else "baseline"]
     if case.edit is not None:
         (folder / "edit.yaml").write_text(yaml.safe_dump(dict(case.edit)), encoding="utf-8")
         command += ["--edit-config", "edit.yaml"]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("INVARLOCK_")}
-    outcome = subprocess.run(
-        [sys.executable, "-m", "invarlock", *command],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    outcome = _invarlock(folder, *command)
     if outcome.returncode != EXIT_CODES[case.verdict]:
         raise SystemExit(
             f"{name}: exit {outcome.returncode}, expected {case.verdict}\n{outcome.stdout}{outcome.stderr}"
