@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -204,3 +205,24 @@ def _wait_for(process: subprocess.Popen[str], folder: Path, moment: str) -> None
             return
         time.sleep(0.005)
     raise AssertionError(f"the command ended with {process.returncode} before {moment}; expected it to be interrupted")
+
+
+@pytest.mark.slow
+def test_a_fail_ends_with_the_command_that_finds_the_tensors_and_explain_tells_what_it_found(
+    cli: Cli, demo_model: Path, wrecked: Path, preset: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "with a space"
+    folder.mkdir()
+    failed = cli("certify", *_arguments(folder, baseline=demo_model, subject=wrecked, preset=preset))
+    assert failed.exit_code == 1, failed.output
+    certificate = json.loads((folder / "cert" / "evaluation.cert.json").read_text(encoding="utf-8"))
+    assert "2-bit rounding" in {row.get("operation", "")[:14] for row in certificate["weights"]["changes"]}
+    line = next(line for line in failed.stdout.splitlines() if line.startswith("which tensor"))
+    name, *pasted = shlex.split(line.removeprefix("which tensor"))
+    assert name == "invarlock"
+    found = cli(*pasted, "--windows", "4", "--budget", "5s")
+    assert found.exit_code == 0, found.output
+    told = cli("report", "explain", str(folder / "cert"))
+    summary = json.loads((folder / "cert" / "bisect.json").read_text(encoding="utf-8"))["summary"]
+    assert summary
+    assert told.stdout.splitlines()[-len(summary) :] == [f"{'bisect':<14}{line}" for line in summary]

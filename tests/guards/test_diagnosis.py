@@ -41,3 +41,18 @@ def test_what_stands_out_is_counted() -> None:
 
 def test_nothing_changed_stays_said() -> None:
     assert diagnose_by_role(_rows({})).text == "no tensor changed"
+
+
+def test_what_the_values_told_is_said_instead_of_what_sketches_show() -> None:
+    rounding, update = "4-bit rounding in groups of 32, symmetric", "rank-8 update"
+    every = [{**row, "operation": rounding} if row["rel_change"] else row for row in _rows({"attn": 0.1})]
+    found = diagnose_by_role(every)
+    assert found.uniform and found.text == f"uniform: 8 of 16 tensors (attn), relative change 0.1: {rounding}"
+    some = [
+        {**row, "operation": update} if row["rel_change"] else row for row in _rows({"q_proj": 0.1, "2.mlp.up": 0.1})
+    ]
+    found = diagnose_by_role(some)
+    assert found.text.startswith(
+        f"changed alike in every layer: all attn.q_proj.weight (4 tensors): {update}; also model.layers.2.mlp.up.weight"
+    )
+    assert {row["name"] for row in found.named} == {row["name"] for row in some if row["rel_change"]}

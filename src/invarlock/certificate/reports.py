@@ -97,7 +97,9 @@ def record(report: Report, baseline: Report) -> Recorded:
         policy_provenance=policy.provenance(),
         provenance=_provenance(meta, reference, measured),
         data=subject.data,
-        weights=WeightsRecord(changes=[] if refused else _changes(reference, subject, families)),
+        weights=WeightsRecord(
+            changes=[] if refused else _changes(reference, subject, families, meta.get("operations") or {})
+        ),
         notes=[str(note) for note in meta.get("warnings") or ()] or None,
         activation_peaks=_peaks(reference, subject),
         experts=_experts(reference, subject),
@@ -138,11 +140,13 @@ def _looks(subject: Evidence) -> LooksRecord | None:
 _PLANNED = {name: f"planned_{name}" for name in ("documents", "windows", "tokens")}
 
 
-def _changes(baseline: Evidence, subject: Evidence, families: Mapping[str, str]) -> list[dict[str, Any]]:
+def _changes(
+    baseline: Evidence, subject: Evidence, families: Mapping[str, str], operations: Mapping[str, str]
+) -> list[dict[str, Any]]:
     rows = compare_all(baseline.sketches, subject.sketches, families)
     lengths = {t.name: t.shape[0] for t in baseline.structure.tensors if len(t.shape) == 1}
     mark_shifts(rows, baseline.sketches, subject.sketches, lengths)
-    return rows
+    return [{**row, "operation": operations[row["name"]]} if row["name"] in operations else row for row in rows]
 
 
 def _plain(report: Report) -> dict[str, Any]:

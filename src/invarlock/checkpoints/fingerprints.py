@@ -9,44 +9,31 @@ anything, zeros or a scale or a low-rank update under a rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from invarlock.checkpoints.grids import Grid, find_grid, unit_roundoff
+from invarlock.checkpoints.operations import Operation
+from invarlock.checkpoints.spectra import rank_above_noise, rank_of, rank_of_change, scaled_update
+from invarlock.checkpoints.structure import stored_type
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["OPERATIONS", "Change", "Operation", "as_matrix", "compare", "stored_type"]
+__all__ = ["Change", "as_matrix", "compare"]
 
 _CHUNK = 1 << 18  # values compared at a time: they stay in the processor's cache
 _SAMPLE = 96  # rows and columns that are looked at
-_BLOCK = 320  # rows and columns of the part whose rank is taken
 _PART = 0.97  # share of rows up to which an edit counts as one of these rows alone
 _FLOOR = 2e-5  # relative error of sums in single precision
 _UNRELATED = 0.15  # cosine below which two tensors have nothing in common
 _MOVED = 0.9  # cosine below which a rearrangement is looked for
 _LONG = 32  # values in a line from which on two that are alike by chance are rare
-_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "float8_e4m3fn": "F8_E4M3"}
-_PATTERNS = ((2, 4), (1, 4), (4, 8), (2, 8), (1, 2))
-
-
-class Operation(NamedTuple):
-    """One recognised operation: a key of `OPERATIONS`, and its figures."""
-
-    name: str
-    facts: Mapping[str, Any] = {}
-
-    @property
-    def words(self) -> str:
-        """Return the operation in words."""
-        return OPERATIONS[self.name](self.facts)
-
-    @property
-    def value(self) -> str:
-        """Return the figure that `--expect NAME:VALUE` compares: bits, rank, type, share, factor."""
-        return str(next((self.facts[key] for key in _VALUES if key in self.facts), ""))
+_TURNED = 0.5  # cosine from which on a change is no rotation
+_FLOAT8 = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+_CUTS = (2, 4, 8, 16)  # values of which a pruning pattern keeps some
+_MANY = 1 << 15  # lines from which on they are matched by one projection alone
 
 
 @dataclass(frozen=True)
@@ -87,10 +74,9 @@ class Change:
         return all(operation.name not in ("changed", "unrelated") for operation in self.operations)
 
 
-def stored_type(tensor: Tensor) -> str:
-    """Return the name of a tensor's type, as safetensors calls it."""
-    name = str(tensor.dtype).removeprefix("torch.")
-    return _TYPES.get(name, name.upper())
+def _type(tensor: Tensor) -> str:
+    name = stored_type(tensor)
+    return _FLOAT8.get(name, name)
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
@@ -102,7 +88,7 @@ def as_matrix(tensor: Tensor) -> Tensor:
 
 def compare(name: str, before: Tensor, after: Tensor, *, head_size: int | None = None) -> Change:
     """Compare a tensor with its baseline and name what was done to it. `head_size` is that of an attention head."""
-    types = (stored_type(before), stored_type(after))
+    types = (_type(before), _type(after))
     shape = tuple(after.shape)
     if before.shape != after.shape:
         return Change(name, shape, types, operations=tuple(_reshaped(before, after)))
@@ -173,7 +159,6 @@ class _Sums(NamedTuple):
     rows: Tensor
     columns: Tensor
     changed: int
-    zeros: tuple[int, int]
     spoilt: int
 
     @classmethod
@@ -183,7 +168,6 @@ class _Sums(NamedTuple):
         height, width = before.shape
         sums, largest, changed, spoilt = [0.0] * 4, 0.0, 0, 0
         rows, columns = torch.zeros(height, dtype=torch.bool), torch.zeros(width, dtype=torch.bool)
-        zeros = [0, 0]
         step = max(1, _CHUNK // max(width, 1))
         for start in range(0, height, step):
             part = slice(start, start + step)
@@ -197,12 +181,15 @@ class _Sums(NamedTuple):
             sums = [total + value for total, value in zip(sums, found, strict=True)]
             if found[3] == 0.0:
                 continue
-            moved = d.ne(0)
-            rows[part], columns = moved.any(1), columns | moved.any(0)
-            changed += int(moved.sum())
-            largest = max(largest, float(d.abs_().max()))
-            zeros = [zeros[0] + int((a == 0).sum()), zeros[1] + int((b == 0).sum())]
-        return cls(sums[0], sums[1], sums[2], sums[3], largest, rows, columns, changed, (zeros[0], zeros[1]), spoilt)
+            count = int(torch.count_nonzero(z))
+            changed += count
+            if count == d.numel():
+                rows[part] = columns[:] = True
+            else:
+                moved = d.ne(0)
+                rows[part], columns = moved.any(1), columns | moved.any(0)
+            largest = max(largest, *(abs(float(end)) for end in torch.aminmax(z)))
+        return cls(sums[0], sums[1], sums[2], sums[3], largest, rows, columns, changed, spoilt)
 
 
 class _Pair:
@@ -236,16 +223,17 @@ class _Pair:
         if part[0]:
             yield Operation("rows", self._span(rows))
         if part[1]:
-            yield Operation("columns", {**_span_facts(columns), "of": len(columns)})
+            yield Operation("columns", self._span(columns))
         old, new = (t[rows] if part[0] else t for t in (self.old, self.new))
         old, new = (t[:, columns] if part[1] else t for t in (old, new))
         yield from _Names(old, new, _Sums.of(old.float(), new.float()), {}, self.order).all()
 
-    def _span(self, rows: Tensor) -> dict[str, Any]:
-        facts: dict[str, Any] = {**_span_facts(rows), "of": len(rows)}
+    def _span(self, lines: Tensor) -> dict[str, Any]:
+        at = lines.nonzero()[:, 0].tolist()
+        facts: dict[str, Any] = {"count": len(at), "first": at[0], "last": at[-1], "listed": at[:4], "of": len(lines)}
         size = self.head_size
-        if size and len(rows) % size == 0 and len(rows) > size:
-            heads = rows.reshape(-1, size)
+        if size and len(lines) % size == 0 and len(lines) > size:
+            heads = lines.reshape(-1, size)
             if bool((heads.all(1) == heads.any(1)).all()):
                 facts["heads"] = heads.all(1).nonzero()[:, 0].tolist()
         return facts
@@ -256,14 +244,14 @@ class _Pair:
 
         old, new = self.old, self.new
         if self.sums.dd == 0.0:
-            return Operation("cast", {"to": stored_type(new), "exact": True, "whole": True})
+            return Operation("cast", {"to": _type(new), "exact": True, "whole": True})
         a, b = old[:: max(1, len(old) // _SAMPLE)].float(), new[:: max(1, len(new) // _SAMPLE)].float()
         for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2):
             if torch.equal(a.to(dtype).float(), b):
-                return Operation("cast", {"to": stored_type(a.to(dtype)), "exact": False, "whole": True})
+                return Operation("cast", {"to": _type(a.to(dtype)), "exact": False, "whole": True})
         wider = unit_roundoff(old), unit_roundoff(new)
         if old.dtype != new.dtype and wider[1] > 2 * wider[0] and wider[1] > 1e-6:
-            return Operation("cast", {"to": stored_type(new), "exact": False, "whole": False})
+            return Operation("cast", {"to": _type(new), "exact": False, "whole": False})
         return None
 
 
@@ -272,11 +260,6 @@ def _some(mask: Tensor, lines: Tensor) -> bool:
     if len(mask) == 1 or float(mask.float().mean()) > _PART:
         return False
     return bool((lines[~mask] != 0).any())
-
-
-def _span_facts(mask: Tensor) -> dict[str, Any]:
-    at = mask.nonzero()[:, 0].tolist()
-    return {"count": len(at), "first": at[0], "last": at[-1], "listed": at[:4]}
 
 
 class _Names:
@@ -366,37 +349,60 @@ class _Names:
             yield Operation("changed", {"size": _far(b, a), "count": self.sums.changed, "of": self.new.numel()})
 
     def _pattern(self) -> str:
+        whole = (self.b == 0).all(1)
+        if bool(whole.any()):
+            return f"{int(whole.sum())} of {len(whole)} rows looked at are zero"
         for lines, along in ((self.b, ""), (self.b_t, " down the columns")):
-            whole = (lines == 0).all(1)
-            if bool(whole.any()) and not along:
-                return f"{int(whole.sum())} of {len(whole)} rows looked at are zero"
-            for kept, of in _PATTERNS:
-                cut = lines[:, : lines.shape[1] // of * of].reshape(-1, of)
-                if len(cut) and float(((cut != 0).sum(1) <= kept).float().mean()) > 0.999:
-                    return f"{kept}:{of}{along}"
+            found: list[tuple[float, int, int]] = []
+            for of in _CUTS:
+                left = (lines[:, : lines.shape[1] // of * of].reshape(-1, of) != 0).sum(1).float()
+                kept = int(left.quantile(0.999)) if 0 < len(left) <= 1 << 22 else of
+                if kept < of and float(left.mean()) > 0.75 * kept:
+                    found.append((kept / of, of, kept))
+            if found:
+                _, of, kept = min(found)
+                return f"{kept}:{of}{along}"
         return ""
 
     def _rounded(self) -> Iterator[Operation]:
         if self.new.numel() < 64:
             return
         grid = find_grid(self.b, self.b_t) if len(self.new) > 1 else find_grid(self.b, self.b[:, :0])
-        old = find_grid(self.a, self.a_t) if grid is not None and len(self.new) > 1 else None
-        if grid is None or (old is not None and old.bits <= grid.bits):
+        if grid is None:
+            return
+        rounded = Operation("rounded", {**grid._asdict(), "words": grid.words})
+        old, left = find_grid(self.a, self.a_t) if len(self.new) > 1 else None, self.b != 0
+        again = old is not None and old.bits <= grid.bits  # both are stored on a grid
+        if again and _far(self.b[left], self.a[left]) <= self.tolerance:
             return
         if self.cosine < _MOVED and (moved := list(self._moved())):
             yield from moved
+            if not again and moved[-1].name != "rounded":
+                yield rounded
             return
-        if abs(self.cosine) >= _UNRELATED:
-            yield from self._before_rounding(grid)
-        else:
+        alike = abs(self.cosine) >= _UNRELATED
+        before = list(self._before_rounding(grid)) if alike else []
+        if again and not before and not self._within(grid):
+            return
+        if not alike:
             yield Operation("unrelated", {"spread": math.sqrt(self.sums.bb / self.new.numel())})
-        yield Operation("rounded", {**grid._asdict(), "words": grid.words})
+        yield from before
+        yield rounded
 
-    def _before_rounding(self, grid: Grid) -> Iterator[Operation]:
-        """Name what was done beside the rounding: more zeros than it makes, a scale, or a smooth part of the rest."""
+    def _on(self, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the sample before and after as groups [G, g] that share a scale, and about one step of each [G, 1]."""
         a, b = (self.a_t, self.b_t) if grid.axis == "column" else (self.a, self.b)
         size = grid.group or b.shape[1]
         a, b = (t[:, : t.shape[1] // size * size].reshape(-1, size) for t in (a, b))
+        return a, b, _step(b) if grid.axis != "tensor" else _step(b.reshape(1, -1))
+
+    def _within(self, grid: Grid) -> bool:
+        """Say whether the change is no more than rounding once more to the grid makes."""
+        a, b, step = self._on(grid)
+        return float((b - a).square().mean()) <= 0.2 * float(step.square().mean())
+
+    def _before_rounding(self, grid: Grid) -> Iterator[Operation]:
+        """Name what was done beside the rounding: more zeros than it makes, a scale, or a smooth part of the rest."""
         for axis, c, d in (("columns", self.a_t, self.b_t), ("rows", self.a, self.b)):
             factors = _ratios(c, d)
             spread = float(factors.log().std()) if bool((factors > 0).all()) and len(factors) > 4 else 0.0
@@ -405,7 +411,7 @@ class _Names:
                     "lines_scaled", {"axis": axis, "least": float(factors.min()), "most": float(factors.max())}
                 )
                 return
-        step = _step(b) if grid.axis != "tensor" else _step(b.reshape(1, -1))
+        a, b, step = self._on(grid)
         zeros = b == 0
         if float(zeros.float().mean()) > 1.25 * float((a.abs() < 0.5 * step).float().mean()) + 0.05:
             yield Operation("pruned", {"share": float(zeros.float().mean()), "pattern": self._pattern()})
@@ -413,23 +419,34 @@ class _Names:
         rest = float((b - a).square().mean())
         factor = float((self.a * self.b).sum() / (self.a * self.a).sum())
         if grid.bits >= 3 and abs(factor - 1) > 0.05 and _far(self.b, factor * self.a) < 0.7 * _far(self.b, self.a):
-            yield Operation("scaled", {"by": factor})
+            yield Operation("sign") if abs(factor + 1) <= 0.05 else Operation("scaled", {"by": factor})
             return
-        rank = _rank_above_noise(self.old, self.new)
+        rank = rank_above_noise(self.old, self.new)
         if grid.bits >= 3 and rank and rest > 1.3 * float((step**2).mean()) / 12:
             yield Operation("low_rank", {"rank": rank, "size": _far(self.b, self.a)})
 
     def _low_rank(self) -> Iterator[Operation]:
-        if min(self.new.shape) < 4 or self.cosine < 0.2:
+        if min(self.new.shape) < 4 or abs(self.cosine) < 0.2:
             return
         size = math.sqrt(self.sums.dd / max(self.sums.aa, 1e-300))
-        rank = _rank_of_change(self.old, self.new, self.unit)
+        rank = rank_of_change(self.old, self.new, self.unit)
+        if not rank and size < 8 * self.unit:  # an update hardly larger than the rounding of the type
+            rank = rank_above_noise(self.old, self.new)
         if rank:
             yield Operation("low_rank", {"rank": rank, "size": size})
             return
-        cut = _rank(self.new, self.unit)
-        if cut and not _rank(self.old, self.unit):
+        cut = rank_of(self.new, self.unit)
+        if cut and not rank_of(self.old, self.unit):
             yield Operation("rank_cut", {"rank": cut, "size": size})
+            return
+        found = scaled_update(self.old, self.new, self.unit)
+        if found is not None:
+            least, most = float(found.factors.min()), float(found.factors.max())
+            if found.axis == "tensor":
+                yield Operation("sign") if abs(most + 1) <= 1e-3 else Operation("scaled", {"by": most})
+            else:
+                yield Operation("lines_scaled", {"axis": found.axis, "least": least, "most": most})
+            yield Operation("low_rank", {"rank": found.rank, "size": size})
 
     def _moved(self) -> Iterator[Operation]:
         """Transposed, rows or columns in another order, or turned by an orthogonal matrix; and what else was done."""
@@ -437,25 +454,22 @@ class _Names:
 
         if self.order is None:
             return
-        if self.old.shape[0] == self.old.shape[1] and (rest := _like(self.old.T, self.new)) is not None:
-            yield from (Operation("transposed"), *rest)
+        if self.old.shape[0] == self.old.shape[1] and _like(self.old.T, self.new):
+            yield Operation("transposed")
+            yield from _rest(self.old.T, self.new)
             return
         for axis, old, new in (("rows", self.old, self.new), ("columns", self.old.T, self.new.T)):
-            if len(old) < 2:
-                continue
-            found = _reordered(old, new)
-            if found is not None:
-                picked, came = found
-                self.order[axis] = _whole_order(old, new)
+            if len(old) > 1 and _reordered(old, new):
+                came = self.order[axis] = _whole_order(old, new)
                 yield Operation("permuted", {"axis": axis})
-                yield from _rest(old[came].float(), new[picked].float())
+                yield from _rest(self.old[came] if axis == "rows" else self.old[:, came], self.new)
                 return
         for axis, a, b in (("columns", self.a, self.b), ("rows", self.a_t, self.b_t)):
-            if len(a) < 8 or a.shape[1] < 8:
+            if len(a) < 8 or a.shape[1] < 8 or abs(self.cosine) > _TURNED:
                 continue
             old, new = a @ a.T, b @ b.T
             off = ~torch.eye(len(a), dtype=torch.bool)
-            if _far(new, old) < 0.02 and _correlation(old[off], new[off]) > 0.98:
+            if _far(new, old) < 0.15 and _correlation(old[off], new[off]) > 0.8:
                 yield Operation("rotated", {"axis": axis})
                 return
 
@@ -487,11 +501,11 @@ def _step(rows: Tensor) -> Tensor:
     return torch.where(rows == 0, torch.inf, rows.abs()).amin(1, keepdim=True).nan_to_num(posinf=0.0)
 
 
-def _like(old: Tensor, new: Tensor) -> list[Operation] | None:
-    """Return what else was done where `new` is mostly `old`; None where it is not."""
+def _like(old: Tensor, new: Tensor) -> bool:
+    """Say whether `new` is mostly `old`."""
     picked = _picked(len(new), _SAMPLE)
     a, b = old[picked].float(), new[picked].float()
-    return list(_rest(a, b)) if float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-30)) > _MOVED else None
+    return float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-30)) > _MOVED
 
 
 def _rest(a: Tensor, b: Tensor) -> Iterator[Operation]:
@@ -501,133 +515,30 @@ def _rest(a: Tensor, b: Tensor) -> Iterator[Operation]:
         yield from _Names(a, b, sums, {}, None).all()
 
 
-def _reordered(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return (rows looked at, the rows of `old` that they are like) where rows stand in another order; else None."""
-    import torch
-
+def _reordered(old: Tensor, new: Tensor) -> bool:
+    """Say whether the rows of `new` are those of `old` in another order, each perhaps scaled or rounded."""
     picked = _picked(len(new), _SAMPLE // 2)
-    every = old.float()
-    every = every / every.norm(dim=1, keepdim=True).clamp_min(1e-30)
-    rows = new[picked].float()
-    best = ((rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-30)) @ every.T).max(dim=1)
+    best = (_directions(new[picked].float()) @ _directions(old.float()).T).max(dim=1)
     moved = float((best.indices != picked).float().mean())
-    alike, distinct = (
-        float((best.values > (_MOVED if old.shape[1] >= _LONG else 1 - 1e-4)).float().mean()),
-        len(set(best.indices.tolist())) / len(picked),
-    )
-    if old.shape[1] < 2 or alike < 0.9 or distinct < 0.9 or moved < min(0.3, 1.5 / len(picked)):
-        return None
-    return picked, torch.as_tensor(best.indices)
+    alike = float((best.values > (_MOVED if old.shape[1] >= _LONG else 1 - 1e-4)).float().mean())
+    distinct = len(set(best.indices.tolist())) / len(picked)
+    return old.shape[1] > 1 and min(alike, distinct) >= 0.9 and moved >= min(0.3, 1.5 / len(picked))
+
+
+def _directions(rows: Tensor) -> Tensor:
+    found: Tensor = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    return found
 
 
 def _whole_order(old: Tensor, new: Tensor) -> Tensor:
-    """Return for each row of `new` the row of `old` that it is, by one random projection of both."""
+    """Return for each row of `new` the row of `old` that it is, by random projections of both."""
     import torch
 
-    along = torch.randn(old.shape[1], generator=torch.Generator().manual_seed(0))
-    here, there = (old.float() @ along).argsort(), (new.float() @ along).argsort()
-    order = torch.empty_like(here)
-    order[there] = here
+    along = torch.randn(old.shape[1], 64, generator=torch.Generator().manual_seed(0))
+    if len(old) <= _MANY:
+        here, there = _directions(old.float() @ along), _directions(new.float() @ along)
+        return torch.cat([(there[at : at + 1024] @ here.T).argmax(1) for at in range(0, len(there), 1024)])
+    first, second = (old.float() @ along[:, 0]).argsort(), (new.float() @ along[:, 0]).argsort()
+    order = torch.empty_like(first)
+    order[second] = first
     return order
-
-
-def _block(tensor: Tensor) -> Tensor:
-    """Return up to `_BLOCK` rows and columns in double precision."""
-    import torch
-
-    drawn = torch.Generator().manual_seed(0)
-    rows, columns = (torch.randperm(size, generator=drawn)[:_BLOCK].sort().values for size in tensor.shape)
-    return tensor[rows][:, columns].double()
-
-
-def _rank(tensor: Tensor, unit: float) -> int:
-    """Return the rank of a matrix whose values were rounded to `unit`, where it is less than half of the whole."""
-    return _above(_values(_block(tensor)), unit * float(_block(tensor).norm()) / math.sqrt(min(tensor.shape)))
-
-
-def _rank_of_change(old: Tensor, new: Tensor, unit: float) -> int:
-    """Return the rank of a change, where it is less than a third and the rest is no more than rounding to `unit`."""
-    a, b = _block(old), _block(new)
-    noise = unit * float(b.norm()) / math.sqrt(3.0 * min(b.shape)) * 2
-    return _above(_values(b - a), noise)
-
-
-def _values(block: Tensor) -> Tensor:
-    import torch
-
-    values: Tensor = torch.linalg.svdvals(block)
-    return values
-
-
-def _above(values: Tensor, noise: float) -> int:
-    """Return how many singular values lie above the noise, where that is a few and they hold all but noise."""
-    edge = max(3 * noise, 1e-6 * float(values[0]) if len(values) else 0.0)
-    rank = int((values > edge).sum())
-    return rank if 0 < rank <= 0.35 * len(values) else 0
-
-
-def _rank_above_noise(old: Tensor, new: Tensor) -> int:
-    """Return how many singular values of the change lie clearly above those that independent rounding makes.
-
-    Of noise alone the largest is 2.5 times the median (a quarter-circle law for square matrices).
-    """
-    values = _values(_block(new) - _block(old))
-    rank = int((values > 1.3 * 2.48 * values.median()).sum())
-    return rank if rank <= 0.2 * len(values) else 0
-
-
-def _share(facts: Mapping[str, Any]) -> str:
-    return f"{facts['share']:.0%}".rstrip()
-
-
-def _lines_words(facts: Mapping[str, Any], what: str) -> str:
-    listed: Sequence[int] = facts["listed"]
-    if facts.get("heads"):
-        heads = facts["heads"]
-        return f"head{'s' * (len(heads) > 1)} {', '.join(map(str, heads[:6]))} only"
-    run = facts["last"] - facts["first"] + 1 == facts["count"]
-    if facts["count"] == 1:
-        return f"{what} {facts['first']} only"
-    if run:
-        return f"{what}s {facts['first']}–{facts['last']} only"
-    more = ", …" if facts["count"] > len(listed) else ""
-    return f"{facts['count']} of {facts['of']} {what}s only ({', '.join(map(str, listed))}{more})"
-
-
-def _pruned_words(facts: Mapping[str, Any]) -> str:
-    return f"pruned, {_share(facts)} zeros" + (f" ({facts['pattern']})" if facts["pattern"] else "")
-
-
-def _changed_words(facts: Mapping[str, Any]) -> str:
-    part = f", {facts['count']} of {facts['of']} values" if facts.get("count", 0) < 0.9 * facts.get("of", 0) else ""
-    return (f"changed by {facts['size']:.2g}" if "size" in facts else "changed") + part
-
-
-#: every operation by name, and how it reads
-OPERATIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "identical": lambda f: "identical",
-    "cast": lambda f: f"stored as {f['to']}, values unchanged" if f["exact"] else f"cast to {f['to']}",
-    "rounded": lambda f: str(f["words"]),
-    "pruned": _pruned_words,
-    "low_rank": lambda f: f"rank-{f['rank']} update",
-    "rank_cut": lambda f: f"cut to rank {f['rank']}",
-    "scaled": lambda f: f"scaled by {f['by']:.4g}",
-    "shifted": lambda f: f"shifted by {f['by']:+.3g}",
-    "sign": lambda f: "sign flipped",
-    "lines_scaled": lambda f: f"{f['axis']} scaled, each by a factor of its own",
-    "lines_sign": lambda f: f"signs of some {f['axis']} flipped",
-    "zeroed": lambda f: "zeroed",
-    "constant": lambda f: f"constant {f['value']:.4g}",
-    "transposed": lambda f: "transposed",
-    "permuted": lambda f: f"{f['axis']} in another order",
-    "rotated": lambda f: f"{f['axis']} turned by an orthogonal matrix",
-    "swapped": lambda f: f"holds what {f['with']} held",
-    "unrelated": lambda f: f"unrelated to what it was (re-initialised?), spread {f['spread']:.2g}",
-    "rows": lambda f: _lines_words(f, "row"),
-    "columns": lambda f: _lines_words(f, "column"),
-    "few_values": lambda f: f"{f['count']} value{'s' * (f['count'] > 1)} (row {f['rows']})",
-    "not_finite": lambda f: f"{f['count']} values are not finite",
-    "reshaped": lambda f: f"shape {f['before']} became {f['after']}",
-    "changed": _changed_words,
-}
-_VALUES = ("bits", "rank", "to", "by", "share", "axis", "value", "with")

@@ -118,7 +118,7 @@ def certify(
     return show(
         "certify-v1",
         _fields(outcome),
-        _lines(outcome, None if edit_config or engine else baseline, subject),
+        _lines(outcome, None if edit_config or engine else baseline, subject, preset),
         {"Certificate": outcome.files[CERTIFICATE], "Page": outcome.files[HTML]},
         notes=outcome.notes,
         timings=outcome.timings,
@@ -144,7 +144,7 @@ def _fields(outcome: Certification) -> dict[str, object]:
     }
 
 
-def _lines(outcome: Certification, baseline: str | None, subject: str) -> list[str]:
+def _lines(outcome: Certification, baseline: str | None, subject: str, preset: str | None) -> list[str]:
     """Return the summary, after a FAIL that was measured with the command that finds the tensors at fault."""
     certificate: Mapping[str, Any] = outcome.certificate
     place = outcome.files[CERTIFICATE].parent
@@ -152,5 +152,6 @@ def _lines(outcome: Certification, baseline: str | None, subject: str) -> list[s
     measured = certificate["primary_metric"].get("decision") != "not_evaluated"
     if baseline is None or certificate["verdict"]["status"] != "FAIL" or not measured:
         return lines
-    sides = ("--baseline", baseline, "--subject", subject, "--out", str(place))
+    text = () if preset is None else ("--preset", preset)
+    sides = ("--baseline", baseline, "--subject", subject, *text, "--out", str(place))
     return [*lines, f"{'which tensor':<14}{shlex.join(('invarlock', 'bisect', *sides))}"]

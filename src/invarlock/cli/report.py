@@ -101,7 +101,7 @@ def explain(certificate: _Certificate) -> None:
     """Say in plain words what each gate measured, against what, and what to do next."""
     say(explanation(_read(certificate)))
     for line in _findings(certificate if certificate.is_dir() else certificate.parent):
-        say(f"{'found':<14}{line}")
+        say(f"{'bisect':<14}{line}")
 
 
 def _findings(folder: Path) -> list[str]:

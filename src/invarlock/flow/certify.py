@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from invarlock.certificate.reports import make_certificate
+from invarlock.checkpoints.behaviour import load_config
+from invarlock.checkpoints.files import resolve_folder
 from invarlock.checkpoints.side import Loading, Side
+from invarlock.checkpoints.structure import layout_of
 from invarlock.checkpoints.tokenizer import encoded_differently
 from invarlock.core import registry
 from invarlock.core.api import GuardWithPrepare, ModelLike, RunReport
@@ -34,6 +37,7 @@ from invarlock.evidence.plan import Cut
 from invarlock.evidence.reference import TokenReference
 from invarlock.evidence.windows import WindowBatches
 from invarlock.flow import cache, steps
+from invarlock.flow.diff import diff, kind_of
 from invarlock.flow.job import INTENTS, Job, Tick, open_job, resolved_metric
 from invarlock.flow.measure import Measurement, files_only, followed, measure
 from invarlock.flow.noise import noise_floor
@@ -204,6 +208,9 @@ def certify(request: CertifyRequest, tick: Tick | None = None) -> CertifyOutcome
             if source.measured is None and request.cache and local:
                 _find(job, request, source)
         certificate, report = _look_by_look(job, request, source, _Subject(subject))
+        if certificate["verdict"]["status"] == "FAIL" and request.edit is None and request.intent != "restructure":
+            report.meta["operations"] = _operations(job, request.loading, source, subject)
+            certificate = make_certificate(report, source.report)
         edited = _finish(job, request, report, certificate)
         if not follows() and job.partial is not None:
             shutil.rmtree(job.partial, ignore_errors=True)
@@ -254,6 +261,20 @@ def _look_by_look(
     if source.stale:
         source.path = _write(job, source.report, request.out / "source", source.reference)
     return certificate, report
+
+
+def _operations(job: Job, loading: Loading, source: Source, subject: Side) -> dict[str, str]:
+    """Name what was done to each tensor, from the files of both; {} where they are not at hand. A tensor whose change has no
+    name is left out."""
+    if subject.folder is None or not _at_hand(job, source):
+        return {}
+    folder = source.side.folder or resolve_folder(source.side.id)
+    with job.timed("what was done"):
+        config = load_config(folder, trust_remote_code=loading.trusts)
+        layout = layout_of(config, job.adapter.auto_class)  # type: ignore[attr-defined]  # read as files
+        known = layout.canonical if layout is not None else str
+        found = diff(str(folder), str(subject.folder))
+    return {known(change.name): kind_of(change) for change in found.changed if change.known}
 
 
 def _find(job: Job, request: CertifyRequest, source: Source) -> None:

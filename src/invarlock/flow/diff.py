@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from invarlock.checkpoints.base import readers
 from invarlock.checkpoints.behaviour import behaviour, load_config, usage
 from invarlock.checkpoints.files import open_checkpoint, resolve_folder
-from invarlock.checkpoints.fingerprints import OPERATIONS, Change, Operation, as_matrix, compare
+from invarlock.checkpoints.fingerprints import Change, as_matrix, compare
+from invarlock.checkpoints.operations import OPERATIONS, Operation
 from invarlock.checkpoints.tokenizer import tokenizer_facts
 from invarlock.core.exceptions import ConfigError, ModelLoadError
 from invarlock.core.files import plain, read_json
@@ -30,7 +31,7 @@ from invarlock.guards.families import classify, layer_index
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Diff", "Expectation", "diff", "layers_in_words", "place_of", "role_of"]
+__all__ = ["Diff", "Expectation", "diff", "kind_of", "layers_in_words", "place_of", "role_of"]
 
 _PREFIX = re.compile(r"^(module|_orig_mod|base_model\.model|model|transformer|language_model|bert|roberta|gpt_neox)\.")
 _NUMBER = re.compile(r"\.\d+\.")
@@ -114,12 +115,14 @@ def diff(baseline: str, subject: str, tick: Tick = no_tick) -> Diff:
         if _may_hold_another(changes[-1]):
             probes[f"after {name}"] = _probe(after)
         tick("comparing tensors", done + 1, len(names))
-    found = tuple(_holding_others(changes, probes, old, {name: new[other] for name, other in names.items()}))
+    others = {name: new[other] for name, other in names.items()}
+    pairs, moved = _cancelling(changes)
+    found = tuple(_holding_others([_as_scaled(c, moved) for c in changes], probes, old, others))
     missing = tuple(sorted(old.keys() - names.keys()))
     added = tuple(sorted(new.keys() - set(names.values())))
     notes = [f"{name} stands under another name" for name, other in names.items() if name != other][:1]
     missing, more = _without_copies(missing, old, baseline)
-    added, others = _without_copies(added, new, subject)
+    added, again = _without_copies(added, new, subject)
     settings = tuple(_settings(*folders))
     return Diff(
         str(baseline),
@@ -128,8 +131,8 @@ def diff(baseline: str, subject: str, tick: Tick = no_tick) -> Diff:
         missing,
         added,
         settings,
-        tuple(_cancelling(found)),
-        tuple([*notes, *more, *others]),
+        tuple(pairs),
+        tuple([*notes, *more, *again]),
     )
 
 
@@ -214,19 +217,30 @@ def _without_copies(
     return tuple(left), notes
 
 
-def _cancelling(changes: Sequence[Change]) -> Iterator[str]:
-    """Tell pairs of tensors of one layer whose scales or orders cancel out: the function may be the same as before."""
+def _cancelling(changes: Sequence[Change]) -> tuple[list[str], set[str]]:
+    """Tell pairs of tensors of one layer whose scales or orders cancel out, for the function may be the same as before; and
+    the names of the tensors in them."""
     scaled = [(change.name, axis, values) for change in changes for axis, values in change.factors.items()]
     ordered = [(change.name, axis, values) for change in changes for axis, values in change.order.items()]
     found: dict[str, list[str]] = defaultdict(list)
+    named: set[str] = set()
     for kind, entries, fits in (("scales moved", scaled, _inverse), ("same order", ordered, _same)):
         for index, (name, axis, values) in enumerate(entries):
             for other, along, theirs in entries[index + 1 :]:
                 near = layer_index(name) == layer_index(other)
                 if near and (name, axis) != (other, along) and len(values) == len(theirs) and fits(values, theirs):
                     found[f"{kind} between {role_of(name)} and {role_of(other)}"].append(name)
-    for what, names in found.items():
-        yield f"{what}, which cancels out ({layers_in_words(names)})"
+                    named |= {name, other}
+    return [f"{what}, which cancels out ({layers_in_words(names)})" for what, names in found.items()], named
+
+
+def _as_scaled(change: Change, moved: Set[str]) -> Change:
+    """Name the change of a vector by what makes it cancel out; alone, any change of a vector is a scale of each value."""
+    if change.name not in moved or change.known or len(change.shape) > 1:
+        return change
+    factors = change.factors["columns"]
+    facts = {"axis": "values", "least": float(factors.min()), "most": float(factors.max())}
+    return replace(change, operations=(Operation("lines_scaled", facts),))
 
 
 def _inverse(one: Tensor, two: Tensor) -> bool:
@@ -271,7 +285,7 @@ def _summary(found: Diff) -> Iterator[str]:
         return
     groups: dict[str, list[Change]] = defaultdict(list)
     for change in changed:
-        groups[_kind(change)].append(change)
+        groups[kind_of(change)].append(change)
     for kind, members in sorted(groups.items(), key=lambda pair: -len(pair[1])):
         yield f"{kind}{_sizes(members)}: {_where(members, total)}"
     yield from found.pairs
@@ -287,7 +301,7 @@ def _summary(found: Diff) -> Iterator[str]:
     yield from found.settings
 
 
-def _kind(change: Change) -> str:
+def kind_of(change: Change) -> str:
     """Return the operations in words without figures that differ from tensor to tensor."""
     words = []
     for op in change.operations:

@@ -51,15 +51,19 @@ def mark_shifts(
 def diagnose(rows: Sequence[Row]) -> Culprits:
     """Name the roles that one operation changed, else the tensors that stand out, else say that the change is uniform."""
     found = culprits(rows)
+    if found.uniform:
+        operations = {row.get("operation") for row in rows if _changed(row)}
+        if len(operations) == 1 and (what := operations.pop()):
+            return Culprits(found.named, True, f"{found.text}: {what}")
     roles: dict[str, list[Row]] = {}
     for row in rows:
         roles.setdefault(_NUMBER.sub(".*.", str(row["name"])), []).append(row)
     changed = sum(_changed(row) for row in rows)
     done: dict[str, list[tuple[str, list[Row]]]] = {}
     for role, members in roles.items():
-        operations = {_operation(row) for row in members}
-        if len(operations) == 1 and len(members) > 1 and (what := operations.pop()) is not None:
-            done.setdefault(what, []).append((role, members))
+        alike = {_operation(row) for row in members}
+        if len(alike) == 1 and len(members) > 1 and (name := alike.pop()) is not None:
+            done.setdefault(name, []).append((role, members))
     named = [row for group in done.values() for _, members in group for row in members]
     if not named or len(named) == len(rows) or 2 * len(named) < changed:
         return found
@@ -107,7 +111,10 @@ def _changed(row: Row) -> bool:
 
 
 def _operation(row: Row) -> str | None:
-    """Return what was done to a tensor where that is one plain operation, rounded so that layers agree."""
+    """Return what was done to a tensor: as its values told, where both were at hand, else where its sketch shows one plain
+    operation, rounded so that layers agree."""
+    if _changed(row) and row.get("operation"):
+        return str(row["operation"])
     cosine, ratio = finite(row.get("cosine")), finite(row.get("norm_ratio"))
     if ratio is None or not _changed(row):
         return None

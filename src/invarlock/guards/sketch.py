@@ -240,7 +240,9 @@ def _recognised(row: Mapping[str, Any]) -> bool:
 
 
 def _what(row: Mapping[str, Any]) -> str:
-    """Say in words what happened to a tensor, from its figures."""
+    """Say in words what happened to a tensor: what its values told (`operation`), else what its figures do."""
+    if row.get("operation"):
+        return str(row["operation"])
     cosine, ratio = row["cosine"], row["norm_ratio"]
     if row.get("was_zero"):
         return "was zero, is not any more"
