@@ -75,6 +75,39 @@ def test_a_pipe_among_the_files_is_refused(tmp_path: Path, demo_model: Path, nam
         _read(folder)
 
 
+_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123456\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "generation_config.json"])
+def test_a_pointer_of_git_lfs_is_answered_with_what_fetches_the_file(
+    tmp_path: Path, demo_model: Path, name: str
+) -> None:
+    folder = _linked(demo_model, tmp_path, name)
+    (folder / name).write_bytes(_POINTER)
+    with pytest.raises(ModelLoadError, match=f"{name} is a Git LFS pointer.*git lfs pull"):
+        _read(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+)
+def test_weights_of_every_form_may_be_a_pointer(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(_POINTER)
+    with pytest.raises(ModelLoadError, match=f"{name} is a Git LFS pointer.*git lfs pull"):
+        read_structure(tmp_path, None)
+
+
+def test_a_gguf_file_and_an_adapter_may_be_pointers(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(_POINTER)
+    with pytest.raises(ModelLoadError, match=r"model\.gguf is a Git LFS pointer"):
+        resolve_folder(str(tmp_path / "model.gguf"))
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora/adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x/y"}')
+    (tmp_path / "lora/adapter_model.safetensors").write_bytes(_POINTER)
+    with pytest.raises(ModelLoadError, match=r"adapter_model\.safetensors is a Git LFS pointer"):
+        resolve_folder(str(tmp_path / "lora"))
+
+
 def _entry(start: int, end: int, shape: list[int] | None = None) -> dict[str, Any]:
     return {"dtype": "F32", "shape": shape or [(end - start) // 4], "data_offsets": [start, end]}
 

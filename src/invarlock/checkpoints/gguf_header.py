@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from invarlock.core.exceptions import ModelLoadError
 from invarlock.core.files import first_line
+from invarlock.core.reading import open_regular
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
@@ -67,7 +68,7 @@ class Header:
 def read_header(path: Path) -> Header:
     """Read the header of one file. Raises ModelLoadError for a file that is truncated, of another kind or version."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path, "a GGUF file", ModelLoadError) as file:
             return _Cursor(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))).header()
     except (OSError, ValueError, KeyError, struct.error, UnicodeDecodeError) as error:
         raise ModelLoadError(

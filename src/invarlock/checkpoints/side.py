@@ -78,21 +78,23 @@ class Side:
     engine: str | None = None  # where it is served, as `kind=address`
 
 
-def read_side(adapter: AdapterLike, model_id: str, loading: Loading) -> Side:
-    """Read a checkpoint as files. A plugin adapter's checkpoint is measured live instead."""
+def read_side(adapter: AdapterLike, model_id: str, loading: Loading, *, tensors: bool = True) -> Side:
+    """Read a checkpoint as files. A plugin adapter's checkpoint is measured live instead. Without `tensors` none of them is
+    read, and an adapter (LoRA) is not merged: its folder is that of its base."""
     if not hasattr(adapter, "auto_class"):
         tokenizer = adapter.tokenizer(model_id) if hasattr(adapter, "tokenizer") else None
         return Side(
             model_id, None, Structure(source="model", tensors=[]), {}, tokenizer, tokenizer_facts(tokenizer), usage={}
         )
-    folder = resolve_folder(model_id, loading.revision)
+    folder = resolve_folder(model_id, loading.revision, merge=tensors)
     if hasattr(adapter, "select"):
         adapter.select(str(folder), trust_remote_code=loading.trusts)
     config = load_config(folder, trust_remote_code=loading.trusts)
     tokenizer = adapter.tokenizer(str(folder)) if hasattr(adapter, "tokenizer") else None
     if SafetensorsFolder.recognises(folder):
         check_depth(folder, config.to_dict(), SafetensorsFolder(folder, None).count())
-    structure = read_structure(folder, layout_of(config, adapter.auto_class))
+    nothing = Structure(source="file", tensors=[])
+    structure = read_structure(folder, layout_of(config, adapter.auto_class)) if tensors else nothing
     return Side(
         model_id,
         folder,

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import resource
+import shlex
 import shutil
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from invarlock.core import settings
+from invarlock.core.files import size_of
 from invarlock.core.ranks import follows
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "clear_line",
     "coloured",
     "emit_json",
+    "inert",
     "is_terminal",
     "note",
     "progress",
@@ -42,10 +45,16 @@ def is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def say(text: str = "") -> None:
-    """Write one line to stdout as it is. Where the reader has gone (`| head`) the rest is dropped and the work goes on."""
+def inert(text: str) -> str:
+    """Return text whose control and direction characters show as escapes, so that no name of a file acts on a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t\xa0" else json.dumps(c)[1:-1] for c in text)
+
+
+def say(text: str = "", *, colour: bool = False) -> None:
+    """Write one line to stdout, with `colour` its first word in its own. Where the reader has gone (`| head`) the rest is
+    dropped and the work goes on."""
     with quiet_pipe():
-        sys.stdout.write(text + "\n")
+        sys.stdout.write((coloured(inert(text)) if colour else inert(text)) + "\n")
 
 
 #: how the word that a line begins with looks on a terminal
@@ -79,7 +88,7 @@ def quiet_pipe() -> Iterator[None]:
 def note(text: str) -> None:
     """Write one line to stderr; INVARLOCK_MINIMAL silences it."""
     if not settings.flag("INVARLOCK_MINIMAL") and not follows():
-        sys.stderr.write(text + "\n")
+        sys.stderr.write(inert(text) + "\n")
 
 
 def emit_json(**fields: object) -> None:
@@ -93,6 +102,7 @@ def show(
     lines: Sequence[str],
     places: Mapping[str, Path | None],
     *,
+    runs: Path,
     notes: Iterable[str],
     timings: Mapping[str, float],
     measured: tuple[tuple[str, ...], int],
@@ -114,10 +124,13 @@ def show(
         emit_json(format_version=form, kind="verdict", **fields, timings=timings, exit_code=code)
         return code
     for line in lines[:1] if settings.flag("INVARLOCK_MINIMAL") else lines:
-        say(coloured(line))
+        say(line, colour=True)
     for label, path in places.items():
         if path is not None:
             say(f"{label:<13}{path}")
+    if not settings.flag("INVARLOCK_MINIMAL") and runs.is_dir():
+        free = shlex.join(("invarlock", "cache", "clear", "--runs", str(runs)))
+        say(f"{'Runs':<13}{runs}, {size_of(runs) / 1e6:.1f} MB in all; to free it: {free}")
     for name, seconds in timings.items() if timing else ():
         say(f"  {name:<16} {seconds:8.2f} s")
     return code

@@ -11,22 +11,25 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import starmap
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from packaging.version import Version
 
 from invarlock.core import registry, settings
-from invarlock.core.exceptions import ConfigError, InvarlockError
+from invarlock.core.exceptions import ConfigError, DependencyError, InvarlockError
 from invarlock.core.files import read_json
 from invarlock.core.inventory import inventory
 from invarlock.core.leftovers import find_leftovers
 from invarlock.core.network import network_allowed
 from invarlock.core.registry import nearest
 from invarlock.eval.data import Wikitext2Provider
+from invarlock.flow.certify import CertifyRequest
+from invarlock.flow.rehearsal import rehearse
 from invarlock.flow.run_folder import REPORT
 from invarlock.policy.config import RunSettings, load_config
 from invarlock.policy.limits import Sample
@@ -58,6 +61,16 @@ CODES: dict[str, tuple[Level, str]] = {
     "D026": ("NOTE", "a value of the configuration has no effect"),
     "D030": ("ERROR", "a report cannot be read"),
     "D031": ("ERROR", "the reports were not measured on the same windows"),
+    "D040": ("ERROR", "a checkpoint cannot be read"),
+    "D041": ("NOTE", "what a checkpoint is"),
+    "D042": ("ERROR", "the two checkpoints cannot be compared as they are"),
+    "D043": ("ERROR", "the text does not serve"),
+    "D044": ("NOTE", "how much text there is, and how much is asked for"),
+    "D045": ("WARNING", "memory or disk may not be enough"),
+    "D046": ("NOTE", "how much memory and disk it takes"),
+    "D047": ("ERROR", "a folder that is written to cannot be"),
+    "D048": ("ERROR", "a served engine does not answer"),
+    "D049": ("NOTE", "a served engine answers"),
 }
 
 _MINIMUM_PYTHON = "3.11"
@@ -83,6 +96,8 @@ class Request(NamedTuple):
     tier: str | None = None
     baseline_report: Path | None = None
     subject_report: Path | None = None
+    certification: Callable[[], CertifyRequest] | None = None  # what `certify` is to be asked for
+    output: Path | None = None  # folder of its certificate
 
 
 @dataclass(frozen=True)
@@ -113,6 +128,7 @@ def examine(request: Request) -> list[Finding]:
         _plugins,
         _configuration,
         _reports,
+        _certification,
     ):
         try:
             found += check(request)
@@ -286,6 +302,15 @@ def _evidence(path: Path) -> dict[str, Any]:
     if not isinstance(evidence, dict) or not evidence:
         raise ValueError("it holds no evidence; expected the report of a run with calibration data")
     return evidence
+
+
+def _certification(request: Request) -> Iterator[Finding]:
+    if request.certification is None:
+        return
+    if not _has_torch():
+        yield Finding("D023", str(DependencyError("measuring models", "hf")))
+        return
+    yield from starmap(Finding, rehearse(request.certification(), request.output))
 
 
 def _at(value: Any, place: str) -> Any:

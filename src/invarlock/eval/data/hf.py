@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from invarlock.core.exceptions import ConfigError, DataError, DependencyError, NetworkError
 from invarlock.core.network import network_allowed
+from invarlock.core.reading import open_regular
 from invarlock.eval.data.base import FieldPairsProvider, FieldsProvider, FieldTextProvider
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HFSeq2SeqProvider", "HFTextProvider", "load_split"]
 
+_ROWS = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".txt")
 _PREFERRED_SPLITS = ("validation", "test", "train")
 
 
@@ -67,11 +69,16 @@ def load_split(dataset_name: str, config_name: str | None, split: str | None) ->
 
     local = os.path.isdir(dataset_name)
     allowed = network_allowed()
-    if not local and (dataset_name.startswith(("/", ".", "~")) or dataset_name.count("/") > 1):
+    named = dataset_name.startswith(("/", ".", "~")) or dataset_name.count("/") > 1 or os.path.exists(dataset_name)
+    if not local and named:
         raise DataError(
             f"no such folder: '{dataset_name}'; expected a folder with a data set, or a hub id such as org/name; a file "
             "of text is read with {kind: local_jsonl, file: FILE}"
         )
+    for path in sorted(Path(dataset_name).rglob("*")) if local else ():
+        if path.suffix in _ROWS:
+            with open_regular(path, "rows of a data set", DataError):  # no pipe, and no pointer of Git LFS
+                pass
     try:
         if local and any((Path(dataset_name) / file).exists() for file in ("state.json", "dataset_dict.json")):
             loaded = datasets.load_from_disk(dataset_name)
