@@ -97,7 +97,7 @@ def base_of(folder: Path, find_base: Callable[[str], Path]) -> Path:
         raise ModelLoadError(f"the adapter {folder} is its own base; set base_model_name_or_path in {_CONFIG}")
     _at_work.append(folder)
     try:
-        return find_base(str(beside) if beside.is_dir() else str(name))
+        return find_base(str(beside) if os.path.isdir(beside) else str(name))
     except ModelLoadError as error:
         raise ModelLoadError(
             f"the base of the adapter {folder} cannot be found: {error}; set base_model_name_or_path in {_CONFIG}"

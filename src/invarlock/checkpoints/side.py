@@ -15,6 +15,8 @@ from invarlock.checkpoints.structure import layout_of
 from invarlock.checkpoints.tokenizer import tokenizer_facts
 from invarlock.core import settings
 from invarlock.core.api import AdapterLike, ModelLike
+from invarlock.core.exceptions import InvarlockError, ModelLoadError
+from invarlock.core.files import first_line
 from invarlock.evidence.model import Structure
 
 if TYPE_CHECKING:
@@ -95,13 +97,11 @@ def read_side(adapter: AdapterLike, model_id: str, loading: Loading, *, tensors:
         check_depth(folder, config.to_dict(), SafetensorsFolder(folder, None).count())
     nothing = Structure(source="file", tensors=[])
     structure = read_structure(folder, layout_of(config, adapter.auto_class)) if tensors else nothing
-    return Side(
-        model_id,
-        folder,
-        structure,
-        behaviour(config),
-        tokenizer,
-        tokenizer_facts(tokenizer),
-        usable_length(config),
-        usage(folder, config, tokenizer),
-    )
+    try:
+        facts, length, said = tokenizer_facts(tokenizer), usable_length(config), usage(folder, config, tokenizer)
+    except InvarlockError:
+        raise
+    except Exception as error:  # a tokenizer or a configuration that loads and fails in use ends anywhere
+        what = f"the tokenizer or the configuration of {model_id} cannot be used"
+        raise ModelLoadError(f"{what}: {first_line(error)}; copy the checkpoint's files again") from error
+    return Side(model_id, folder, structure, behaviour(config), tokenizer, facts, length, said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 from invarlock.core import settings
+from invarlock.core.exceptions import InvarlockError
 from invarlock.core.files import size_of
 from invarlock.core.ranks import follows
 
@@ -26,12 +28,14 @@ __all__ = [
     "emit_json",
     "inert",
     "is_terminal",
+    "mend_streams",
     "note",
     "progress",
     "quiet_pipe",
     "say",
     "setup_logging",
     "show",
+    "tell",
     "width",
 ]
 
@@ -77,18 +81,39 @@ def width() -> int:
 
 @contextmanager
 def quiet_pipe() -> Iterator[None]:
-    """Send stdout to nowhere once its reader has gone, so that a command still ends with its own exit code."""
+    """Send stdout to nowhere once its reader has gone, so that a command still ends with its own exit code. Where it takes
+    no more for another reason (a full disk), what it should have shown is lost, and that is an error."""
     try:
         yield
-    except BrokenPipeError:
+    except OSError as error:
         # what is still buffered must not raise again when the interpreter exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            where = f"standard output takes no more ({error.strerror})"
+            raise InvarlockError(f"{where}; expected room for the result: send it elsewhere", code="FILE") from None
+
+
+def tell(text: str) -> None:
+    """Write one line to stderr. Where that takes no more, nobody can be told, and the work goes on."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(inert(text) + "\n")
+        sys.stderr.flush()
+
+
+def mend_streams() -> None:
+    """Give a process that was started without stdout or stderr (`>&-`) one that leads nowhere; a terminal that lacks a
+    character shows a question mark."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for as long as the process lives
+        if hasattr(stream := getattr(sys, name), "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def note(text: str) -> None:
     """Write one line to stderr; INVARLOCK_MINIMAL silences it."""
     if not settings.flag("INVARLOCK_MINIMAL") and not follows():
-        sys.stderr.write(inert(text) + "\n")
+        tell(text)
 
 
 def emit_json(**fields: object) -> None:
@@ -143,7 +168,7 @@ def _show_telemetry(timings: Mapping[str, float], measuring: Iterable[str], toke
     seconds = sum(timings.get(name, 0.0) for name in measuring)
     speed = f"{tokens / seconds:.0f} tokens/s" if tokens and seconds else "no tokens measured"
     steps = ", ".join(f"{name} {value:.2f} s" for name, value in timings.items())
-    sys.stderr.write(f"TELEMETRY: {sum(timings.values()):.2f} s in all ({steps}); memory {memory:.0f} MB; {speed}\n")
+    tell(f"TELEMETRY: {sum(timings.values()):.2f} s in all ({steps}); memory {memory:.0f} MB; {speed}")
 
 
 class _Way:
@@ -205,16 +230,15 @@ def progress(command: str, passes: int = 1) -> Iterator[Tick]:
     elif not terminal:
         last = time.monotonic()
 
-        def tell(step: str, done: int, total: int) -> None:
+        def show_step(step: str, done: int, total: int) -> None:
             nonlocal last
             began = way.tick(step, done, total) and step.startswith("loading")
             if began or time.monotonic() - last > _PLAIN_SECONDS:
                 last = time.monotonic()
                 share = f"{way.share:.0%} of all" if way.share else ""
-                sys.stderr.write(f"{command}: {', '.join(filter(None, (step, share, way.rest())))}\n")
-                sys.stderr.flush()
+                tell(f"{command}: {', '.join(filter(None, (step, share, way.rest())))}")
 
-        yield tell
+        yield show_step
     else:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn

@@ -40,7 +40,7 @@ def doctor(
     Ends with 1 where there is an ERROR, or, under --strict, a WARNING.
     """
     same = {"profile": profile, "tier": tier, "baseline_report": baseline_report, "json": json, **certified}
-    same["subject"] = certified["subject"] or ""
+    same["subject"] = "" if certified["subject"] is None else certified["subject"] or " "  # an empty one is refused
     asked, output = arguments(**same)
     rehearsed = any(certified[name] is not None for name in _CERTIFIED)
 

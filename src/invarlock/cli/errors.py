@@ -8,7 +8,7 @@ import traceback
 
 import typer
 
-from invarlock.cli.console import clear_line, emit_json, inert
+from invarlock.cli.console import clear_line, emit_json, inert, tell
 from invarlock.core import settings
 from invarlock.core.exceptions import CODES, ConfigError, DependencyError, InvarlockError, PairingCode, PairingError
 
@@ -69,7 +69,7 @@ def report_error(error: BaseException, profile: str | None = None, *, json: bool
     if json:
         message = re.sub(r"^(ERROR \[.*?\]|[A-Z-]+:) ", "", line)
         emit_json(format_version="error-v1", kind="error", code=_code(error), message=message, exit_code=code)
-    sys.stderr.write(line + "\n")
+    tell(line)
     return code
 
 

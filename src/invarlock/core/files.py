@@ -20,6 +20,7 @@ from invarlock.core.reading import parse_json, read_regular
 
 __all__ = [
     "first_line",
+    "home",
     "kept_folder",
     "plain",
     "private_folder",
@@ -65,6 +66,12 @@ def plain(value: object) -> Any:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message; its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def home() -> Path:
+    """Return the user's folder; where nothing says which it is (no HOME, no entry for the user), the temporary one."""
+    found = os.path.expanduser("~")
+    return Path(tempfile.gettempdir() if found == "~" else found)
 
 
 def size_of(folder: Path) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -400,7 +401,7 @@ def _at_hand(job: Job, source: Source) -> bool:
     assert source.measured is not None
     if source.side.folder is not None:  # its files were read by this command
         return True
-    if source.side.structure.source != "file" or not Path(source.side.id).exists():
+    if source.side.structure.source != "file" or not os.path.exists(source.side.id):
         return False
     there = steps.read(job, source.side.id)
     return there.structure.weights_digest() == source.measured.evidence.structure.weights_digest()

@@ -22,7 +22,7 @@ from packaging.version import Version
 
 from invarlock.core import registry, settings
 from invarlock.core.exceptions import ConfigError, DependencyError, InvarlockError
-from invarlock.core.files import read_json
+from invarlock.core.files import home, read_json
 from invarlock.core.inventory import inventory
 from invarlock.core.leftovers import find_leftovers
 from invarlock.core.network import network_allowed
@@ -245,22 +245,22 @@ def _names(resolved: RunSettings) -> Iterator[Finding]:
 
 def _places(resolved: RunSettings) -> Iterator[Finding]:
     identifier, dataset = resolved.model.id, resolved.dataset
-    if identifier is not None and not Path(identifier).exists():
+    if identifier is not None and not os.path.exists(identifier):
         if identifier.startswith((".", "/", "~")):
             yield Finding("D021", f"model.id {identifier!r} does not exist; expected a folder, or a hub id")
         elif not network_allowed() and not _is_cached(identifier):
             yield Finding("D022", f"model.id {identifier!r} is no folder and not cached; set INVARLOCK_ALLOW_NETWORK=1")
     for key in _LOCAL_KEYS:
         value = dataset.provider_options.get(key)
-        if isinstance(value, str) and not any(c in value for c in "*?[") and not Path(value).exists():
+        if isinstance(value, str) and not any(c in value for c in "*?[") and not os.path.exists(value):
             yield Finding("D021", f"dataset.{key} {value!r} does not exist; expected a file")
     if dataset.provider_name == "wikitext2" and not (network_allowed() or Wikitext2Provider.is_cached()):
         yield Finding("D022", "wikitext2 is not cached; set INVARLOCK_ALLOW_NETWORK=1, or use python_docs")
 
 
 def _is_cached(identifier: str) -> bool:
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    own = Path(os.environ.get("HF_HOME") or home() / ".cache" / "huggingface")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or own / "hub")
     return (hub / f"models--{identifier.replace('/', '--')}" / "snapshots").is_dir()
 
 
@@ -292,7 +292,7 @@ def _reports(request: Request) -> Iterator[Finding]:
 
 def _evidence(path: Path) -> dict[str, Any]:
     """Return the evidence in a report.json or in the run folder that holds one. Raises ValueError with the reason."""
-    file = path / REPORT if path.is_dir() else path
+    file = path / REPORT if os.path.isdir(path) else path
     data = read_json(file, "a report.json")
     if not isinstance(data, dict):
         raise ValueError("it holds no JSON object; expected a report.json")

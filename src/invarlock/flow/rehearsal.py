@@ -125,7 +125,7 @@ def _described(found: _Rehearsal, name: str, side: Side, folder: Path) -> _Told:
     wide = 4 if job.loading.dtype == "float32" or (job.loading.dtype == "auto" and job.device == "cpu") else 2
     found.memory = max(found.memory, 1.25 * wide * count)
     own = Path(os.path.expanduser(side.id))
-    adapter = ", merged with an adapter (LoRA)" if own.is_dir() and lora.is_adapter(own) else ""
+    adapter = ", merged with an adapter (LoRA)" if os.path.isdir(own) and lora.is_adapter(own) else ""
     if adapter:
         found.disk[Path(tempfile.gettempdir())] = found.disk.get(Path(tempfile.gettempdir()), 0.0) + 4.0 * count
     without = "" if side.tokenizer is not None else "; it has no tokenizer"

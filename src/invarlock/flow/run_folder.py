@@ -34,6 +34,7 @@ REPORT = "report.json"
 EVIDENCE = "evidence.safetensors"
 GUARD_MEASUREMENTS = "guard_measurements.json"
 PARTIAL = ".partial"  # folder of what a run that breaks off need not measure again
+_LONGEST = 200  # bytes of a folder's name; file systems take 255, and temporary names are longer
 _STAMP = re.compile(r"\d{8}T\d{12}Z")  # the name of a run's folder, `Job.stamp`
 
 
@@ -74,10 +75,12 @@ def write_report(report: Mapping[str, Any], folder: Path) -> Path:
 
 def require_writable(folder: Path, what: str = "runs", how: str = "output.dir or --out") -> None:
     """Raise ConfigError where `what` cannot be written below `folder`; tried before anything long is started."""
-    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    above = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         why = f"{above} is {'not writable' if above.is_dir() else 'a file'}"
         raise ConfigError(f"{what} cannot be written to {folder}: {why}; name another folder with {how}")
+    if len(os.fsencode(folder.name)) > _LONGEST:
+        raise ConfigError(f"{what} cannot be written to {folder}: the name is too long; name another folder with {how}")
 
 
 def clear_runs(folder: Path) -> tuple[int, int]:
@@ -94,7 +97,7 @@ def clear_runs(folder: Path) -> tuple[int, int]:
 
 def require_free(target: Path) -> None:
     """Raise ConfigError where `target` is there already and not an empty folder."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if os.path.exists(target) and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} is there already; expected a new or empty folder: remove it or name another")
 
 
