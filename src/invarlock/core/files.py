@@ -83,7 +83,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Write `content` under a temporary name in the same folder, then rename it: readers see all of it or nothing.
 
     Raises ConfigError where nothing can be written there."""
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():

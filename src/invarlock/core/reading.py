@@ -107,6 +107,8 @@ def parse_json(data: bytes, kind: str, where: str, what: str, error: type[Invarl
     """Return the plain data of JSON in UTF-8. `error` says `where` it does not parse, nests deeper than 100 levels, or
     holds a number of more than 100 digits, half a surrogate pair, or more values than its kind may have."""
     check_size(kind, where, error, values=data.count(b",") + data.count(b"[") + data.count(b"{"))
+    if data.startswith(b"\xef\xbb\xbf"):
+        raise error(f"{where} begins with a byte order mark; expected {what} without one: save it as plain UTF-8")
     try:
         pairs = _unique if kind in _UNIQUE else None
         found = json.loads(data.decode("utf-8"), parse_int=_whole, object_pairs_hook=pairs)
