@@ -1,4 +1,4 @@
-"""Hostile input of seven kinds, seeded: each is read or refused by one of our errors, whatever stands in it.
+"""Hostile input of ten kinds, seeded: each is read or refused by one of our errors, whatever stands in it.
 
     python -m benchmarks.fuzz [COUNT] [SEED]
 
@@ -9,6 +9,7 @@ longest that one took. tests/core/test_fuzz.py runs a short slice.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import random
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 from invarlock.assurance import render_certificate_html, render_certificate_markdown, verify_certificate
 from invarlock.checkpoints.files import open_checkpoint, resolve_folder
 from invarlock.checkpoints.side import Loading, read_side
-from invarlock.core import registry
+from invarlock.core import registry, settings
 from invarlock.core.exceptions import InvarlockError
 from invarlock.core.network import enforce_network_policy
 from invarlock.eval.data import get_provider
@@ -37,8 +38,14 @@ from invarlock.policy.yaml_source import read_yaml
 from invarlock.reporting.bundle import read_certificate
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tests"))
+from gguf_files import write_gguf  # noqa: E402 - what writes the test models as GGUF
+
 CERTIFICATES = ROOT / "tests/assets/certificates"
 MODEL = ROOT / "src/invarlock/data/demo_model"
+LLAMA = ROOT / "tests/assets/models/llama"
+#: kinds that build a model or unpack one, of which a tenth of the count is tried
+SLOW = ("configurations", "tokenizers", "ggufs", "variables")
 #: what stands in place of a value
 VALUES: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 2**31, 10**12, 10**18, 10**30, -(10**30), 0.5, -0.0, 1e308, float("inf"), float("nan"),
@@ -216,6 +223,53 @@ def configurations(folder: Path, chance: random.Random) -> Callable[[], object]:
     return lambda: read_side(registry.adapters.create("auto"), str(folder), Loading())
 
 
+def tokenizers(folder: Path, chance: random.Random) -> Callable[[], object]:
+    """A checkpoint whose tokenizer's files are changed, looked at as the doctor does and used."""
+    changed = chance.choice(("tokenizer.json", "tokenizer_config.json"))
+    for path in MODEL.iterdir():
+        if path.name != changed:
+            (folder / path.name).symlink_to(path)
+    (folder / changed).write_bytes(_either(json.loads((MODEL / changed).read_text(encoding="utf-8")), chance))
+    return lambda: read_side(registry.adapters.create("auto"), str(folder), Loading(), tensors=False)
+
+
+def ggufs(folder: Path, chance: random.Random) -> Callable[[], object]:
+    """A GGUF file of which something is changed, most often in its header, read as a checkpoint."""
+    data = _gguf()
+    head = len(data) if chance.random() < 0.1 else chance.choice((64, 1024, 100_000))
+    path = folder / "model.gguf"
+    path.write_bytes(mutated_bytes(data[:head], chance) + data[head:])
+    return lambda: open_checkpoint(resolve_folder(str(path))).structure()
+
+
+@functools.cache
+def _gguf() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        return write_gguf(LLAMA, Path(folder) / "model.gguf").read_bytes()
+
+
+def variables(folder: Path, chance: random.Random) -> Callable[[], object]:
+    """Environment variables with nonsense in them, looked at by the doctor and read where they are used."""
+    names = [setting.name for setting in settings.SETTINGS]
+    texts = [
+        str(value).replace("\x00", "").replace("\ud800", "") for value in (*VALUES, *PATHS[:4], "auto", "1,2", "0x10")
+    ]
+    chosen = {chance.choice(names): chance.choice(texts) for _ in range(3)}
+
+    def read() -> None:
+        before = dict(os.environ)
+        os.environ.update(chosen)
+        try:
+            examine(Request(tier="balanced", profile="ci"))
+            for name in names:
+                settings.get(name)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+    return read
+
+
 def reports(folder: Path, chance: random.Random) -> Callable[[], object]:
     """The report of a stored baseline of which something is changed, held against its certificate."""
     data = json.loads((CERTIFICATES / "pass_8bit.baseline.report.json").read_text(encoding="utf-8"))
@@ -225,8 +279,9 @@ def reports(folder: Path, chance: random.Random) -> Callable[[], object]:
 
 
 KINDS: dict[str, Callable[[Path, random.Random], Callable[[], object]]] = {
-    found.__name__: found for found in (paths, presets, documents, certificates, headers, configurations, reports)
-}
+    found.__name__: found for found in (paths, presets, documents, certificates, headers, configurations, tokenizers, ggufs,
+                                   variables, reports)
+}  # fmt: skip
 
 
 def fuzz(kind: str, count: int, seed: int) -> Outcome:
@@ -254,7 +309,7 @@ def table(count: int, seed: int) -> Iterator[str]:
     yield f"{'kind':<16}{'tried':>7}{'accepted':>10}{'refused':>9}{'untyped':>9}{'slowest':>10}"
     wrong = []
     for kind in KINDS:
-        tried = count if kind not in ("configurations",) else max(1, count // 10)
+        tried = count if kind not in SLOW else max(1, count // 10)
         outcome = fuzz(kind, tried, seed)
         shown = "".join(
             f"{outcome.counts[name]:>{width}}" for name, width in (("accepted", 10), ("refused", 9), ("untyped", 9))

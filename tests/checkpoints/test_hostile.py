@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from invarlock.checkpoints.files import read_structure, resolve_folder
+from invarlock.checkpoints.gguf_header import read_header as read_gguf_header
 from invarlock.checkpoints.side import Loading, read_side
 from invarlock.core import registry
 from invarlock.core.exceptions import InvarlockError, ModelLoadError
@@ -73,6 +74,94 @@ def test_a_pipe_among_the_files_is_refused(tmp_path: Path, demo_model: Path, nam
     os.mkfifo(folder / name)
     with pytest.raises(ModelLoadError, match="a pipe"):
         _read(folder)
+
+
+_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123456\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "generation_config.json"])
+def test_a_pointer_of_git_lfs_is_answered_with_what_fetches_the_file(
+    tmp_path: Path, demo_model: Path, name: str
+) -> None:
+    folder = _linked(demo_model, tmp_path, name)
+    (folder / name).write_bytes(_POINTER)
+    with pytest.raises(ModelLoadError, match=f"{name} is a Git LFS pointer.*git lfs pull"):
+        _read(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+)
+def test_weights_of_every_form_may_be_a_pointer(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(_POINTER)
+    with pytest.raises(ModelLoadError, match=f"{name} is a Git LFS pointer.*git lfs pull"):
+        read_structure(tmp_path, None)
+
+
+def test_a_gguf_file_and_an_adapter_may_be_pointers(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(_POINTER)
+    with pytest.raises(ModelLoadError, match=r"model\.gguf is a Git LFS pointer"):
+        resolve_folder(str(tmp_path / "model.gguf"))
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora/adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x/y"}')
+    (tmp_path / "lora/adapter_model.safetensors").write_bytes(_POINTER)
+    with pytest.raises(ModelLoadError, match=r"adapter_model\.safetensors is a Git LFS pointer"):
+        resolve_folder(str(tmp_path / "lora"))
+
+
+def _metadata(*values: bytes, tensors: int = 0) -> bytes:
+    """The header of a GGUF file whose metadata have these values, each a type and what stands there."""
+    fields = b"".join(struct.pack("<Q", 1) + b"a" + value for value in values)
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, len(values)) + fields
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"GGUF",
+        b"GGUF" + struct.pack("<IQQ", 3, 0, 2**60) + bytes(64),
+        b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0) + bytes(64),
+        _metadata(struct.pack("<IIQ", 9, 0, 10**12)),
+        _metadata(struct.pack("<IIQ", 9, 0, 10**7) + bytes(10**7)),
+        _metadata(struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000),
+        _metadata(struct.pack("<IIQ", 9, 9, 10**7) + struct.pack("<IQ", 0, 0) * 100),
+        _metadata(struct.pack("<I", 99)),
+        _metadata(struct.pack("<IQ", 8, 2) + b"\xff\xff"),
+        b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 17) + b"general.alignment" + struct.pack("<II", 4, 0),
+        b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 17) + b"general.alignment" + struct.pack("<IQ", 9, 0) + b"\0" * 4,
+        _metadata(tensors=1) + struct.pack("<Q", 1) + b"a" + struct.pack("<I", 2**31) + bytes(64),
+        _metadata(tensors=1) + struct.pack("<Q", 1) + b"a" + struct.pack("<IQIQ", 1, 2**62, 0, 0),
+        _metadata(tensors=1) + struct.pack("<Q", 1) + b"a" + struct.pack("<IQIQ", 1, 1, 77, 0),
+    ],
+)
+def test_a_gguf_header_that_nobody_wrote_in_good_faith_is_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(ModelLoadError, match=r"m\.gguf cannot be read|header of a GGUF file has"):
+        read_gguf_header(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", '{"added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "b"}}'),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"chat_template": [{"name": 1}]}'),
+        ("tokenizer_config.json", '{"tokenizer_class": ["x"], "bos_token": {"a": 1}}'),
+        ("generation_config.json", '{"eos_token_id": [1, "a", {}]}'),
+        ("chat_template.jinja", "\udcff"),
+        ("config.json", "\ufeff{}"),
+    ],
+)
+def test_what_lies_beside_the_weights_is_used_or_refused_with_its_name(
+    tmp_path: Path, demo_model: Path, name: str, text: str
+) -> None:
+    folder = _linked(demo_model, tmp_path, name)
+    (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ModelLoadError, match=r"tokenizer|config\.json|configuration") as caught:
+        read_side(registry.adapters.create("auto"), str(folder), Loading(), tensors=False)
+    assert "\n" not in str(caught.value)
 
 
 def _entry(start: int, end: int, shape: list[int] | None = None) -> dict[str, Any]:

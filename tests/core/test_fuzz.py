@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 COUNTS = {
     "paths": 40, "presets": 40, "documents": 40, "certificates": 10, "headers": 60, "configurations": 4, "reports": 6,
+    "tokenizers": 6, "ggufs": 6, "variables": 4,
 }  # fmt: skip
 
 

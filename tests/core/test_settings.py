@@ -52,6 +52,8 @@ def test_values_have_their_type(kind: settings.Kind, text: str, expected: object
         ("INVARLOCK_PM_ACCEPTANCE_MAX", "x", "a number"),
         ("INVARLOCK_PM_ACCEPTANCE_MAX", "nan", "a number"),
         ("INVARLOCK_SNAPSHOT_AUTO_RAM_FRACTION", "inf", "a number"),
+        ("INVARLOCK_READ_LIMITS", "1e300", "1,000,000 or less"),
+        ("INVARLOCK_OMP_THREADS", "1000000000000", "4,096 or less"),
         ("INVARLOCK_SNAPSHOT_MODE", "disk", "auto or bytes or chunked"),
     ],
 )

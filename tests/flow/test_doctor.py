@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from invarlock.flow import doctor
+from invarlock.flow import doctor, rehearsal
 from invarlock.flow.doctor import CODES, Finding, Request, examine
 
 EVIDENCE: dict[str, Any] = {
@@ -49,8 +49,9 @@ def _report(folder: Path, name: str, evidence: dict[str, Any] | None, **more: An
 
 
 def test_every_code_is_described_and_used() -> None:
-    used = set(re.findall(r'Finding\(\s*"(D\d{3})"', Path(doctor.__file__).read_text(encoding="utf-8")))
-    assert used == set(CODES)
+    text = "".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in (doctor, rehearsal))
+    named = re.findall(r'"(D\d{3})"', text)
+    assert set(named) == set(CODES) and all(named.count(code) > 1 for code in CODES)
 
 
 def test_a_finding_reads_as_level_code_message() -> None:

@@ -101,7 +101,8 @@ class HF_Adapter(ModelAdapter):
             with quiet_transformers():
                 return AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # as in load_model: whatever went wrong, the tokenizer cannot be used
-            raise ModelLoadError(f"the tokenizer of {model_id} cannot be read: {first_line(error)}") from error
+            what = f"the tokenizer of {model_id} cannot be read: {type(error).__name__}: {first_line(error)}"
+            raise ModelLoadError(f"{what}; expected the files as they were saved: copy them again") from error
 
     def save(self, model: ModelLike, folder: Path) -> None:
         """Write the model with `save_pretrained` (safetensors)."""

@@ -15,7 +15,7 @@ from invarlock.core import registry
 from invarlock.core.exceptions import ConfigError
 from invarlock.core.ranks import follows
 from invarlock.core.registry import nearest, no_argument
-from invarlock.flow.certify import CertifyOutcome, CertifyRequest
+from invarlock.flow.certify import CertifyRequest
 from invarlock.flow.certify import certify as run_certify
 from invarlock.flow.job import INTENTS, Tick
 from invarlock.flow.run_folder import require_writable
@@ -26,7 +26,7 @@ from invarlock.policy.resolve import PROFILES, TIERS
 from invarlock.reporting.bundle import claimed, write_bundle
 from invarlock.reporting.terminal import summary_lines
 
-__all__ = ["REFUSED", "Certification", "certify", "request_from"]
+__all__ = ["REFUSED", "Certification", "certify", "request_from", "request_of"]
 
 _Path = str | os.PathLike[str]
 _LIMIT = "certify does not use it; the limit of a verdict is metrics.pm_ratio.limit"
@@ -49,13 +49,14 @@ class Certification:
     """A verdict and all that belongs to it. `certificate` is plain JSON data; `files` says where it was written.
 
     `source_report` and `edited_report` are the stored runs of the two sides; give the first as `baseline_report` to
-    certify another subject at half the cost. `timings` are seconds.
+    certify another subject at half the cost. `runs` is the folder of all runs, `timings` are seconds.
     """
 
     certificate: dict[str, Any]
     files: dict[str, Path] = field(default_factory=dict)
     source_report: Path | None = None
     edited_report: Path | None = None
+    runs: Path = Path("runs")
     notes: list[str] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
 
@@ -121,34 +122,41 @@ def certify(
     a checkpoint that cannot be read, DataError for text that cannot serve, PairingError (E001 ... E006) where the two
     sides cannot be compared.
     """
+    asked = {name: value for name, value in locals().items() if name not in ("output", "tick", "unknown")}
     for name in unknown:
         known = [key for key in inspect.signature(certify).parameters if key != "unknown"]
         raise no_argument("certify", name, known)
-    _choose(profile=(profile, PROFILES), intent=(intent, INTENTS), tier=(tier, TIERS))
-    flags: dict[str, object] = {"model.adapter": adapter, "model.device": device, "auto.tier": tier, "dataset": dataset}
-    flags |= {"eval.early_stop": None if early_stop else False, "output.dir": None if runs is None else os.fspath(runs)}
     output = None if follows() else output  # under torchrun the leader alone writes
     with _output(output) as moved:
-        path = None if preset is None else preset_path(preset)
-        config = load_config(path, cli_overrides=flags, profile=profile, require_model=False, refused=REFUSED)
-        request = request_from(
-            config,
-            profile=profile or "ci",
-            subject=os.fspath(subject),
-            baseline=None if baseline is None else os.fspath(baseline),
-            baseline_report=None if baseline_report is None else Path(baseline_report),
-            intent=intent,
-            engine=engine,
-            baseline_engine=baseline_engine,
-            edit=_edit(edit),
-            edit_label=edit_label,
-            cache=cache,
-            noise_floor=noise_floor,
-        )
+        request = request_of(asked)
         require_writable(request.out)
         outcome = run_certify(request, tick)
         outcome.notes[:0] = moved
-        return _result(outcome, {} if output is None else write_bundle(outcome.certificate, Path(output)))
+        files = {} if output is None else write_bundle(outcome.certificate, Path(output))
+        reports = outcome.source_report, outcome.edited_report
+        return Certification(outcome.certificate, files, *reports, request.out, outcome.notes, outcome.timings)
+
+
+def request_of(asked: Mapping[str, Any]) -> CertifyRequest:
+    """Return the request that arguments of `certify` (by name, all of them but `output` and `tick`) stand for, with what
+    the preset says. Raises ConfigError for arguments that make no sense."""
+    profile, tier, intent, runs = (asked[name] for name in ("profile", "tier", "intent", "runs"))
+    _choose(profile=(profile, PROFILES), intent=(intent, INTENTS), tier=(tier, TIERS))
+    flags = {"model.adapter": asked["adapter"], "model.device": asked["device"], "auto.tier": tier}
+    flags |= {"dataset": asked["dataset"], "eval.early_stop": None if asked["early_stop"] else False}
+    flags["output.dir"] = None if runs is None else os.fspath(runs)
+    path = None if asked["preset"] is None else preset_path(asked["preset"])
+    config = load_config(path, cli_overrides=flags, profile=profile, require_model=False, refused=REFUSED)
+    baseline, report = asked["baseline"], asked["baseline_report"]
+    return request_from(
+        config,
+        profile=profile or "ci",
+        subject=os.fspath(asked["subject"]),
+        baseline=None if baseline is None else os.fspath(baseline),
+        baseline_report=None if report is None else Path(report),
+        edit=_edit(asked["edit"]),
+        **{name: asked[name] for name in ("intent", "engine", "baseline_engine", "edit_label", "cache", "noise_floor")},
+    )
 
 
 def _edit(given: Mapping[str, Any] | _Path | None) -> Mapping[str, Any] | None:
@@ -173,11 +181,6 @@ def _output(folder: _Path | None) -> Iterator[list[str]]:
         return
     with claimed(Path(folder)) as moved:
         yield [] if moved is None else [f"the earlier certificate in {os.fspath(folder)} is now in {moved}"]
-
-
-def _result(outcome: CertifyOutcome, files: dict[str, Path]) -> Certification:
-    reports = outcome.source_report, outcome.edited_report
-    return Certification(outcome.certificate, files, *reports, outcome.notes, outcome.timings)
 
 
 def request_from(config: RunSettings, *, profile: str, subject: str, **asked: Any) -> CertifyRequest:

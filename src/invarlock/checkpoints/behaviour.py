@@ -45,12 +45,15 @@ _SAMPLING: dict[str, Any] = {
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """Return the checkpoint's configuration object; ModelLoadError where it is missing or unreadable."""
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     if not (folder / "config.json").exists():
         raise ModelLoadError(f"{folder} has no config.json; expected a Hugging Face checkpoint folder")
     check_folder(folder)
-    check_config(folder)
+    kind = check_config(folder).get("model_type")
+    if kind is not None and kind not in CONFIG_MAPPING and not trust_remote_code:
+        what = f"{folder}/config.json names the model_type {kind!r}, which the installed transformers does not know"
+        raise ModelLoadError(f"{what}: pip install -U transformers, or trust_remote_code where code comes with it")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # any failure to read it is the same finding

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 from invarlock.checkpoints import lora
@@ -30,13 +31,16 @@ _OTHER_WEIGHTS = ("*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.b
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.jinja"]
 
 
-def resolve_folder(model_id: str, revision: str | None = None) -> Path:
+def resolve_folder(model_id: str, revision: str | None = None, *, merge: bool = True) -> Path:
     """Return the local folder of a checkpoint: the path itself, or the hub's cached (or downloaded) copy. That of an
-    adapter is the one in which it is merged into its base, that of a GGUF file the one with what it says in other files."""
+    adapter is the one in which it is merged into its base (without `merge` that of its base), that of a GGUF file the one
+    with what it says in other files."""
     folder = _local_folder(model_id, revision)
     if (file := weights_file(folder)) is not None:
         return unfolded(file)
-    return lora.merged(folder, resolve_folder) if lora.is_adapter(folder) else folder
+    if not lora.is_adapter(folder):
+        return folder
+    return lora.merged(folder, resolve_folder) if merge else lora.base_of(folder, partial(resolve_folder, merge=False))
 
 
 def _local_folder(model_id: str, revision: str | None) -> Path:

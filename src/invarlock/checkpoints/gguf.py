@@ -23,7 +23,7 @@ from invarlock.checkpoints.gguf_header import Header, read_header
 from invarlock.checkpoints.quiet import quiet_transformers
 from invarlock.checkpoints.structure import Layout, layout_of, structure_of
 from invarlock.core.device import require_extra
-from invarlock.core.exceptions import ModelLoadError
+from invarlock.core.exceptions import InvarlockError, ModelLoadError
 from invarlock.core.files import first_line, kept_folder
 from invarlock.evidence.model import Structure
 
@@ -76,7 +76,12 @@ def unfolded(file: Path) -> Path:
         require_extra(f"the file {file}", "gguf", "gguf")
         require_extra(f"the file {file}", "adapters", "torch", "transformers")
         target = kept_folder()
-        _unfold(shards, target)
+        try:
+            _unfold(shards, target)
+        except InvarlockError:
+            raise
+        except Exception as error:  # metadata of another type than the library expects fail anywhere in it
+            raise _unsupported(f"{file} cannot be read: {type(error).__name__}: {first_line(error)}") from error
         _done[key] = target
     return _done[key]
 
@@ -212,6 +217,17 @@ class GGUFFolder:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See `Checkpoint`. A tensor of the file for which the architecture has no place keeps its name in the file."""
+        try:
+            yield from self._tensors()
+        except InvarlockError:
+            raise
+        except Exception as error:  # tensors that are not what the metadata say fail anywhere in the library
+            raise ModelLoadError(
+                f"the tensors of {self.folder.name} cannot be read: {type(error).__name__}: {first_line(error)}; the file is "
+                "damaged: copy it again"
+            ) from error
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         import torch
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 

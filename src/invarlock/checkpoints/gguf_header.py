@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from invarlock.core.exceptions import ModelLoadError
 from invarlock.core.files import first_line
+from invarlock.core.reading import check_size, open_regular
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
@@ -67,9 +68,9 @@ class Header:
 def read_header(path: Path) -> Header:
     """Read the header of one file. Raises ModelLoadError for a file that is truncated, of another kind or version."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path, "a GGUF file", ModelLoadError) as file:
             return _Cursor(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))).header()
-    except (OSError, ValueError, KeyError, struct.error, UnicodeDecodeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError, struct.error) as error:
         raise ModelLoadError(
             f"{path} cannot be read ({first_line(error)}); it is truncated or not a GGUF file: copy it again"
         ) from error
@@ -77,7 +78,7 @@ def read_header(path: Path) -> Header:
 
 class _Cursor:
     def __init__(self, view: memoryview) -> None:
-        self.view, self.at = view, 0
+        self.view, self.at, self.values = view, 0, 0
 
     def header(self) -> Header:
         magic, version, tensors, fields = self.numbers("4sIQQ")
@@ -85,6 +86,7 @@ class _Cursor:
             raise ValueError(f"begins with {magic!r}, version {version}; expected GGUF, version 2 or 3")
         values: dict[str, Any] = {}
         raw: dict[str, bytes] = {}
+        self.count(fields + tensors)
         for _ in range(fields):
             start, key = self.at, self.text()
             (kind,) = self.numbers("I")
@@ -99,6 +101,11 @@ class _Cursor:
         self.at += struct.calcsize(f"<{letters}")
         return found
 
+    def count(self, values: int) -> None:
+        """Hold the number of values to what any header has, before a list of them is made."""
+        self.values += values
+        check_size("header", "the header of a GGUF file", ModelLoadError, values=self.values)
+
     def text(self) -> str:
         (length,) = self.numbers("Q")
         if self.at + length > len(self.view):
@@ -112,6 +119,7 @@ class _Cursor:
         if kind != _ARRAY:
             return self.numbers(_LETTERS[kind])[0]
         inner, count = self.numbers("IQ")
+        self.count(count)
         if inner in _LETTERS:
             return list(self.numbers(f"{count}{_LETTERS[inner]}"))
         return [self.value(inner) for _ in range(count)]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invarlock.checkpoints.behaviour import load_config
-from invarlock.checkpoints.headers import open_tensors
+from invarlock.checkpoints.headers import check_header, open_tensors
 from invarlock.checkpoints.packed import PackedFolder
 from invarlock.checkpoints.quiet import quiet_transformers
 from invarlock.checkpoints.structure import live_structure
@@ -25,7 +25,7 @@ from invarlock.core.files import first_line, kept_folder, read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["adapter_facts", "is_adapter", "merged"]
+__all__ = ["adapter_facts", "base_of", "is_adapter", "merged"]
 
 _CONFIG, _WEIGHTS, _FACTS = "adapter_config.json", "adapter_model.safetensors", "merged_adapter.json"
 _BASE_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
@@ -64,8 +64,7 @@ def merged(folder: Path, find_base: Callable[[str], Path]) -> Path:
     """
     key = folder.resolve(), (folder / _CONFIG).stat().st_mtime_ns
     if key not in _done:
-        require_extra(f"the adapter {folder}", "adapters", "torch", "transformers", "peft")
-        base = _base_of(folder, find_base)
+        base = base_of(folder, find_base)
         target = kept_folder()
         with quiet_transformers(), warnings.catch_warnings(action="ignore"):  # what matters of it is checked here
             _merge(folder, base, target)
@@ -83,19 +82,22 @@ def _config(folder: Path) -> Any:
     return read_json(folder / _CONFIG, "the configuration of an adapter", ModelLoadError, "checkpoint")
 
 
-def _base_of(folder: Path, find_base: Callable[[str], Path]) -> Path:
+def base_of(folder: Path, find_base: Callable[[str], Path]) -> Path:
+    """Return the folder of an adapter's base. Errors of `merged`, but for those of the two not fitting."""
+    require_extra(f"the adapter {folder}", "adapters", "torch", "transformers", "peft")
     try:
         name = _config(folder)["base_model_name_or_path"]
     except (KeyError, TypeError) as error:
         raise ModelLoadError(f"{folder}/{_CONFIG} names no base_model_name_or_path ({first_line(error)})") from None
     if not (folder / _WEIGHTS).is_file():
         raise ModelLoadError(f"{folder} has no {_WEIGHTS}; save the adapter with `save_pretrained`")
+    check_header(folder / _WEIGHTS)
     beside = folder / str(name)
     if folder in _at_work or os.path.realpath(beside) == os.path.realpath(folder):
         raise ModelLoadError(f"the adapter {folder} is its own base; set base_model_name_or_path in {_CONFIG}")
     _at_work.append(folder)
     try:
-        return find_base(str(beside) if beside.is_dir() else str(name))
+        return find_base(str(beside) if os.path.isdir(beside) else str(name))
     except ModelLoadError as error:
         raise ModelLoadError(
             f"the base of the adapter {folder} cannot be found: {error}; set base_model_name_or_path in {_CONFIG}"

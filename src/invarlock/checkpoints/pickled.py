@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from invarlock.checkpoints.structure import Layout, stored_type, structure_of
 from invarlock.core.exceptions import ModelLoadError
 from invarlock.core.files import first_line, read_json
+from invarlock.core.reading import open_regular
 from invarlock.evidence.model import Structure
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ def open_pickle(path: Path) -> OpenPickle:
     plain tensors."""
     import torch
 
+    with open_regular(path, "a file of weights", ModelLoadError):  # the reader itself takes a path, to map it
+        pass
     try:
         try:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

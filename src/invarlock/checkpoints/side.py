@@ -15,6 +15,8 @@ from invarlock.checkpoints.structure import layout_of
 from invarlock.checkpoints.tokenizer import tokenizer_facts
 from invarlock.core import settings
 from invarlock.core.api import AdapterLike, ModelLike
+from invarlock.core.exceptions import InvarlockError, ModelLoadError
+from invarlock.core.files import first_line
 from invarlock.evidence.model import Structure
 
 if TYPE_CHECKING:
@@ -78,28 +80,28 @@ class Side:
     engine: str | None = None  # where it is served, as `kind=address`
 
 
-def read_side(adapter: AdapterLike, model_id: str, loading: Loading) -> Side:
-    """Read a checkpoint as files. A plugin adapter's checkpoint is measured live instead."""
+def read_side(adapter: AdapterLike, model_id: str, loading: Loading, *, tensors: bool = True) -> Side:
+    """Read a checkpoint as files. A plugin adapter's checkpoint is measured live instead. Without `tensors` none of them is
+    read, and an adapter (LoRA) is not merged: its folder is that of its base."""
     if not hasattr(adapter, "auto_class"):
         tokenizer = adapter.tokenizer(model_id) if hasattr(adapter, "tokenizer") else None
         return Side(
             model_id, None, Structure(source="model", tensors=[]), {}, tokenizer, tokenizer_facts(tokenizer), usage={}
         )
-    folder = resolve_folder(model_id, loading.revision)
+    folder = resolve_folder(model_id, loading.revision, merge=tensors)
     if hasattr(adapter, "select"):
         adapter.select(str(folder), trust_remote_code=loading.trusts)
     config = load_config(folder, trust_remote_code=loading.trusts)
     tokenizer = adapter.tokenizer(str(folder)) if hasattr(adapter, "tokenizer") else None
     if SafetensorsFolder.recognises(folder):
         check_depth(folder, config.to_dict(), SafetensorsFolder(folder, None).count())
-    structure = read_structure(folder, layout_of(config, adapter.auto_class))
-    return Side(
-        model_id,
-        folder,
-        structure,
-        behaviour(config),
-        tokenizer,
-        tokenizer_facts(tokenizer),
-        usable_length(config),
-        usage(folder, config, tokenizer),
-    )
+    nothing = Structure(source="file", tensors=[])
+    structure = read_structure(folder, layout_of(config, adapter.auto_class)) if tensors else nothing
+    try:
+        facts, length, said = tokenizer_facts(tokenizer), usable_length(config), usage(folder, config, tokenizer)
+    except InvarlockError:
+        raise
+    except Exception as error:  # a tokenizer or a configuration that loads and fails in use ends anywhere
+        what = f"the tokenizer or the configuration of {model_id} cannot be used"
+        raise ModelLoadError(f"{what}: {first_line(error)}; copy the checkpoint's files again") from error
+    return Side(model_id, folder, structure, behaviour(config), tokenizer, facts, length, said)

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 import invarlock
-from invarlock.cli.console import quiet_pipe, say, setup_logging
+from invarlock.cli.console import mend_streams, quiet_pipe, say, setup_logging
 from invarlock.cli.errors import INTERRUPTED, report_error
 from invarlock.cli.options import plain_typer, remembered_profile
 from invarlock.core import settings
@@ -204,9 +204,7 @@ class _Interruption:
 
 def main() -> None:
     """Run the command line and exit the process."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
+    mend_streams()
     with _Interruption():
         code = app(standalone_mode=False)
     sys.exit(code)

@@ -21,6 +21,7 @@ from invarlock.flow.damage import Changed
 from invarlock.flow.diff import place_of
 from invarlock.flow.repair import Repair
 from invarlock.flow.repair import repair as run_repair
+from invarlock.flow.run_folder import require_writable
 from invarlock.flow.sampling import dataset_options
 from invarlock.flow.sensitivity import sensitivity as run_sensitivity
 from invarlock.guards.families import layer_index
@@ -64,6 +65,8 @@ def bisect(
     Exit codes: 0 searched (with --repair: the repaired checkpoint passes), 1 no repair was found or it does not pass,
     130 interrupted, after what was found is shown.
     """
+    for place in (out, *((html.parent,) if html else ()), *((repair.parent,) if repair else ())):
+        require_writable(place, "findings", "--out, --html or --repair")
     request = _request(baseline, subject, adapter, device, tier, preset, windows, budget, held=windows if repair else 0)
     with progress("bisect") as tick:
         search = open_search(request, tick)
@@ -105,6 +108,8 @@ def sensitivity(
     """
     if not 0.0 <= keep <= 1.0:
         raise ConfigError(f"--keep is {keep}; expected a share from 0 to 1")
+    if html is not None:
+        require_writable(html.parent, "the page", "--html")
     request = _request(model, model, adapter, device, None, preset, windows, budget)
     with progress("sensitivity") as tick:
         found = run_sensitivity(open_search(request, tick), edit, _plan(plan or []), keep)

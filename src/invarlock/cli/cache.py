@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
 
 from invarlock.cli.console import emit_json, say
 from invarlock.cli.options import JsonOption, plain_typer
 from invarlock.flow.cache import cache_folder, clear, entries
+from invarlock.flow.run_folder import clear_runs
 
 __all__ = ["app"]
 
@@ -37,14 +42,18 @@ def list_entries(json: JsonOption = False) -> int:
 
 
 @app.command("clear")
-def clear_entries(json: JsonOption = False) -> int:
-    """Remove all entries."""
-    folder = cache_folder()
-    count, size = clear()
+def clear_entries(
+    runs: Annotated[Path | None, Option(help="Remove the stored runs below this folder instead.")] = None,
+    json: JsonOption = False,
+) -> int:
+    """Remove all entries, or the stored runs below a folder. Certificates stay."""
+    folder = cache_folder() if runs is None else runs
+    count, size = clear() if runs is None else clear_runs(runs)
     if json:
         emit_json(
             format_version="cache-v1", folder=folder and str(folder), entries=[], removed=count, bytes=size, exit_code=0
         )
         return 0
-    say(f"removed {count} entries ({size:,} bytes) from {folder or 'no folder: the cache is switched off'}")
+    what, where = ("entries", folder or "no folder: the cache is switched off") if runs is None else ("runs", runs)
+    say(f"removed {count} {what} ({size:,} bytes) from {where}")
     return 0

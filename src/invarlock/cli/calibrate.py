@@ -14,6 +14,7 @@ from invarlock.core.device import library_versions
 from invarlock.core.files import write_json
 from invarlock.evidence.windows import WindowBatches
 from invarlock.flow.run import open_model
+from invarlock.flow.run_folder import require_writable
 from invarlock.policy.config import load_config
 
 __all__ = ["app"]
@@ -61,6 +62,7 @@ def _add(name: str, chosen: _Sweep) -> None:
         profile: ProfileOption = None,
         json: JsonOption = False,
     ) -> int:
+        require_writable(out, "the sweep", "--out")
         found = _measured(chosen, config, seeds, device, profile)
         path = out / f"{chosen.sweep}.json"
         write_json(path, {"format_version": "calibration-v1", "sweep": chosen.sweep, **found})

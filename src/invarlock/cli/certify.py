@@ -30,7 +30,7 @@ from invarlock.policy.presets import PRESETS
 from invarlock.reporting.bundle import CERTIFICATE, HTML, folder_for
 from invarlock.reporting.terminal import summary_lines
 
-__all__ = ["certify", "request_from"]
+__all__ = ["arguments", "certify", "request_from"]
 
 
 def _list_presets(value: str | None) -> str | None:
@@ -91,28 +91,9 @@ def certify(
     Exit codes: 0 PASS, 1 FAIL, 2 wrong usage or configuration, 3 the sides cannot be paired, 4 INCONCLUSIVE, 5 something
     could not be read or run.
     """
+    asked, output = arguments(**locals())
     with progress("certify", passes=1 if baseline_report else 2) as tick:
-        outcome = certify_models(
-            subject=subject,
-            baseline=baseline,
-            baseline_report=baseline_report,
-            preset=preset,
-            output=cert_out or folder_for(subject, edit_label),
-            runs=out,
-            profile=profile,
-            tier=tier,
-            intent=intent,
-            engine=engine,
-            baseline_engine=baseline_engine,
-            adapter=adapter,
-            device=device,
-            edit=edit_config,
-            edit_label=edit_label,
-            early_stop=not no_early_stop,
-            cache=not no_cache,
-            noise_floor=noise_floor,
-            tick=tick,
-        )
+        outcome = certify_models(**asked, output=output, tick=tick)
     if follows():
         return 0
     return show(
@@ -120,6 +101,7 @@ def certify(
         _fields(outcome),
         _lines(outcome, None if edit_config or engine else baseline, subject, preset),
         {"Certificate": outcome.files[CERTIFICATE], "Page": outcome.files[HTML]},
+        runs=outcome.runs,
         notes=outcome.notes,
         timings=outcome.timings,
         measured=(("baseline", "subject"), 2 * _tokens(outcome.certificate)),
@@ -132,6 +114,28 @@ def certify(
 def _tokens(certificate: Mapping[str, Any]) -> int:
     """Return how many tokens of the text were scored."""
     return sum(sum(rows["tokens"]) for rows in certificate["evaluation_windows"].values())
+
+
+def arguments(
+    *,
+    subject: str,
+    out: Path | None,
+    cert_out: Path | None,
+    edit_config: Path | None,
+    no_early_stop: bool,
+    no_cache: bool,
+    **same: Any,
+) -> tuple[dict[str, Any], Path]:
+    """Return the arguments of `invarlock.certify` that those of the command line stand for, and the output folder."""
+    kept = {name: value for name, value in same.items() if name not in ("json", "timing")}
+    other = {
+        "subject": subject,
+        "runs": out,
+        "edit": edit_config,
+        "early_stop": not no_early_stop,
+        "cache": not no_cache,
+    }
+    return {**kept, **other}, cert_out or folder_for(subject, kept["edit_label"])
 
 
 def _fields(outcome: Certification) -> dict[str, object]:

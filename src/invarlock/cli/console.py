@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import resource
+import shlex
 import shutil
 import sys
 import time
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import TextIO
 
 from invarlock.core import settings
+from invarlock.core.exceptions import InvarlockError
+from invarlock.core.files import size_of
 from invarlock.core.ranks import follows
 
 __all__ = [
@@ -22,13 +26,16 @@ __all__ = [
     "clear_line",
     "coloured",
     "emit_json",
+    "inert",
     "is_terminal",
+    "mend_streams",
     "note",
     "progress",
     "quiet_pipe",
     "say",
     "setup_logging",
     "show",
+    "tell",
     "width",
 ]
 
@@ -42,10 +49,16 @@ def is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def say(text: str = "") -> None:
-    """Write one line to stdout as it is. Where the reader has gone (`| head`) the rest is dropped and the work goes on."""
+def inert(text: str) -> str:
+    """Return text whose control and direction characters show as escapes, so that no name of a file acts on a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t\xa0" else json.dumps(c)[1:-1] for c in text)
+
+
+def say(text: str = "", *, colour: bool = False) -> None:
+    """Write one line to stdout, with `colour` its first word in its own. Where the reader has gone (`| head`) the rest is
+    dropped and the work goes on."""
     with quiet_pipe():
-        sys.stdout.write(text + "\n")
+        sys.stdout.write((coloured(inert(text)) if colour else inert(text)) + "\n")
 
 
 #: how the word that a line begins with looks on a terminal
@@ -68,18 +81,39 @@ def width() -> int:
 
 @contextmanager
 def quiet_pipe() -> Iterator[None]:
-    """Send stdout to nowhere once its reader has gone, so that a command still ends with its own exit code."""
+    """Send stdout to nowhere once its reader has gone, so that a command still ends with its own exit code. Where it takes
+    no more for another reason (a full disk), what it should have shown is lost, and that is an error."""
     try:
         yield
-    except BrokenPipeError:
+    except OSError as error:
         # what is still buffered must not raise again when the interpreter exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            where = f"standard output takes no more ({error.strerror})"
+            raise InvarlockError(f"{where}; expected room for the result: send it elsewhere", code="FILE") from None
+
+
+def tell(text: str) -> None:
+    """Write one line to stderr. Where that takes no more, nobody can be told, and the work goes on."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(inert(text) + "\n")
+        sys.stderr.flush()
+
+
+def mend_streams() -> None:
+    """Give a process that was started without stdout or stderr (`>&-`) one that leads nowhere; a terminal that lacks a
+    character shows a question mark."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for as long as the process lives
+        if hasattr(stream := getattr(sys, name), "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def note(text: str) -> None:
     """Write one line to stderr; INVARLOCK_MINIMAL silences it."""
     if not settings.flag("INVARLOCK_MINIMAL") and not follows():
-        sys.stderr.write(text + "\n")
+        tell(text)
 
 
 def emit_json(**fields: object) -> None:
@@ -93,6 +127,7 @@ def show(
     lines: Sequence[str],
     places: Mapping[str, Path | None],
     *,
+    runs: Path,
     notes: Iterable[str],
     timings: Mapping[str, float],
     measured: tuple[tuple[str, ...], int],
@@ -114,10 +149,13 @@ def show(
         emit_json(format_version=form, kind="verdict", **fields, timings=timings, exit_code=code)
         return code
     for line in lines[:1] if settings.flag("INVARLOCK_MINIMAL") else lines:
-        say(coloured(line))
+        say(line, colour=True)
     for label, path in places.items():
         if path is not None:
             say(f"{label:<13}{path}")
+    if not settings.flag("INVARLOCK_MINIMAL") and runs.is_dir():
+        free = shlex.join(("invarlock", "cache", "clear", "--runs", str(runs)))
+        say(f"{'Runs':<13}{runs}, {size_of(runs) / 1e6:.1f} MB in all; to free it: {free}")
     for name, seconds in timings.items() if timing else ():
         say(f"  {name:<16} {seconds:8.2f} s")
     return code
@@ -130,7 +168,7 @@ def _show_telemetry(timings: Mapping[str, float], measuring: Iterable[str], toke
     seconds = sum(timings.get(name, 0.0) for name in measuring)
     speed = f"{tokens / seconds:.0f} tokens/s" if tokens and seconds else "no tokens measured"
     steps = ", ".join(f"{name} {value:.2f} s" for name, value in timings.items())
-    sys.stderr.write(f"TELEMETRY: {sum(timings.values()):.2f} s in all ({steps}); memory {memory:.0f} MB; {speed}\n")
+    tell(f"TELEMETRY: {sum(timings.values()):.2f} s in all ({steps}); memory {memory:.0f} MB; {speed}")
 
 
 class _Way:
@@ -192,16 +230,15 @@ def progress(command: str, passes: int = 1) -> Iterator[Tick]:
     elif not terminal:
         last = time.monotonic()
 
-        def tell(step: str, done: int, total: int) -> None:
+        def show_step(step: str, done: int, total: int) -> None:
             nonlocal last
             began = way.tick(step, done, total) and step.startswith("loading")
             if began or time.monotonic() - last > _PLAIN_SECONDS:
                 last = time.monotonic()
                 share = f"{way.share:.0%} of all" if way.share else ""
-                sys.stderr.write(f"{command}: {', '.join(filter(None, (step, share, way.rest())))}\n")
-                sys.stderr.flush()
+                tell(f"{command}: {', '.join(filter(None, (step, share, way.rest())))}")
 
-        yield tell
+        yield show_step
     else:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn

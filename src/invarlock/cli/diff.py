@@ -14,6 +14,7 @@ from invarlock.core.exceptions import ConfigError, InvarlockError
 from invarlock.core.files import write_whole
 from invarlock.flow.diff import Diff, Expectation, place_of
 from invarlock.flow.diff import diff as run_diff
+from invarlock.flow.run_folder import require_writable
 from invarlock.reporting.findings import Findings, render_findings
 
 __all__ = ["diff"]
@@ -41,6 +42,8 @@ def diff(
     Exit codes: 0 the same, or as --expect and --scope say; 1 different, or otherwise than they say; 2 trouble.
     """
     try:
+        if html is not None:
+            require_writable(html.parent, "the page", "--html")
         gate = Expectation.parse(expect, scope) if expect or scope else None
         with progress("diff") as tick:
             found = run_diff(baseline, subject, tick)

@@ -8,7 +8,7 @@ import traceback
 
 import typer
 
-from invarlock.cli.console import clear_line, emit_json
+from invarlock.cli.console import clear_line, emit_json, inert, tell
 from invarlock.core import settings
 from invarlock.core.exceptions import CODES, ConfigError, DependencyError, InvarlockError, PairingCode, PairingError
 
@@ -21,6 +21,7 @@ OTHER = CODES["INVARLOCK"][0]
 
 # typer may carry click within itself, so its classes are reached through the one that it exports
 _UsageError, _ClickException = typer.BadParameter.__mro__[1:3]
+_LONGEST = 1200  # characters of a line
 #: the extra that brings an optional module, for imports that nothing checked beforehand
 _EXTRAS = {
     "torch": "hf",
@@ -49,7 +50,8 @@ def _code(error: BaseException) -> str:
         return error.code
     if isinstance(error, KeyboardInterrupt):
         return "INTERRUPTED"
-    return "USAGE" if isinstance(error, _ClickException) else type(error).__name__
+    known = ((_ClickException, "USAGE"), (MemoryError, "MEMORY"), (OSError, "FILE"))
+    return next((code for kind, code in known if isinstance(error, kind)), type(error).__name__)
 
 
 def report_error(error: BaseException, profile: str | None = None, *, json: bool = False) -> int:
@@ -62,12 +64,12 @@ def report_error(error: BaseException, profile: str | None = None, *, json: bool
         traceback.print_exception(error, file=sys.stderr)
     if isinstance(error, ModuleNotFoundError) and (missing := str(error.name).partition(".")[0]) in _EXTRAS:
         error = DependencyError(missing, _EXTRAS[missing])
-    line = _line(error)
+    line = _short(inert(_line(error)))
     clear_line()
     if json:
         message = re.sub(r"^(ERROR \[.*?\]|[A-Z-]+:) ", "", line)
         emit_json(format_version="error-v1", kind="error", code=_code(error), message=message, exit_code=code)
-    sys.stderr.write(line + "\n")
+    tell(line)
     return code
 
 
@@ -78,6 +80,11 @@ def _wants_traceback() -> bool:
         return False
 
 
+def _short(line: str) -> str:
+    """Keep the beginning and the end of a line with a name of thousands of characters in it."""
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 300]} … {line[-280:]}"
+
+
 def _line(error: BaseException) -> str:
     text, code = " ".join(str(error).split()), _code(error)
     if isinstance(error, DependencyError):
@@ -86,9 +93,19 @@ def _line(error: BaseException) -> str:
         return text or "interrupted; no certificate was written"
     if code == "USAGE":
         text = _usage(error)
+    elif isinstance(error, OSError):
+        text = _of_system(error)
+    elif isinstance(error, MemoryError):
+        text = "there is not enough memory; free some, or measure with smaller models: see `invarlock doctor --subject ...`"
     elif not isinstance(error, InvarlockError):
         text += "; set INVARLOCK_DEBUG_TRACE=1 for the traceback"
     return f"ERROR [{'INVARLOCK:' if code in list(PairingCode) else ''}{code}] {text}"
+
+
+def _of_system(error: OSError) -> str:
+    place = "a file or folder" if error.filename is None else " ".join(str(error.filename).split())
+    why = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    return f"{place}: {why}; expected a place that can be read and written: make it so, or name another"
 
 
 def _usage(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,7 +22,7 @@ def init(
     force: Annotated[bool, Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Write a commented preset: the data, the metric, the guards and the tier, each with its default."""
-    if output.exists() and not (force and output.is_file()):
+    if os.path.exists(output) and not (force and output.is_file()):
         raise ConfigError(f"{output} is there already; name another with -o, or replace a file with --force")
     text = preset_text(kind).replace(f"--preset {kind}", f"--preset {output}")
     write_whole(output, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -100,7 +101,7 @@ def _of_run(context: typer.Context, run: Path, baseline: Path | None, format_: F
 def explain(certificate: _Certificate) -> None:
     """Say in plain words what each gate measured, against what, and what to do next."""
     say(explanation(_read(certificate)))
-    for line in _findings(certificate if certificate.is_dir() else certificate.parent):
+    for line in _findings(certificate if os.path.isdir(certificate) else certificate.parent):
         say(f"{'bisect':<14}{line}")
 
 
@@ -118,7 +119,7 @@ def html(
     output: Annotated[Path | None, Option("--output", "-o", help="Where to write; default: beside it.")] = None,
 ) -> None:
     """Write the certificate as one HTML page that stands alone."""
-    folder = certificate if certificate.is_dir() else certificate.parent
+    folder = certificate if os.path.isdir(certificate) else certificate.parent
     _put(render_html(_read(certificate)), output or folder / HTML)
 
 

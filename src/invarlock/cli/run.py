@@ -76,6 +76,7 @@ def run(
         _fields(outcome),
         [f"{label:<13}{text}" for label, text in _lines(outcome.report)],
         {"Report": outcome.report_path, "Model": outcome.model_folder},
+        runs=request.out,
         notes=outcome.report["meta"]["warnings"],
         timings=outcome.timings,
         measured=(("guard_prepare", "eval"), _tokens(outcome.report)),

@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from invarlock.certificate.verify import verify_certificate
 from invarlock.checkpoints.side import Loading, read_side
-from invarlock.cli.console import coloured, emit_json, say
+from invarlock.cli.console import emit_json, say
 from invarlock.cli.errors import VERDICT_CODES, report_error
 from invarlock.cli.options import JsonOption, ProfileOption
 from invarlock.core import registry
@@ -66,7 +66,7 @@ def verify(
         return code
     for result in results:
         for line in _lines(result):
-            say(coloured(line))
+            say(line, colour=True)
     return code
 
 

@@ -102,6 +102,8 @@ CODES: dict[str, tuple[int, str]] = {
     "ENGINE-INCONSISTENT": (5, "A served engine's answer for a prompt is not what it says comes next"),
     "ENGINE-UNSTABLE": (5, "A served engine answers the same question differently"),
     "RANK-LOST": (5, "A process that measures together with this one is gone or does not answer"),
+    "FILE": (5, "A file or folder cannot be read or written: the system says why"),
+    "MEMORY": (5, "There is not enough memory"),
     "INTERRUPTED": (130, "The run was stopped before it ended"),
     "INVARLOCK": (5, "Any other error of ours"),
 }
@@ -175,13 +177,14 @@ class DataError(InvarlockError):
 
 
 class TooLittleTextError(DataError):
-    """There is text, but not enough for the windows asked for; `fits` are the (preview, final) counts that would do."""
+    """There is text, but not enough for the windows asked for; `found` says how much, and `fits` are the (preview, final)
+    counts that would do."""
 
     code = "TOO-LITTLE-TEXT"
 
-    def __init__(self, message: str, fits: tuple[int, int]) -> None:
-        super().__init__(message)
-        self.fits = fits
+    def __init__(self, found: str, advice: str, fits: tuple[int, int]) -> None:
+        super().__init__(f"{found}: {advice}")
+        self.found, self.fits = found, fits
 
 
 class PairingError(InvarlockError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import json
 import math
 import os
@@ -19,10 +20,12 @@ from invarlock.core.reading import parse_json, read_regular
 
 __all__ = [
     "first_line",
+    "home",
     "kept_folder",
     "plain",
     "private_folder",
     "read_json",
+    "size_of",
     "write_json",
     "write_together",
     "write_whole",
@@ -65,11 +68,29 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def home() -> Path:
+    """Return the user's folder; where nothing says which it is (no HOME, no entry for the user), the temporary one."""
+    found = os.path.expanduser("~")
+    return Path(tempfile.gettempdir() if found == "~" else found)
+
+
+def size_of(folder: Path) -> int:
+    """Return the bytes of all files below a folder."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write `content` under a temporary name in the same folder, then rename it: readers see all of it or nothing."""
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=owned_name(f".{path.name}."), suffix=".part")
+    """Write `content` under a temporary name in the same folder, then rename it: readers see all of it or nothing.
+
+    Raises ConfigError where nothing can be written there."""
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=owned_name(f".{path.name}."), suffix=".part")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); name another file") from None
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)

@@ -23,6 +23,7 @@ _DEPTH = 100  # levels of lists and mappings within each other
 _UNIQUE = ("report", "header")  # whose names stand once: which of two is meant would depend on the reader
 _DIGITS = 100  # of a whole number; a tokenizer's "no limit" has 31
 _HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _MB = 1_000_000
 
 
@@ -62,7 +63,8 @@ def check_size(kind: str, what: str, error: type[InvarlockError], *, size: int =
 
 @contextlib.contextmanager
 def open_regular(path: Path, what: str, error: type[InvarlockError] = ConfigError) -> Iterator[BinaryIO]:
-    """Open a regular file; `error` names `what` was expected where it is missing, a folder, a pipe or a device."""
+    """Open a regular file; `error` names `what` was expected where it is missing, a folder, a pipe, a device, or the pointer
+    that Git LFS leaves in a file's place."""
     expected = f"expected {what}"
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer would wait for ever
@@ -77,6 +79,9 @@ def open_regular(path: Path, what: str, error: type[InvarlockError] = ConfigErro
         else _refused(handle, path, what, error) as file
     ):
         try:
+            if file.read(len(_POINTER)) == _POINTER:
+                raise error(f"{path} is a Git LFS pointer; {expected}: fetch the file itself with `git lfs pull`")
+            file.seek(0)
             yield file
         except OSError as problem:
             raise error(f"{path} cannot be read ({problem.strerror or problem}); {expected}") from None
@@ -102,6 +107,8 @@ def parse_json(data: bytes, kind: str, where: str, what: str, error: type[Invarl
     """Return the plain data of JSON in UTF-8. `error` says `where` it does not parse, nests deeper than 100 levels, or
     holds a number of more than 100 digits, half a surrogate pair, or more values than its kind may have."""
     check_size(kind, where, error, values=data.count(b",") + data.count(b"[") + data.count(b"{"))
+    if data.startswith(b"\xef\xbb\xbf"):
+        raise error(f"{where} begins with a byte order mark; expected {what} without one: save it as plain UTF-8")
     try:
         pairs = _unique if kind in _UNIQUE else None
         found = json.loads(data.decode("utf-8"), parse_int=_whole, object_pairs_hook=pairs)

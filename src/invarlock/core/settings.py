@@ -28,6 +28,7 @@ class Setting:
     choices: tuple[str, ...] = ()
     secret: bool = False  # its value is never recorded
     minimum: float | None = None
+    maximum: float = 1e6
 
     def parse(self, text: str) -> Value:
         """Turn the variable's text into its value; raises ConfigError with what was expected."""
@@ -48,6 +49,8 @@ class Setting:
             raise self._wrong(text, "a number that is finite")
         if self.minimum is not None and number < self.minimum:
             raise self._wrong(text, f"{self.minimum:g} or more")
+        if number > self.maximum:
+            raise self._wrong(text, f"{self.maximum:,.0f} or less")
         return number
 
     def _wrong(self, text: str, expected: str) -> ConfigError:
@@ -69,7 +72,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("INVARLOCK_CAPACITY_FAST", "bool", False,
             "Stop reading text as soon as it gives enough windows, even if they come from fewer documents."),
     Setting("INVARLOCK_DEDUP_TEXTS", "bool", False, "Drop exact duplicates among the documents."),
-    Setting("INVARLOCK_OMP_THREADS", "int", None, "Number of CPU threads to compute with.", minimum=1),
+    Setting("INVARLOCK_OMP_THREADS", "int", None, "Number of CPU threads to compute with.", minimum=1, maximum=4096),
     Setting("INVARLOCK_DEBUG_TRACE", "bool", False, "Show tracebacks and debug logs."),
     Setting("INVARLOCK_LIGHT_IMPORT", "bool", False, "Refuse to import torch; for tools that only read reports."),
     Setting("INVARLOCK_SNAPSHOT_MODE", "str", None, "How snapshots are kept.", choices=("auto", "bytes", "chunked")),

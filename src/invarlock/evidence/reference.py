@@ -105,8 +105,12 @@ def reference_bytes(reference: TokenReference) -> bytes:
 
 
 def reference_from(blob: bytes) -> TokenReference:
-    """Return what `reference_bytes` wrote."""
+    """Return what `reference_bytes` wrote. Raises ModelLoadError for anything else."""
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
-    arrays: dict[str, Any] = load(blob)
-    return TokenReference(**{name: arrays[name] for name in _FIELDS if name in arrays})
+    try:
+        arrays: dict[str, Any] = load(blob)
+        return TokenReference(**{name: arrays[name] for name in _FIELDS if name in arrays})
+    except (SafetensorError, TypeError, ValueError, KeyError) as error:
+        raise ModelLoadError(f"a baseline's distributions cannot be read ({error}); measure it again") from None

@@ -7,6 +7,7 @@ tensor, and the distributions of every scored token. The same model, text and so
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from invarlock.flow import cache, steps
 from invarlock.flow.certify import CertifyRequest, open_certification
 from invarlock.flow.job import Job, Tick
 from invarlock.flow.measure import Measurement, followed, measure
-from invarlock.flow.run_folder import EVIDENCE, REPORT
+from invarlock.flow.run_folder import EVIDENCE, REPORT, require_writable
 from invarlock.flow.sampling import cut_windows
 
 __all__ = ["MadePack", "make_pack"]
@@ -48,8 +49,9 @@ def make_pack(request: CertifyRequest, path: Path, tick: Tick | None = None) -> 
     The text is measured in the parts that the looks of `certify` take, so that the figures are those of a certification
     with the model at hand. Raises what `certify` raises for a baseline.
     """
-    if path.exists():
+    if os.path.exists(path):
         raise ConfigError(f"{path} is there already; expected a new file: remove it or name another")
+    require_writable(path.parent, "the pack", "-o")
     job, source = open_certification(request, tick)
     with job.timed("data"):
         job.windows = cut_windows(job, source.side, request.dataset)

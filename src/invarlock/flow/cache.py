@@ -23,6 +23,7 @@ from invarlock.checkpoints.side import Side
 from invarlock.core import registry, settings
 from invarlock.core.device import library_versions, thread_count
 from invarlock.core.exceptions import ModelLoadError
+from invarlock.core.files import home
 from invarlock.evidence.model import Evidence
 from invarlock.evidence.pack import read_pack, write_pack
 from invarlock.evidence.plain import canonical, canonical_digest
@@ -47,8 +48,8 @@ def cache_folder() -> Path | None:
     if named is not None:
         return None if str(named).strip().lower() in ("", "0", "off", "no", "false") else Path(str(named))
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "invarlock"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "invarlock"
+        return home() / "Library" / "Caches" / "invarlock"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home() / ".cache") / "invarlock"
 
 
 def key_of(job: Job, side: Side) -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -41,17 +42,25 @@ from invarlock.flow.diff import diff, kind_of
 from invarlock.flow.job import INTENTS, Job, Tick, open_job, resolved_metric
 from invarlock.flow.measure import Measurement, files_only, followed, measure
 from invarlock.flow.noise import noise_floor
-from invarlock.flow.run_folder import find_report
+from invarlock.flow.run_folder import PARTIAL, find_report
 from invarlock.flow.sampling import check_same_data, cut_windows, reuse_windows
 from invarlock.guards.boundary import BUILT_IN_GUARDS
 from invarlock.guards.invariants import InvariantsGuard, baseline_damage
 from invarlock.policy.resolve import resolve_policy
 
-__all__ = ["CertifyOutcome", "CertifyRequest", "Source", "certify", "find_report", "open_certification"]
+__all__ = [
+    "CertifyOutcome",
+    "CertifyRequest",
+    "Source",
+    "certify",
+    "encode_both",
+    "find_report",
+    "open_certification",
+    "open_request",
+]
 
 _REFUSED = "the subject was refused before evaluation because of what its files hold"
 _HOW_TO_ASK = "; where it was built differently on purpose, certify it with --intent restructure"
-_PARTIAL = ".partial"  # folder of what a run that breaks off need not measure again
 _REBUILT = ("tensor_missing", "tensor_unexpected", "tensor_shape", "E002")
 
 
@@ -203,7 +212,7 @@ def certify(request: CertifyRequest, tick: Tick | None = None) -> CertifyOutcome
                 check_same_data(source.measured.evidence.data, request.dataset)
                 job.windows = reuse_windows(source.report)
             job.windows = job.windows or cut_windows(job, source.side, request.dataset)
-            _encode_both(job, source.side, subject)
+            encode_both(job, source.side, subject)
             local = job.ranks is None and request.engine is None and request.baseline_engine is None
             if source.measured is None and request.cache and local:
                 _find(job, request, source)
@@ -219,15 +228,21 @@ def certify(request: CertifyRequest, tick: Tick | None = None) -> CertifyOutcome
 
 def open_certification(request: CertifyRequest, tick: Tick | None = None) -> tuple[Job, Source]:
     """Resolve a request and read the baseline's side, before anything is measured."""
-    policy = resolve_policy(request.tier, request.profile, overrides=request.overrides)
-    guards = steps.create_guards(tuple(dict.fromkeys(policy.values["guards"]["order"])), request.guard_arguments)
-    facts = {"intent": request.intent, "loading": request.loading, "notes": [*request.notes], "ranks": join()}
-    job = open_job(policy, request.adapter, request.device, guards, tick, **facts)
-    job.partial = request.out / _PARTIAL
+    job = open_request(request, tick)
     with job.timed("baseline files"):
         source = _read_baseline(job, request)
     job.metric = resolved_metric(request.metric_kind, job.adapter)
     return job, source
+
+
+def open_request(request: CertifyRequest, tick: Tick | None = None) -> Job:
+    """Resolve a request: its policy, guards, adapter and device. Nothing of the models is read."""
+    policy = resolve_policy(request.tier, request.profile, overrides=request.overrides)
+    guards = steps.create_guards(tuple(dict.fromkeys(policy.values["guards"]["order"])), request.guard_arguments)
+    facts = {"intent": request.intent, "loading": request.loading, "notes": [*request.notes], "ranks": join()}
+    job = open_job(policy, request.adapter, request.device, guards, tick, **facts)
+    job.partial = request.out / PARTIAL
+    return job
 
 
 def _look_by_look(
@@ -329,7 +344,7 @@ def _refuse(job: Job, request: CertifyRequest, source: Source, subject: Side) ->
     if foreign:
         with contextlib.suppress(InvarlockError):  # text that cannot be had does not make the tokenizer the right one
             job.windows = job.windows or cut_windows(job, source.side, request.dataset)
-            _encode_both(job, source.side, subject)
+            encode_both(job, source.side, subject)
             new = guard.stats_from(subject.structure, subject.behaviour, *subject.tokenizer_facts, subject.usage)
             foreign = [f for f in guard.pair(old, new)["findings"] if f["code"] == "E002"]
     if foreign and job.policy.limits.sample.shortfall == "stop" and job.intent != "restructure":
@@ -344,7 +359,7 @@ def _refuse(job: Job, request: CertifyRequest, source: Source, subject: Side) ->
     return make_certificate(report, steps.report(job, left, steps.NOOP, None))
 
 
-def _encode_both(job: Job, baseline: Side, subject: Side) -> None:
+def encode_both(job: Job, baseline: Side, subject: Side) -> None:
     """Encode every document that windows are cut from with both tokenizers; the subject's usage says how many differ.
 
     Two sides of one folder have one tokenizer, which is not held against itself.
@@ -430,7 +445,7 @@ def _at_hand(job: Job, source: Source) -> bool:
     assert source.measured is not None
     if source.side.folder is not None:  # its files were read by this command
         return True
-    if source.side.structure.source != "file" or not Path(source.side.id).exists():
+    if source.side.structure.source != "file" or not os.path.exists(source.side.id):
         return False
     there = steps.read(job, source.side.id)
     return there.structure.weights_digest() == source.measured.evidence.structure.weights_digest()

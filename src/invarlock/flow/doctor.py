@@ -11,22 +11,25 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import starmap
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from packaging.version import Version
 
 from invarlock.core import registry, settings
-from invarlock.core.exceptions import ConfigError, InvarlockError
-from invarlock.core.files import read_json
+from invarlock.core.exceptions import ConfigError, DependencyError, InvarlockError
+from invarlock.core.files import home, read_json
 from invarlock.core.inventory import inventory
 from invarlock.core.leftovers import find_leftovers
 from invarlock.core.network import network_allowed
 from invarlock.core.registry import nearest
 from invarlock.eval.data import Wikitext2Provider
+from invarlock.flow.certify import CertifyRequest
+from invarlock.flow.rehearsal import rehearse
 from invarlock.flow.run_folder import REPORT
 from invarlock.policy.config import RunSettings, load_config
 from invarlock.policy.limits import Sample
@@ -58,6 +61,16 @@ CODES: dict[str, tuple[Level, str]] = {
     "D026": ("NOTE", "a value of the configuration has no effect"),
     "D030": ("ERROR", "a report cannot be read"),
     "D031": ("ERROR", "the reports were not measured on the same windows"),
+    "D040": ("ERROR", "a checkpoint cannot be read"),
+    "D041": ("NOTE", "what a checkpoint is"),
+    "D042": ("ERROR", "the two checkpoints cannot be compared as they are"),
+    "D043": ("ERROR", "the text does not serve"),
+    "D044": ("NOTE", "how much text there is, and how much is asked for"),
+    "D045": ("WARNING", "memory or disk may not be enough"),
+    "D046": ("NOTE", "how much memory and disk it takes"),
+    "D047": ("ERROR", "a folder that is written to cannot be"),
+    "D048": ("ERROR", "a served engine does not answer"),
+    "D049": ("NOTE", "a served engine answers"),
 }
 
 _MINIMUM_PYTHON = "3.11"
@@ -83,6 +96,8 @@ class Request(NamedTuple):
     tier: str | None = None
     baseline_report: Path | None = None
     subject_report: Path | None = None
+    certification: Callable[[], CertifyRequest] | None = None  # what `certify` is to be asked for
+    output: Path | None = None  # folder of its certificate
 
 
 @dataclass(frozen=True)
@@ -113,6 +128,7 @@ def examine(request: Request) -> list[Finding]:
         _plugins,
         _configuration,
         _reports,
+        _certification,
     ):
         try:
             found += check(request)
@@ -229,22 +245,22 @@ def _names(resolved: RunSettings) -> Iterator[Finding]:
 
 def _places(resolved: RunSettings) -> Iterator[Finding]:
     identifier, dataset = resolved.model.id, resolved.dataset
-    if identifier is not None and not Path(identifier).exists():
+    if identifier is not None and not os.path.exists(identifier):
         if identifier.startswith((".", "/", "~")):
             yield Finding("D021", f"model.id {identifier!r} does not exist; expected a folder, or a hub id")
         elif not network_allowed() and not _is_cached(identifier):
             yield Finding("D022", f"model.id {identifier!r} is no folder and not cached; set INVARLOCK_ALLOW_NETWORK=1")
     for key in _LOCAL_KEYS:
         value = dataset.provider_options.get(key)
-        if isinstance(value, str) and not any(c in value for c in "*?[") and not Path(value).exists():
+        if isinstance(value, str) and not any(c in value for c in "*?[") and not os.path.exists(value):
             yield Finding("D021", f"dataset.{key} {value!r} does not exist; expected a file")
     if dataset.provider_name == "wikitext2" and not (network_allowed() or Wikitext2Provider.is_cached()):
         yield Finding("D022", "wikitext2 is not cached; set INVARLOCK_ALLOW_NETWORK=1, or use python_docs")
 
 
 def _is_cached(identifier: str) -> bool:
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    own = Path(os.environ.get("HF_HOME") or home() / ".cache" / "huggingface")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or own / "hub")
     return (hub / f"models--{identifier.replace('/', '--')}" / "snapshots").is_dir()
 
 
@@ -276,7 +292,7 @@ def _reports(request: Request) -> Iterator[Finding]:
 
 def _evidence(path: Path) -> dict[str, Any]:
     """Return the evidence in a report.json or in the run folder that holds one. Raises ValueError with the reason."""
-    file = path / REPORT if path.is_dir() else path
+    file = path / REPORT if os.path.isdir(path) else path
     data = read_json(file, "a report.json")
     if not isinstance(data, dict):
         raise ValueError("it holds no JSON object; expected a report.json")
@@ -286,6 +302,15 @@ def _evidence(path: Path) -> dict[str, Any]:
     if not isinstance(evidence, dict) or not evidence:
         raise ValueError("it holds no evidence; expected the report of a run with calibration data")
     return evidence
+
+
+def _certification(request: Request) -> Iterator[Finding]:
+    if request.certification is None:
+        return
+    if not _has_torch():
+        yield Finding("D023", str(DependencyError("measuring models", "hf")))
+        return
+    yield from starmap(Finding, rehearse(request.certification(), request.output))
 
 
 def _at(value: Any, place: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,14 +12,16 @@ from typing import Any
 
 from invarlock.core import settings
 from invarlock.core.exceptions import ConfigError
-from invarlock.core.files import read_json, write_json
+from invarlock.core.files import read_json, size_of, write_json
 from invarlock.core.leftovers import owned_folder
 from invarlock.evidence.pack import is_pack, read_pack
 
 __all__ = [
     "EVIDENCE",
     "GUARD_MEASUREMENTS",
+    "PARTIAL",
     "REPORT",
+    "clear_runs",
     "find_report",
     "read_report",
     "require_free",
@@ -30,6 +33,9 @@ __all__ = [
 REPORT = "report.json"
 EVIDENCE = "evidence.safetensors"
 GUARD_MEASUREMENTS = "guard_measurements.json"
+PARTIAL = ".partial"  # folder of what a run that breaks off need not measure again
+_LONGEST = 200  # bytes of a folder's name; file systems take 255, and temporary names are longer
+_STAMP = re.compile(r"\d{8}T\d{12}Z")  # the name of a run's folder, `Job.stamp`
 
 
 def find_report(path: Path) -> Path:
@@ -67,17 +73,31 @@ def write_report(report: Mapping[str, Any], folder: Path) -> Path:
     return folder / REPORT
 
 
-def require_writable(folder: Path) -> None:
-    """Raise ConfigError where runs cannot be written below `folder`; tried before anything long is started."""
-    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+def require_writable(folder: Path, what: str = "runs", how: str = "output.dir or --out") -> None:
+    """Raise ConfigError where `what` cannot be written below `folder`; tried before anything long is started."""
+    above = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        what = f"{above} is {'not writable' if above.is_dir() else 'a file'}"
-        raise ConfigError(f"runs cannot be written to {folder}: {what}; name another folder with output.dir or --out")
+        why = f"{above} is {'not writable' if above.is_dir() else 'a file'}"
+        raise ConfigError(f"{what} cannot be written to {folder}: {why}; name another folder with {how}")
+    if len(os.fsencode(folder.name)) > _LONGEST:
+        raise ConfigError(f"{what} cannot be written to {folder}: the name is too long; name another folder with {how}")
+
+
+def clear_runs(folder: Path) -> tuple[int, int]:
+    """Remove the runs below `folder`, and nothing else that lies there; return how many and their bytes."""
+    found = [path.parent for path in folder.glob(f"*/*/{REPORT}") if _STAMP.fullmatch(path.parent.name)]
+    found += [path for path in (folder / PARTIAL,) if path.is_dir()]
+    size = sum(map(size_of, found))
+    for path in found:
+        shutil.rmtree(path)
+        with contextlib.suppress(OSError):  # other runs lie beside it
+            path.parent.rmdir()
+    return len(found), size
 
 
 def require_free(target: Path) -> None:
     """Raise ConfigError where `target` is there already and not an empty folder."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if os.path.exists(target) and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} is there already; expected a new or empty folder: remove it or name another")
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from invarlock.certificate.reports import evidence_of
 from invarlock.checkpoints.side import Side
 from invarlock.checkpoints.tokenizer import special_tokens_around
-from invarlock.core.exceptions import ConfigError, ModelLoadError, PairingError, TooLittleTextError
+from invarlock.core.exceptions import ConfigError, InvarlockError, ModelLoadError, PairingError, TooLittleTextError
 from invarlock.core.network import network_allowed
-from invarlock.eval.data import EvaluationWindow, Provider, get_provider
+from invarlock.eval.data import get_provider
 from invarlock.eval.data.base import Tokenizer
 from invarlock.eval.data.wikitext2 import Wikitext2Provider
 from invarlock.eval.sources.base import scored_tokens
@@ -21,7 +23,7 @@ from invarlock.evidence.windows import TextOrigin, Windows, mask_tokens, windows
 from invarlock.flow.job import Job
 from invarlock.policy.config import DatasetSection, SliceSection
 
-__all__ = ["EMBEDDED", "MOST_SEQ_LEN", "check_same_data", "cut_windows", "dataset_options", "reuse_windows"]
+__all__ = ["EMBEDDED", "MOST_SEQ_LEN", "check_same_data", "cut_windows", "dataset_options", "reuse_windows", "scored"]
 
 MOST_SEQ_LEN = 512
 _SEED = 42
@@ -133,30 +135,40 @@ def cut_windows(job: Job, side: Side, dataset: Mapping[str, Any]) -> Windows:
     """
     if side.tokenizer is None:
         raise ModelLoadError(f"{side.id} has no tokenizer; expected tokenizer.json or a vocabulary beside the weights")
+    sample, short = job.policy.limits.sample, list[str]()
+    job.tick("reading text", 0, 1)
+    windows = _cut_all(job, side, dataset, (sample.preview, sample.final), short)
+    alone, few = _alone(job, windows), _too_little(job, side, dataset, windows, short)
+    if (alone or few) and sample.shortfall == "stop":
+        raise PairingError(alone or str(few), code="E001")
+    job.notes += [f"{found}; measured what fits" for found in short] or ([few] if few else [])
+    job.notes += [alone] if alone else []
+    return windows
+
+
+def _cut_all(job: Job, side: Side, dataset: Mapping[str, Any], asked: tuple[int, int], short: list[str]) -> Windows:
+    """Cut windows of all kinds of text; `short` gets a line for each of which there are fewer than asked for."""
     common = dict(dataset)
     slices = common.pop("slices", None)
     if slices is None and common.get("provider") is None:
         common, slices = _default_data(job, common)
-    sample = job.policy.limits.sample
-    asked = (sample.preview, sample.final)
-    job.tick("reading text", 0, 1)
     if slices is None:
-        windows = _cut(job, side, common, asked)
+        windows = _cut(job, side, common, asked, short)
     else:
         shares = {name: float(own.get("share", 1.0)) for name, own in slices.items()}
         windows = Windows.of_slices(
             {
-                name: _cut(job, side, {**common, **_without_share(own)}, counts, f"slice {name}: ")
+                name: _cut(job, side, {**common, **_without_share(own)}, counts, short, f"slice {name}: ")
                 for (name, own), counts in zip(slices.items(), _dealt(shares, asked), strict=True)
             }
         )
     if job.metric.task == "mlm":
+        assert side.tokenizer is not None
         if side.tokenizer.mask_token_id is None:
             raise ConfigError(
                 f"the tokenizer of {side.id} has no mask token, and its model fills in masked text; add one"
             )
         windows = mask_tokens(windows, side.tokenizer.mask_token_id, side.tokenizer.all_special_ids, seed=_seed(common))
-    _check_floor(job, windows)
     return windows
 
 
@@ -190,7 +202,9 @@ def _dealt(shares: Mapping[str, float], counts: tuple[int, int]) -> list[tuple[i
     return list(zip(*columns, strict=True))
 
 
-def _cut(job: Job, side: Side, dataset: Mapping[str, Any], counts: tuple[int, int], where: str = "") -> Windows:
+def _cut(
+    job: Job, side: Side, dataset: Mapping[str, Any], counts: tuple[int, int], short: list[str], where: str = ""
+) -> Windows:
     """Cut windows of one kind of text."""
     assert side.tokenizer is not None
     options = dict(dataset)
@@ -215,7 +229,13 @@ def _cut(job: Job, side: Side, dataset: Mapping[str, Any], counts: tuple[int, in
         raise ConfigError(
             f"{where}vqa_accuracy scores answers; name a provider of pairs, of questions and their answers"
         )
-    parts = _parts(job, provider, side.tokenizer, counts, where, **cut)
+    try:
+        parts = provider.windows(side.tokenizer, preview_n=counts[0], final_n=counts[1], **cut)
+    except TooLittleTextError as error:
+        if min(error.fits) < 1:
+            raise _stopping(job, f"{where}{error}", error) from None
+        short.append(f"{where}{error.found}")
+        parts = provider.windows(side.tokenizer, preview_n=error.fits[0], final_n=error.fits[1], **cut)
     chosen = {name for part in parts for name in part.document_ids}
     job.texts.append(lambda: provider.texts_of(chosen, split))
     job.notes += [f"{where}{remark}" for remark in getattr(provider, "remarks", ())]
@@ -253,28 +273,48 @@ def _seq_len(job: Job, asked: int | None, longest: int | None, around: int) -> i
     return int(asked or min(MOST_SEQ_LEN, room))
 
 
-def _parts(
-    job: Job, provider: Provider, tokenizer: Tokenizer, counts: tuple[int, int], where: str, **cut: Any
-) -> tuple[EvaluationWindow, EvaluationWindow]:
-    try:
-        return provider.windows(tokenizer, preview_n=counts[0], final_n=counts[1], **cut)
-    except TooLittleTextError as error:
-        if job.policy.limits.sample.shortfall == "stop":
-            raise PairingError(f"{where}{error}", code="E001") from None
-        if min(error.fits) < 1:
-            raise
-        job.notes.append(f"{where}{error}; measured what fits")
-        return provider.windows(tokenizer, preview_n=error.fits[0], final_n=error.fits[1], **cut)
+def _stopping(job: Job, message: str, error: TooLittleTextError) -> InvarlockError:
+    return PairingError(message, code="E001") if job.policy.limits.sample.shortfall == "stop" else error
 
 
-def _check_floor(job: Job, windows: Windows) -> None:
-    """Stop before any model is loaded where the text cannot decide."""
+def _alone(job: Job, windows: Windows) -> str | None:
+    """Say that all of the text is one document, which nothing can be told from; None where it is not."""
+    documents, floor = {window.document for window in windows.all}, job.policy.limits.sample.min_documents
+    if len(documents) != 1 or floor < 2:
+        return None
+    return (
+        f"all of the text is one document ({documents.pop()}), and no interval follows from one; expected {floor} or more: "
+        "a document is one line of a .jsonl file (its field `text`), or one .txt file"
+    )
+
+
+def _too_little(job: Job, side: Side, dataset: Mapping[str, Any], windows: Windows, short: Sequence[str]) -> str | None:
+    """Say in one line why the text cannot decide and which counts would fit, before any model is loaded; None: it can."""
     policy, sample = job.policy, job.policy.limits.sample
-    tokens = sum(scored_tokens(window, job.metric.task) for window in windows.all)
+    tokens = scored(job, windows)
+    if not short and tokens >= sample.min_tokens:
+        return None
+    found = "; ".join(short) or f"{len(windows.all)} windows"
+    floor = f"tier {policy.tier} in profile {policy.profile} expects {sample.min_tokens:,}"
+    held = f"{found} with {tokens:,} scored tokens"
+    held += f"; {floor}" if tokens < sample.min_tokens else ""
+    if not short:  # there may be more text than was asked for
+        share = 1.02 * sample.min_tokens / max(tokens, 1)
+        more = (math.ceil(sample.preview * share), math.ceil(sample.final * share))
+        windows, tokens = _tried(job, side, dataset, more)
     if tokens < sample.min_tokens:
-        expected = f"tier {policy.tier} in profile {policy.profile} expects {sample.min_tokens}"
-        instead = "use longer windows, more of them, or the dev profile"
-        message = f"the windows hold {tokens} scored tokens; {expected}: {instead}"
-        if sample.shortfall == "stop":
-            raise PairingError(message, code="E001")
-        job.notes.append(message)
+        times = f"{sample.min_tokens / max(tokens, 1):.1f}"
+        return f"{held}: no counts fit, so give {times} times as much text, or measure what there is with --profile dev"
+    counts = f"dataset.preview_n: {len(windows.preview)} and dataset.final_n: {len(windows.final)}"
+    return f"{held}: {counts} fit, in a preset that is given without --profile"
+
+
+def _tried(job: Job, side: Side, dataset: Mapping[str, Any], counts: tuple[int, int]) -> tuple[Windows, int]:
+    """Return the windows that there are of so many, and their scored tokens."""
+    windows = _cut_all(replace(job, notes=[], texts=[]), side, dataset, counts, [])
+    return windows, scored(job, windows)
+
+
+def scored(job: Job, windows: Windows) -> int:
+    """Return how many tokens of the windows are scored."""
+    return sum(scored_tokens(window, job.metric.task) for window in windows.all)

@@ -6,6 +6,7 @@ read ─ windows ─ load ─ measure ─ prepare ─ edit ─ measure ─ valid
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -78,7 +79,7 @@ def read(job: Job, model_id: str, engine: str | None = None) -> Side:
     try:
         side = replace(read_side(job.adapter, model_id, job.loading), engine=engine)
     except ModelLoadError:
-        if Path(model_id).is_dir() and any(Path(model_id).glob("*.safetensors")):
+        if os.path.isdir(model_id) and any(Path(model_id).glob("*.safetensors")):
             raise  # it is there, and something is wrong with it
         side = Side(model_id, None, Structure(source="model", tensors=[]), {}, None, (None, None), engine=engine)
         job.notes.append(f"{model_id}: its files are not at hand, so that its weights are not evaluated")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from glob import glob
+from os.path import exists
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -339,7 +340,7 @@ def _placed(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         if not (path and isinstance(value, str) and value) or Path(value).is_absolute():
             return value
         beside = folder / value
-        return str(beside) if beside.exists() or glob(str(beside)) else value
+        return str(beside) if exists(beside) or glob(str(beside)) else value
 
     return {**data, "dataset": place(data["dataset"], False)} if "dataset" in data else data
 

@@ -23,7 +23,7 @@ PRESETS = {
 def preset_path(given: str | os.PathLike[str]) -> Path:
     """Return the file that `given` names: a path, or a packaged preset. Raises ConfigError where it is neither."""
     path = Path(given)
-    if path.exists() or path.suffix or path.parent != Path():
+    if os.path.exists(path) or path.suffix or path.parent != Path():
         return path
     if path.name not in PRESETS:
         known = ", ".join(PRESETS)

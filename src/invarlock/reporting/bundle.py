@@ -91,7 +91,7 @@ def claimed(folder: Path) -> Iterator[Path | None]:
     Yields where that went, None where there was none. Raises ConfigError where the folder cannot be written, and, with
     the code FOLDER-IN-USE, where another run holds it.
     """
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    new = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o644)

@@ -122,3 +122,29 @@ def test_wikitext_is_cached_only_when_its_table_is_there(monkeypatch: pytest.Mon
     assert not Wikitext2Provider.is_cached()
     (folder / "wikitext-validation.arrow").touch()
     assert Wikitext2Provider.is_cached()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("readme.md", b"x", "holds no data file"),
+        (
+            "data/train.parquet",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
+            "Git LFS pointer.*git lfs pull",
+        ),
+    ],
+)
+def test_a_folder_that_holds_no_rows_is_refused_before_it_is_searched(
+    tmp_path: Path, name: str, content: bytes, words: str
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        get_provider("hf_text", dataset_name=str(tmp_path)).documents()
+
+
+def test_a_file_in_place_of_a_folder_is_answered_with_the_provider_that_reads_it(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(DataError, match="no such folder.*local_jsonl"):
+        get_provider("hf_text", dataset_name=str(tmp_path / "a.jsonl")).documents()

@@ -118,3 +118,12 @@ def test_a_file_of_another_kind_is_named_with_what_to_do(tmp_path: Path, name: s
     path.write_bytes(content)
     with pytest.raises(DataError, match=words):
         get_provider("local_jsonl", file=path).documents()
+
+
+def test_a_folder_of_texts_is_one_document_a_file(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"text {name}\r\nof two lines", encoding="utf-8")
+    found = get_provider("local_jsonl", file=tmp_path).documents()
+    assert [(each.document_id, each.text[:6]) for each in found] == [("a.txt", "text a"), ("b.txt", "text b")]
+    (tmp_path / "c.jsonl").write_text('{"text": "lines go before"}\n')
+    assert [each.document_id for each in get_provider("local_jsonl", file=tmp_path).documents()] == ["c.jsonl:1"]

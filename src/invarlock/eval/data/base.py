@@ -408,7 +408,8 @@ def _too_little(rows: list[_Window], request: _Request, fits: float) -> DataErro
     documents = len({row.document_id for row in rows})
     return TooLittleTextError(
         f"too little text: got {len(rows)} windows from {documents} documents, expected {request.total} "
-        f"({request.preview_n} preview + {request.final_n} final) of up to {request.seq_len} tokens: {advice}",
+        f"({request.preview_n} preview + {request.final_n} final) of up to {request.seq_len} tokens",
+        advice,
         (preview_fits, final_fits),
     )
 

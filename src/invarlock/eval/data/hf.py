@@ -9,11 +9,13 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from invarlock.core.exceptions import ConfigError, DataError, DependencyError, NetworkError
 from invarlock.core.network import network_allowed
+from invarlock.core.reading import open_regular
 from invarlock.eval.data.base import FieldPairsProvider, FieldsProvider, FieldTextProvider
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["HFSeq2SeqProvider", "HFTextProvider", "load_split"]
 
+_ROWS = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tsv", ".txt", ".gz", ".bz2", ".xz", ".zst", ".zip")
+_MOST_ENTRIES = 10_000
 _PREFERRED_SPLITS = ("validation", "test", "train")
 
 
@@ -67,11 +71,14 @@ def load_split(dataset_name: str, config_name: str | None, split: str | None) ->
 
     local = os.path.isdir(dataset_name)
     allowed = network_allowed()
-    if not local and (dataset_name.startswith(("/", ".", "~")) or dataset_name.count("/") > 1):
+    named = dataset_name.startswith(("/", ".", "~")) or dataset_name.count("/") > 1 or os.path.exists(dataset_name)
+    if not local and named:
         raise DataError(
             f"no such folder: '{dataset_name}'; expected a folder with a data set, or a hub id such as org/name; a file "
             "of text is read with {kind: local_jsonl, file: FILE}"
         )
+    if local:
+        _look_at(Path(dataset_name))
     try:
         if local and any((Path(dataset_name) / file).exists() for file in ("state.json", "dataset_dict.json")):
             loaded = datasets.load_from_disk(dataset_name)
@@ -98,6 +105,18 @@ def load_split(dataset_name: str, config_name: str | None, split: str | None) ->
         there = ", ".join(map(str, loaded))
         raise DataError(f"the data set '{dataset_name}' has no split '{base}': got {there}; name one of them")
     return chosen, _slice(loaded[base], part, chosen)
+
+
+def _look_at(folder: Path) -> None:
+    """Refuse a folder without a data file near its top, which the library would search to its last leaf, and one whose data
+    files are pipes or pointers of Git LFS."""
+    entries = islice(chain.from_iterable(folder.glob(pattern) for pattern in ("*", "*/*", "*/*/*")), _MOST_ENTRIES)
+    rows = [path for path in entries if path.suffix in _ROWS]
+    if not rows:
+        raise DataError(f"the folder '{folder}' holds no data file; expected one such as train.parquet or train.jsonl")
+    for path in rows:
+        with open_regular(path, "rows of a data set", DataError):
+            pass
 
 
 def _slice(rows: Dataset, part: str, split: str) -> Dataset:

@@ -18,7 +18,8 @@ __all__ = ["LocalJsonlPairsProvider", "LocalJsonlProvider"]
 
 @dataclass(frozen=True)
 class _LocalFiles(FieldsProvider):
-    """`file`, `path` and `data_files` mean the same: a path, a list of paths, or a pattern with `*`.
+    """`file`, `path` and `data_files` mean the same: a path, a list of paths, or a pattern with `*`. A folder stands for
+    the .jsonl files in it, or, where there are none, for its .txt files.
 
     Files have no splits: one that is asked for is refused.
     """
@@ -36,9 +37,7 @@ class _LocalFiles(FieldsProvider):
         found: dict[Path, None] = {}
         for pattern in [os.fspath(value) for value in patterns]:
             path = Path(pattern)
-            here = (
-                path.glob("*.jsonl") if os.path.isdir(path) else [path] if os.path.exists(path) else _matching(pattern)
-            )
+            here = _inside(path) if os.path.isdir(path) else [path] if os.path.exists(path) else _matching(pattern)
             if not (paths := sorted(here)):
                 raise DataError(f"no data file at '{pattern}': got nothing there, expected a .jsonl or .txt file")
             found |= dict.fromkeys(paths)
@@ -71,6 +70,10 @@ class LocalJsonlPairsProvider(FieldPairsProvider, _LocalFiles):
     name: ClassVar[str] = "local_jsonl_pairs"
 
 
+def _inside(folder: Path) -> list[Path]:
+    return list(folder.glob("*.jsonl")) or list(folder.glob("*.txt"))
+
+
 def _matching(pattern: str) -> list[Path]:
     try:
         return [Path(found) for found in glob.glob(pattern)]
@@ -83,7 +86,6 @@ _OTHERS = (
     (b"\x1f\x8b", "gzip", "unpack it first: gunzip -k FILE"),
     (b"PK\x03\x04", "a zip archive", "unpack it first"),
     (b"PAR1", "parquet", "read it with {kind: hf_text, dataset_name: FOLDER}, the folder that it lies in"),
-    (b"version https://git-lfs", "a Git LFS pointer", "fetch the file itself: git lfs pull"),
     (b"[", "one JSON array", "write one object a line: jq -c '.[]' FILE > FILE.jsonl"),
 )
 _CHAT = ("messages", "conversations")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from invarlock.core.exceptions import DataError
+from invarlock.core.files import home
 from invarlock.eval.data.base import Document, TextProvider
 from invarlock.eval.data.hf import load_split
 
@@ -31,7 +32,7 @@ class Wikitext2Provider(TextProvider):
     dataset_name: str = _HUB_ID
 
     def documents(self, split: str | None = None) -> list[Document]:
-        local = Path(self.dataset_name).is_dir()
+        local = os.path.isdir(self.dataset_name)
         wanted = split or self.split or "validation"
         _, rows = load_split(self.dataset_name, None if local else _CONFIG, wanted)
         if "text" not in rows.column_names:
@@ -41,8 +42,8 @@ class Wikitext2Provider(TextProvider):
     @staticmethod
     def is_cached() -> bool:
         """Whether the data set can be read without the network; looks at file names only and imports nothing."""
-        home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-        cache = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets")
+        own = Path(os.environ.get("HF_HOME") or home() / ".cache" / "huggingface")
+        cache = Path(os.environ.get("HF_DATASETS_CACHE") or own / "datasets")
         return any((cache / "Salesforce___wikitext" / _CONFIG).glob("*/*/*validation*.arrow"))
 
 
