@@ -123,7 +123,7 @@ def test_the_first_text_that_is_encoded_otherwise_is_found(tokenizer: Any, tmp_p
 # -- usage and what is said of it -------------------------------------------------------------------------------------
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-GENERATION = {"eos_token_id": [0, 5], "bos_token_id": 0, "temperature": 0.7, "do_sample": True}
+GENERATION = {"eos_token_id": [0, 5], "bos_token_id": 0, "temperature": 0.7, "do_sample": True, "stop_strings": "User:"}
 
 
 @pytest.fixture
@@ -192,6 +192,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "eos gone": (lambda f: _drop(f, "generation_config.json", "eos_token_id"), "eos_token_id is None"),
     "tokenizer's eos": (lambda f: _drop(f, "tokenizer_config.json", "eos_token"), "eos_token is None (tokenizer)"),
     "template lost": (lambda f: _drop(f, "tokenizer_config.json", "chat_template"), "the chat template is none"),
+    "stop strings lost": (
+        lambda f: _drop(f, "generation_config.json", "stop_strings"),
+        "stop_strings is None (generation_config.json); the baseline has 'User:'",
+    ),
+    "stop list cut": (
+        lambda f: _edit(f / "generation_config.json", lambda data: data.update(eos_token_id=[5])),
+        "eos_token_id is 5 (generation_config.json); the baseline has [0, 5]",
+    ),
+    "start in config": (
+        lambda f: _edit(f / "config.json", lambda data: data.update(bos_token_id=9)),
+        "bos_token_id is 9 (config.json); the baseline has 0",
+    ),
     "template changed": (
         lambda f: _edit(f / "tokenizer_config.json", lambda data: data.update(chat_template="{{ messages }}")),
         "the chat template is '{{ messages }}'",
@@ -216,9 +228,26 @@ def test_a_changed_use_fails_by_name_and_warns_by_name_under_finetune(chat: Path
 
 def test_sampling_and_a_role_that_is_new_are_notes(chat: Path) -> None:
     subject = _copy(chat)
-    _edit(subject / "generation_config.json", lambda data: data.update(temperature=1.5, pad_token_id=0))
+    changed = {"temperature": 1.5, "pad_token_id": 0, "sequence_bias": [[[3], -1.0]], "guidance_scale": 2.0}
+    _edit(subject / "generation_config.json", lambda data: data.update(changed, top_k=None, max_length=20))
     verdict = _judge(_stats(chat), _stats(subject))
-    assert verdict["passed"] and {f["key"] for f in verdict["warnings"]} == {"temperature", "pad_token_id"}
+    assert verdict["passed"] and {f["key"] for f in verdict["warnings"]} == changed.keys()
+
+
+def test_a_template_is_the_one_that_the_tokenizer_loads(chat: Path) -> None:
+    """A list of named ones, a file beside, a folder of further ones: what is loaded counts, and not where it stands."""
+    subject = _copy(chat)
+    _edit(subject / "tokenizer_config.json", lambda data: data.update(chat_template="{{ stale }}"))
+    (subject / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    assert not _judge(_stats(chat), _stats(subject))["warnings"]
+    listed = [{"name": "default", "template": TEMPLATE}, {"name": "tools", "template": "{{ tools }}"}]
+    _edit(chat / "tokenizer_config.json", lambda data: data.update(chat_template=listed))
+    further = subject / "additional_chat_templates"
+    further.mkdir()
+    (further / "tools.jinja").write_text("{{ tools }}", encoding="utf-8")
+    assert not _judge(_stats(chat), _stats(subject))["warnings"]
+    shutil.rmtree(further)
+    assert [f["code"] for f in _judge(_stats(chat), _stats(subject))["errors"]] == ["chat_template"]
 
 
 def test_a_subject_without_a_tokenizer_is_said_not_to_be_evaluated(chat: Path) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from certification import Certify, gates, reread
 from invarlock.certificate.verify import verify_certificate
+from invarlock.checkpoints.side import Loading
 from invarlock.core.exceptions import ConfigError
 from invarlock.flow.certify import CertifyRequest
 
@@ -125,8 +126,9 @@ def test_an_operation_on_a_role_is_named_as_such(
         assert "uniform" not in reason["message"]
 
 
+@pytest.mark.parametrize("dtype", ["auto", "stored"])
 def test_a_subject_whose_activations_do_not_fit_its_type_fails_by_block_and_type(
-    make: Make, llama_model: Path, certify_models: Certify
+    dtype: str, make: Make, llama_model: Path, certify_models: Certify
 ) -> None:
     """The residual stream is 30,000 times as large: the norms undo it, but float16 cannot hold it."""
 
@@ -137,12 +139,13 @@ def test_a_subject_whose_activations_do_not_fit_its_type_fails_by_block_and_type
                 tensors[name] *= 3.0e4
 
     baseline = make(llama_model, large, torch.bfloat16, tie_word_embeddings=False)
-    outcome = certify_models(make(baseline, _nothing, torch.float16, dtype="float16"), baseline)
+    subject = make(baseline, _nothing, torch.float16, dtype="float16")
+    outcome = certify_models(subject, baseline, loading=Loading(dtype))
     assert outcome.status == "FAIL"
     (reason,) = [r for r in outcome.certificate["verdict"]["reasons"] if r["gate"] == "activation_range"]
     assert "model.layers.0" in reason["message"] and "float16" in reason["message"]
     assert verify_certificate(reread(outcome.certificate)).intact
-    assert certify_models(baseline, baseline).status == "PASS"
+    assert certify_models(baseline, baseline, loading=Loading(dtype)).status == "PASS"
 
 
 def _of_ids_below(limit: int, model: Path, text: Path, folder: Path) -> Path:

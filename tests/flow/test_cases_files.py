@@ -68,6 +68,24 @@ def _wrong_map(folder: Path, tensors: Tensors) -> None:
     _shard(folder, tensors, {}, {NAME: SHARDS[0]})
 
 
+def _stale_pickle(folder: Path, tensors: Tensors) -> None:
+    torch.save(tensors | _other(tensors), folder / "pytorch_model.bin")
+
+
+def _named_single(folder: Path, tensors: Tensors) -> None:
+    save_file(tensors | _other(tensors), folder / "ours.safetensors", metadata={"format": "pt"})
+    _configure(folder, transformers_weights="ours.safetensors")
+
+
+def _nameless(folder: Path, tensors: Tensors) -> None:
+    _configure(folder, transformers_weights="ours.safetensors")
+
+
+def _shards_of_ranks(folder: Path, tensors: Tensors) -> None:
+    """What training in several processes leaves, which is read before all other files."""
+    save_file(tensors | _other(tensors), folder / "shard-00001-model-00001-of-00001.safetensors")
+
+
 @pytest.mark.parametrize(
     ("build", "said"),
     [
@@ -75,6 +93,10 @@ def _wrong_map(folder: Path, tensors: Tensors) -> None:
         (_leftover_shards, "holds two sets of weights: model.safetensors and model-00001"),
         (_two_values, f"{NAME} stands in {SHARDS[0]} and in {SHARDS[1]} with different values"),
         (_wrong_map, f"says that {NAME} is in {SHARDS[0]}, but it is in {SHARDS[1]}"),
+        (_stale_pickle, rf"{NAME} stands in pytorch_model\*.bin and in model.safetensors with different values"),
+        (_named_single, "holds two sets of weights: ours.safetensors and model.safetensors"),
+        (_nameless, "transformers_weights is 'ours.safetensors'; expected the name of a file beside it"),
+        (_shards_of_ranks, "holds two sets of weights: model.safetensors and shard-00001"),
     ],
     ids=lambda value: getattr(value, "__name__", "").strip("_"),
 )
@@ -95,6 +117,40 @@ def test_a_tensor_stored_twice_with_the_same_bits_passes(
     tensors = load_file(llama_model / "model.safetensors")
     _shard(subject, tensors, {NAME: tensors[NAME].clone()})
     assert certify_models(subject, llama_model).certificate["verdict"] == {"status": "PASS", "reasons": []}
+
+
+def test_the_file_that_a_configuration_names_is_what_is_read(
+    llama_model: Path, tmp_path: Path, certify_models: Certify
+) -> None:
+    subject = _copy(llama_model, tmp_path / "subject")
+    _named_single(subject, load_file(subject / "model.safetensors"))
+    (subject / "model.safetensors").unlink()
+    found = certify_models(subject, llama_model)
+    assert found.status == "FAIL" and found.certificate["divergence"]["kl_mean"] > 0.01
+
+
+def test_pickled_weights_of_the_same_values_are_no_second_set(
+    llama_model: Path, tmp_path: Path, certify_models: Certify
+) -> None:
+    """As many models ship: the shorter type of the two decides."""
+    subject = _copy(llama_model, tmp_path / "subject")
+    tensors = load_file(subject / "model.safetensors")
+    torch.save({name: tensor.float() for name, tensor in tensors.items()}, subject / "pytorch_model.bin")
+    assert certify_models(subject, llama_model).certificate["verdict"] == {"status": "PASS", "reasons": []}
+
+
+def test_weights_beside_those_that_are_read_are_said(
+    llama_model: Path, tmp_path: Path, certify_models: Certify
+) -> None:
+    """Under other names, or an option of the loader: they may be another model."""
+    subject = _copy(llama_model, tmp_path / "subject")
+    tensors = load_file(subject / "model.safetensors")
+    save_file({f"layers.{name}": tensor * 2 for name, tensor in tensors.items()}, subject / "consolidated.safetensors")
+    save_file(tensors | _other(tensors), subject / "model.fp16.safetensors", metadata={"format": "pt"})
+    found = certify_models(subject, llama_model)
+    assert found.status == "PASS"
+    (note,) = [note for note in found.notes if "not looked at" in note]
+    assert "consolidated.safetensors, model.fp16.safetensors beside the weights" in note
 
 
 def _roberta(bert: Path, folder: Path) -> Path:

@@ -12,7 +12,7 @@ from packaging.version import Version
 
 from invarlock.adapters import state
 from invarlock.checkpoints.behaviour import load_config
-from invarlock.checkpoints.files import open_checkpoint, resolve_folder
+from invarlock.checkpoints.files import beside_facts, open_checkpoint, resolve_folder
 from invarlock.checkpoints.gguf import gguf_facts
 from invarlock.checkpoints.lora import adapter_facts
 from invarlock.checkpoints.packed import packing_facts
@@ -228,8 +228,10 @@ class HF_Seq2Seq_Adapter(HF_Causal_Adapter):
 
 
 def _reading_facts(folder: Path) -> dict[str, Any]:
-    """Return how a checkpoint was read and is executed; {} for one of plain weights."""
-    return {**packing_facts(folder), **adapter_facts(folder), **gguf_facts(folder)}
+    """Return how a checkpoint was read and is executed; {} for one of plain weights alone."""
+    parts = [facts(folder) for facts in (packing_facts, adapter_facts, gguf_facts, beside_facts)]
+    notes = [note for part in parts for note in part.get("notes", ())]
+    return {key: value for part in parts for key, value in part.items()} | ({"notes": notes} if notes else {})
 
 
 def _placed(options: Mapping[str, Any], *, stays: bool) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,8 @@ _INERT = re.compile(
     r"(bos|eos|pad|sep|cls|mask|unk|decoder_start|forced_bos|forced_eos)_token_id|gradient_checkpointing|"
     r"quantization_config|attn_implementation|chunk_size_feed_forward|pretraining_tp|finetuning_task|"
     r"classifier_.*|layerdrop|.*_layerdrop|auto_map|custom_pipelines|name_or_path|"
-    r"n_inner_default|reorder_and_upcast_attn|is_encoder_decoder_default|tokenizer_class|prefix|max_length|min_length)$"
+    r"n_inner_default|reorder_and_upcast_attn|is_encoder_decoder_default|tokenizer_class|prefix|max_length|min_length|"
+    r"transformers_weights)$"
 )
 #: architectures whose positions count from the padding token's id, and whose first row is the one after it
 _PADDED_POSITIONS = re.compile(
@@ -34,12 +36,23 @@ _PADDED_POSITIONS = re.compile(
 )
 #: those whose positions are computed from it, without a table that they fill
 _PADDED = re.compile(_PADDED_POSITIONS.pattern + r"|m2m_100|nllb|fsmt|speech_to_text|xglm")
-_ROLES = re.compile(r"(bos|eos|pad|unk|sep|cls|mask|decoder_start|forced_bos|forced_eos)_token_id$")
+#: which tokens have a part, and what ends a text
+_ROLES = re.compile(r"(bos|eos|pad|unk|sep|cls|mask|decoder_start|forced_bos|forced_eos)_token_id$|stop_strings$")
 #: what a generation configuration leaves out, and what the library then takes
 _SAMPLING: dict[str, Any] = {
     "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "num_beams": 1,
     "repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": None,
     "begin_suppress_tokens": None, "forced_decoder_ids": None, "bad_words_ids": None, "max_new_tokens": None,
+}  # fmt: skip
+#: what a save writes into it and no text depends on
+_UNSAMPLED = re.compile(
+    r"^(_.*|transformers_version|use_cache|cache_.*|output_.*|return_dict.*|.*assistant.*|compile_.*)$"
+)
+#: further settings with what is taken where the file says nothing
+_AT_REST: dict[str, Any] = {
+    "max_length": 20, "min_length": 0, "early_stopping": False, "num_return_sequences": 1, "num_beam_groups": 1,
+    "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "diversity_penalty": 0.0,
+    "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "remove_invalid_values": False, "renormalize_logits": False,
 }  # fmt: skip
 
 
@@ -96,10 +109,10 @@ def usage(folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizer
         "architecture": next(iter(config.architectures or ()), None) or config.model_type,
         "config": {key: _one(value) for key, value in roles.items()},
         "generation": {key: _one(said.get(key)) for key in roles.keys() | said.keys() if _ROLES.match(key)},
-        "sampling": {key: generation.get(key, default) for key, default in _SAMPLING.items()},
+        "sampling": _sampling(generation),
         "at_default": _at_default(config),
     }
-    template = _chat_template(folder)
+    template = _chat_template(folder, tokenizer)
     if tokenizer is not None:
         found["tokenizer"] = tokenizer_usage(tokenizer)
     if (folder / REBUILT).is_file():
@@ -109,6 +122,17 @@ def usage(folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizer
     if tokenizer is not None or template:
         found["chat_template"] = _summary(template)
     return found
+
+
+def _sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of generation: the common ones always, the others where they are not at their defaults."""
+    said = {key: value for key, value in generation.items() if value is not None}
+    others = {
+        key: value
+        for key, value in said.items()
+        if key not in _SAMPLING and not _UNSAMPLED.match(key) and not _ROLES.match(key) and value != _AT_REST.get(key)
+    }
+    return {key: said.get(key, default) for key, default in _SAMPLING.items()} | others
 
 
 def _at_default(config: PretrainedConfig) -> list[str]:
@@ -141,8 +165,11 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _chat_template(folder: Path) -> dict[str, str]:
-    """Return the chat templates by name, from whichever file has them."""
+def _chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, str]:
+    """Return the chat templates by name: as the tokenizer has them, else from whichever file does."""
+    loaded = getattr(tokenizer, "chat_template", None)
+    if loaded:
+        return dict(loaded) if isinstance(loaded, dict) else {"default": loaded}
     beside = [*folder.glob("chat_template.jinja"), *folder.glob("additional_chat_templates/*.jinja")]
     if beside:
         names = {path: "default" if path.parent == folder else path.stem for path in beside}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from invarlock.checkpoints import lora
 from invarlock.checkpoints.base import Checkpoint, Format
@@ -18,7 +19,7 @@ from invarlock.core.files import first_line
 from invarlock.core.network import network_allowed
 from invarlock.evidence.model import Structure
 
-__all__ = ["FORMATS", "open_checkpoint", "read_structure", "resolve_folder"]
+__all__ = ["FORMATS", "beside_facts", "open_checkpoint", "read_structure", "resolve_folder"]
 
 #: the formats that are read; the first that recognises a folder reads it
 FORMATS: tuple[Format, ...] = (
@@ -28,6 +29,11 @@ FORMATS: tuple[Format, ...] = (
     Format("pickled", PickledFolder.recognises, PickledFolder),
 )
 _OTHER_WEIGHTS = ("*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.bin")
+#: what other tools, or other options, read in place of the weights
+_BESIDE = (
+    "consolidated*.safetensors", "consolidated*.pth", "model.*.safetensors", "pytorch_model.*.bin", "tf_model.h5",
+    "flax_model.msgpack", "adapter_model.*", "*.gguf",
+)  # fmt: skip
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.jinja"]
 
 
@@ -97,6 +103,16 @@ def open_checkpoint(folder: Path, layout: Layout | None = None) -> Checkpoint:
             code="UNSUPPORTED-FORMAT",
         )
     raise ModelLoadError(f"{folder} has no *.safetensors and no pytorch_model*.bin; expected model.safetensors")
+
+
+def beside_facts(folder: Path) -> dict[str, Any]:
+    """Return what a report says of weights that stand beside those that are read; {} where there are none."""
+    if not SafetensorsFolder.recognises(folder):
+        return {}
+    read = {path.name for path in SafetensorsFolder(folder, None).files(absent_too=False)}
+    others = sorted({path.name for pattern in _BESIDE for path in folder.glob(pattern)} - read)
+    note = f"{', '.join(others[:4])} beside the weights was not looked at, and other tools may read it"
+    return {"beside": others, "notes": [note]} if others else {}
 
 
 def read_structure(folder: Path, layout: Layout | None) -> Structure:

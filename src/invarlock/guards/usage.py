@@ -67,7 +67,7 @@ def said_once(old: Stats, new: Stats, findings: list[Finding]) -> list[Finding]:
 def usage_findings(old: Stats, new: Stats) -> Iterator[Finding]:
     """Compare how the model is used: tokens with a role, chat template, sampling. Nothing where a side has no record.
 
-    A role that the baseline gives to no token is a note, but for the end of the text: that changes where it stops.
+    A role that the baseline gives to no token is a note, but for what ends a text: that changes where it stops.
     """
     before, after = old.get("usage") or {}, new.get("usage") or {}
     places: dict[tuple[str, str, str], list[str]] = {}
@@ -81,7 +81,7 @@ def usage_findings(old: Stats, new: Stats) -> Iterator[Finding]:
                 places.setdefault((role, repr(was.get(role)), repr(now.get(role))), []).append(file)
     for (role, was_one, is_one), files in places.items():
         message = f"{role} is {is_one} ({', '.join(files)}); the baseline has {was_one}"
-        group = "note" if was_one == "None" and not role.startswith("eos") else "usage"
+        group = "note" if was_one == "None" and not role.startswith(("eos", "stop")) else "usage"
         yield _finding("role_changed", message, group, key=role)
     if {"chat_template"} <= before.keys() & after.keys() and before["chat_template"] != after["chat_template"]:
         templates = [side["chat_template"] for side in (before, after)]
@@ -89,10 +89,10 @@ def usage_findings(old: Stats, new: Stats) -> Iterator[Finding]:
         message = f"the chat template is {shown[1]}; the baseline has {shown[0]}"
         yield _finding("chat_template", message, "usage" if templates[0] else "note")
     sampled = [side.get("sampling") or {} for side in (before, after)]
-    for key in sorted(sampled[0].keys() & sampled[1].keys()):
-        was_one, is_one = (side[key] for side in sampled)
-        if was_one != is_one:
-            message = f"generation setting {key} is {is_one!r}; the baseline has {was_one!r}"
+    for key in sorted(sampled[0].keys() | sampled[1].keys() if all(sampled) else ()):
+        was, now = (side.get(key) for side in sampled)
+        if was != now:
+            message = f"generation setting {key} is {now!r}; the baseline has {was!r}"
             yield _finding("sampling_changed", message, "note", key=key)
 
 

@@ -41,6 +41,15 @@ def test_copies_of_a_document_are_one_document_and_stand_in_one_part(tmp_path: P
     assert provider.remarks == ("5 x text with the content of another: they count as one document",)
 
 
+def test_texts_that_differ_in_blanks_are_copies(tmp_path: Path) -> None:
+    copies = (TEXT, f"{TEXT}\n", f"  {TEXT}", TEXT.replace(" ", "  "))
+    path = _file(tmp_path, *_texts(*copies, *(f"{TEXT} {number * 'x'}" for number in range(1, 5))))
+    provider = get_provider("local_jsonl", file=path)
+    preview, final = provider.windows(words, preview_n=4, final_n=4, seq_len=16)
+    assert len({*preview.document_ids, *final.document_ids}) == 5
+    assert provider.remarks == ("3 x text with the content of another: they count as one document",)
+
+
 def test_empty_rows_and_half_pairs_are_said(tmp_path: Path) -> None:
     provider = get_provider("local_jsonl", file=_file(tmp_path, *_texts(TEXT, "", "  ", f"{TEXT} \ud83d")))
     preview, _ = provider.windows(words, preview_n=1, final_n=1, seq_len=16)

@@ -206,12 +206,12 @@ class Provider(ABC):
         return (), ()
 
     def _usable(self, what: str, items: Sequence[_T], content: Callable[[_T], tuple[str, ...]]) -> list[list[_T]]:
-        """Leave out what has no text, and group the rest by content, whatever its ids say: the first of each group first,
-        and alone under INVARLOCK_DEDUP_TEXTS."""
+        """Leave out what has no text, and group the rest by content, whatever its ids and its blanks say: the first of each
+        group first, and alone under INVARLOCK_DEDUP_TEXTS."""
         groups: dict[tuple[str, ...], list[_T]] = {}
         for item in items:
-            texts = content(item)
-            if all(text.strip() for text in texts):
+            texts = tuple(" ".join(text.split()) for text in content(item))
+            if all(texts):
                 groups.setdefault(texts, []).append(item)
         if not groups:
             raise DataError(f"the data set is empty: got no {what} from provider '{self.name}', expected at least one")
@@ -253,7 +253,7 @@ class TextProvider(Provider):
 
     def texts_of(self, document_ids: Collection[str], split: str | None = None) -> dict[str, str]:
         read = self.documents(split or self.split)
-        return {document.document_id: document.text for document in read if document.document_id in document_ids}
+        return {d.document_id: _without_half_pairs(d.text) for d in read if d.document_id in document_ids}
 
     def _around(self, tokenizer: Tokenizer, joined: bool) -> tuple[Sequence[int], Sequence[int]]:
         return special_tokens_around(tokenizer)
@@ -304,7 +304,7 @@ class PairProvider(Provider):
         for pair in self.pairs(split or self.split):
             if pair.document_id in document_ids:
                 found[pair.document_id] += [pair.source, pair.target]
-        return {name: "\n".join(texts) for name, texts in found.items()}
+        return {name: _without_half_pairs("\n".join(texts)) for name, texts in found.items()}
 
 
 class FieldsProvider(Provider):
