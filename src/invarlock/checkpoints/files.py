@@ -8,6 +8,7 @@ from pathlib import Path
 from invarlock.checkpoints import lora
 from invarlock.checkpoints.base import Checkpoint, Format
 from invarlock.checkpoints.gguf import GGUFFolder, unfolded, weights_file
+from invarlock.checkpoints.onnx import OnnxFolder
 from invarlock.checkpoints.packed import PackedFolder, packing_facts
 from invarlock.checkpoints.pickled import PickledFolder
 from invarlock.checkpoints.shards import SafetensorsFolder
@@ -25,6 +26,7 @@ FORMATS: tuple[Format, ...] = (
     Format("packed", PackedFolder.recognises, PackedFolder),
     Format("safetensors", SafetensorsFolder.recognises, SafetensorsFolder),
     Format("pickled", PickledFolder.recognises, PickledFolder),
+    Format("onnx", OnnxFolder.recognises, OnnxFolder),
 )
 _OTHER_WEIGHTS = ("*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.bin")
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.jinja"]
