@@ -68,7 +68,11 @@ def attach(model: PreTrainedModel, folder: Path, token_ids: Sequence[int], **opt
             native = type(model).from_pretrained(
                 folder, local_files_only=True, device_map={"": model.device}, **options
             )
-            facts = hand_over(model, native.eval(), _packed_modules(folder), token_ids, packing["rounds_activations"])
+            packed = _packed_modules(folder)
+            for name, parameter in native.named_parameters():  # a loader may keep the file's type in what is not packed
+                if name.rpartition(".")[0] not in packed and parameter.is_floating_point():
+                    parameter.data = parameter.data.to(model.dtype)
+            facts = hand_over(model, native.eval(), packed, token_ids, packing["rounds_activations"])
     except ModelLoadError as error:
         raise ModelLoadError(f"{folder} ({package}): {error}") from None
     except _LACKING as error:
