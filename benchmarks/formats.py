@@ -22,47 +22,82 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-MATRIX = "model.layers.1.self_attn.q_proj"
-COLUMNS = ("format", "against", "read", "executed", "ratio", "kl", "verdict", "named", "seconds", "peak MB")
+MATRICES = ("model.layers.1.self_attn.q_proj", "model.layers.1.mlp.experts.down_proj")  # the last that a model has
+COLUMNS = (
+    "format",
+    "against",
+    "read",
+    "executed",
+    "reader KL",
+    "ratio",
+    "kl",
+    "verdict",
+    "named",
+    "seconds",
+    "peak MB",
+)
+_SCALES = ("scales", "SCB", "weight_scale", "weight_scale_inv", "_weight_scale")
+_CODES = ("qweight", "weight_packed", "_weight_qdata", "weight", "_blocks")
+_ZEROS = ("qzeros", "weight_zero_point", "_weight_zero_point")
+_EXPONENTS = ("_scales",)  # of two, in a byte
 
-#: how a stored part of the damaged matrix is changed, by a part of its name
-DAMAGE: dict[str, tuple[tuple[str, ...], Callable[[Any], Any]]] = {
-    "sign of scales": (("scale", "SCB", "absmax"), lambda t: -t),
-    "scales x 4": (("scale", "SCB", "absmax"), lambda t: t.float().mul(4).to(t.dtype)),
-    "NaN scale": (("scale", "SCB", "absmax"), lambda t: _with_nan(t)),
-    "shuffled codes": (("qweight", "weight_packed", "qdata"), lambda t: t.flip(0)),
-    "shuffled bytes": (("q_proj.weight",), lambda t: t.flip(0)),
-    "zero points off by one": (("qzeros", "zero_point"), lambda t: t + (0x11111111 if t.element_size() == 4 else 1)),
+Change = Callable[[Any], Any]
+
+
+def _with(value: float) -> Change:
+    def change(tensor: Any) -> Any:
+        tensor = tensor.clone()
+        tensor.view(-1)[0] = value
+        return tensor
+
+    return change
+
+
+#: what is done to the stored parts of one matrix, by the names of the parts
+DAMAGE: dict[str, dict[tuple[str, ...], Change]] = {
+    "sign of scales": {_SCALES: lambda t: -t, ("_blocks",): lambda t: t ^ 0x88},
+    "scales x 4": {_SCALES: lambda t: t.float().mul(4).to(t.dtype), _EXPONENTS: lambda t: t + 2},
+    "NaN scale": {_SCALES: _with(float("nan")), _EXPONENTS: _with(255)},
+    "shuffled codes": {_CODES: lambda t: t.flip(0)},
+    "zero points off by one": {_ZEROS: lambda t: t + (0x11111111 if t.element_size() == 4 else 1)},
+    "shuffled group index": {("g_idx", "weight_g_idx"): lambda t: t.roll(len(t) // 2 + 5)},
+    "zero points of another version": {},  # of the configuration: see `_other_version`
 }
-
-
-def _with_nan(tensor: Any) -> Any:
-    tensor = tensor.clone()
-    tensor.view(-1)[0] = float("nan")
-    return tensor
 
 
 def _damaged(folder: Path, kind: str, target: Path) -> Path | None:
     """Return a copy with one part of one matrix changed; None where the format has no such part."""
+    from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
+    settings = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
     tensors = load_file(folder / "model.safetensors")
-    marks, change = DAMAGE[kind]
-    mine = [n for n in tensors if n.startswith(MATRIX) and any(mark in n for mark in marks)]
-    if kind == "shuffled bytes":
-        mine = [n for n in mine if n.endswith("q_proj.weight") and tensors[n].element_size() == 1]
-    if kind in ("NaN scale", "sign of scales", "scales x 4"):
-        mine = [n for n in mine if tensors[n].is_floating_point() and tensors[n].element_size() > 1]
-    if not mine:
+    matrix = next(m for m in reversed(MATRICES) if any(name.startswith(m) for name in tensors))
+    parts = {name.removeprefix(matrix).removeprefix("."): name for name in tensors if name.startswith(matrix)}
+    changes = [(parts[n], how) for names, how in DAMAGE[kind].items() for n in names if n in parts]
+    version = _other_version(settings) if kind == "zero points of another version" else None
+    if not changes and version is None:
         return None
     shutil.copytree(folder, target, copy_function=shutil.copyfile)
-    tensors[mine[0]] = change(tensors[mine[0]]).contiguous()
-    from safetensors import safe_open
-
+    if version is not None:
+        config = json.loads((target / "config.json").read_text())
+        (target / "config.json").write_text(json.dumps({**config, "quantization_config": version}))
+        return target
+    name, change = changes[0]
+    tensors[name] = change(tensors[name]).contiguous()
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         metadata = file.metadata()
     save_file(tensors, target / "model.safetensors", metadata=metadata)
     return target
+
+
+def _other_version(settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the configuration of a GPTQ file that says of its zero points that they are stored in the other way."""
+    key = {"gptq": "checkpoint_format", "auto-round": "packing_format"}.get(settings.get("quant_method", ""))
+    if key is None or "awq" in settings.get(key, ""):
+        return None
+    plain = ("gptq", "gptq_v2") if key == "checkpoint_format" else ("auto_round:auto_gptq", "auto_round")
+    return {**settings, key: plain[0] if settings.get(key) in (plain[1], "auto_round:gptqmodel") else plain[1]}
 
 
 def _certify(subject: Path, baseline: Path, intent: str, windows: int, out: Path) -> dict[str, Any]:
@@ -88,10 +123,11 @@ def _certify(subject: Path, baseline: Path, intent: str, windows: int, out: Path
     return {
         "read": facts.get("quant_method") or (facts.get("adapter") or {}).get("kind") or "as it is",
         "executed": facts.get("executed", "native"),
+        "reader KL": (facts.get("runtime") or {}).get("kl"),
         "ratio": certificate["primary_metric"]["ratio_vs_baseline"],
         "kl": divergence.get("kl_mean"),
         "verdict": certificate["verdict"]["status"],
-        "named": next((r["tensor"] for r in reasons if str(r["tensor"]).startswith(MATRIX)), None)
+        "named": next((r["tensor"] for r in reasons if str(r["tensor"]).startswith(MATRICES)), None)
         or next((r["tensor"] or r["code"] for r in reasons), ""),
         "seconds": time.perf_counter() - started,
         "peak MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,

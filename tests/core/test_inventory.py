@@ -96,7 +96,7 @@ def test_mistakes_are_configuration_errors(run, arguments: list[str], message: s
     [
         (["install", "gptq"], 'pip install "invarlock[gptq]"'),
         (["install", "hf_causal"], 'pip install "invarlock[adapters]"'),
-        (["uninstall", "awq"], "pip uninstall -y compressed-tensors"),
+        (["uninstall", "gpu"], "pip uninstall -y bitsandbytes"),
     ],
 )
 def test_install_and_uninstall_only_print_unless_told_to_apply(run, arguments: list[str], command: str) -> None:

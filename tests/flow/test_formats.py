@@ -21,6 +21,7 @@ from invarlock.core.exceptions import CheckpointDamagedError, ModelLoadError
 Tensors = dict[str, torch.Tensor]
 MATRIX = "model.layers.1.self_attn.q_proj"
 GROUP = 16
+WEIGHTS = "adapter_model.safetensors"
 
 
 def _nibbles_to_words(codes: torch.Tensor) -> torch.Tensor:
@@ -244,12 +245,43 @@ def test_a_merge_that_changed_nothing_is_said(llama_model: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
+    ("settings", "scale"),
+    [
+        ({}, 2.0),
+        ({"use_rslora": True}, 4.0),
+        ({"alpha_pattern": {"layers.1.self_attn.q_proj": 2}}, 0.5),
+    ],
+    ids=["alpha/r", "alpha/sqrt(r)", "of one layer"],
+)
+def test_an_adapter_is_merged_with_the_scale_that_its_configuration_says(
+    settings: dict[str, Any], scale: float, llama_model: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    folder = _adapter(llama_model, tmp_path / "lora", **settings)
+    merged, lora = load_file(resolve_folder(str(folder)) / "model.safetensors"), load_file(folder / WEIGHTS)
+    base, path = load_file(llama_model / "model.safetensors")[f"{MATRIX}.weight"], f"base_model.model.{MATRIX}"
+    delta = lora[f"{path}.lora_B.weight"] @ lora[f"{path}.lora_A.weight"]
+    torch.testing.assert_close(merged[f"{MATRIX}.weight"], base.float() + scale * delta)
+
+
+def test_a_merge_with_another_scale_than_the_adapters_is_refused(
+    llama_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = pytest.importorskip("peft.tuners.lora.layer").Linear
+    right = layer.get_delta_weight
+    monkeypatch.setattr(layer, "get_delta_weight", lambda self, adapter: right(self, adapter) / 2)
+    with pytest.raises(ModelLoadError, match=r"q_proj moved by 0\.5 times what the adapter says \(scale 4\)"):
+        resolve_folder(str(_adapter(llama_model, tmp_path / "lora", use_rslora=True)))
+
+
+@pytest.mark.parametrize(
     ("settings", "told"),
     [
         ({"base_model_name_or_path": "/no/such/base"}, "base of the adapter"),
-        ({"target_modules": ["k_proj"]}, "match nothing in the base"),
+        ({"target_modules": ["k_proj"]}, "match nothing in the base|no attribute|moved by"),
+        ({"target_modules": ["qkv_proj"]}, "not found in the base model"),
     ],
-    ids=["no base", "other modules"],
+    ids=["no base", "other modules", "fused projections"],
 )
 def test_an_adapter_that_does_not_fit_is_refused_by_name(
     settings: dict[str, Any], told: str, llama_model: Path, tmp_path: Path

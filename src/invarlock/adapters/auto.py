@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from invarlock.adapters.hf import HF_Adapter, HF_Causal_Adapter, HF_MLM_Adapter, HF_Seq2Seq_Adapter
+from invarlock.adapters.onnx import HF_Causal_ONNX_Adapter
 from invarlock.adapters.packed import HF_AWQ_Adapter, HF_BNB_Adapter, HF_GPTQ_Adapter
 from invarlock.checkpoints.behaviour import load_config
-from invarlock.checkpoints.files import resolve_folder
+from invarlock.checkpoints.files import open_checkpoint, resolve_folder
+from invarlock.checkpoints.onnx import OnnxFolder
 from invarlock.core import settings
 from invarlock.core.exceptions import AdapterError
 
@@ -34,8 +36,12 @@ class HF_Auto_Adapter(HF_Adapter):
 
     def select(self, model_id: str, *, trust_remote_code: bool = False) -> HF_Causal_Adapter:
         """Return the adapter for a checkpoint; AdapterError where none fits."""
-        config = load_config(resolve_folder(model_id), trust_remote_code=trust_remote_code)
-        for candidate in (*self.packed, *self.candidates):
+        folder = resolve_folder(model_id)
+        config = load_config(folder, trust_remote_code=trust_remote_code)
+        graph: tuple[type[HF_Causal_Adapter], ...] = (
+            (HF_Causal_ONNX_Adapter,) if isinstance(open_checkpoint(folder), OnnxFolder) else ()
+        )
+        for candidate in (*graph, *self.packed, *self.candidates):
             adapter = candidate()
             if adapter.matches(config):
                 self._chosen = adapter

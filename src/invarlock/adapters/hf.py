@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 from packaging.version import Version
 
-from invarlock.adapters import state
+from invarlock.adapters import native, state
 from invarlock.checkpoints.behaviour import load_config
 from invarlock.checkpoints.files import beside_facts, open_checkpoint, resolve_folder
 from invarlock.checkpoints.gguf import gguf_facts
@@ -72,7 +72,14 @@ class HF_Adapter(ModelAdapter):
             "max_position_embeddings": read("max_position_embeddings", "n_positions"),
             "parameters": sum(p.numel() for p in model.parameters()),
             **(_reading_facts(origin.folder) if origin else {}),
+            **native.execution_facts(model),
         }
+
+    def run_natively(self, model: PreTrainedModel, token_ids: Sequence[int]) -> None:
+        """Let the runtime of a packed model's format execute it, where there is one: see `native.attach`."""
+        origin = _origins.get(model)
+        if origin is not None and not model.config.is_encoder_decoder:
+            native.attach(model, origin.folder, token_ids, **{_dtype_keyword(): model.dtype})
 
     def snapshot(self, model: ModelLike) -> bytes:
         """Return every parameter and buffer as a safetensors blob."""

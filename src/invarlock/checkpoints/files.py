@@ -10,6 +10,7 @@ from typing import Any
 from invarlock.checkpoints import lora
 from invarlock.checkpoints.base import Checkpoint, Format
 from invarlock.checkpoints.gguf import GGUFFolder, unfolded, weights_file
+from invarlock.checkpoints.onnx import OnnxFolder
 from invarlock.checkpoints.packed import PackedFolder, packing_facts
 from invarlock.checkpoints.pickled import PickledFolder
 from invarlock.checkpoints.shards import SafetensorsFolder
@@ -27,6 +28,7 @@ FORMATS: tuple[Format, ...] = (
     Format("packed", PackedFolder.recognises, PackedFolder),
     Format("safetensors", SafetensorsFolder.recognises, SafetensorsFolder),
     Format("pickled", PickledFolder.recognises, PickledFolder),
+    Format("onnx", OnnxFolder.recognises, OnnxFolder),
 )
 _OTHER_WEIGHTS = ("*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.bin")
 #: what other tools, or other options, read in place of the weights

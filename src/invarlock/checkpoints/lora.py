@@ -6,12 +6,14 @@ peft itself merges, since it alone knows every kind; the result stands in a priv
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from invarlock.checkpoints.behaviour import load_config
 from invarlock.checkpoints.headers import check_header, open_tensors
@@ -23,6 +25,7 @@ from invarlock.core.exceptions import ModelLoadError
 from invarlock.core.files import first_line, kept_folder, read_json
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 __all__ = ["adapter_facts", "base_of", "is_adapter", "merged"]
@@ -38,6 +41,9 @@ _TOKENIZER = (
     "*.model",
     "*.jinja",
 )
+#: settings under which what is added is another product than scale x B x A, and where an adapter's first factor is
+_NO_PRODUCT = ("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "target_parameters")
+_DOWN = ".lora_A.weight"
 _at_work: list[Path] = []  # adapters whose bases are being found, one the base of the other
 _done: dict[tuple[Path, int], Path] = {}  # by folder and age of the adapter
 
@@ -112,12 +118,14 @@ def _merge(folder: Path, base: Path, target: Path) -> None:
     model = _load_base(base)
     before = {tensor.name: tensor.digest for tensor in live_structure(model).tensors}
     try:
+        products = _products(model, folder)
         adapted = PeftModel.from_pretrained(model, str(folder))
         with open_tensors(folder / _WEIGHTS) as file:
             odd = sorted(set(file.keys()) ^ set(get_peft_model_state_dict(adapted)))
         if odd:
             raise ModelLoadError(f"{len(odd)} of its tensors match nothing in the base or are missing, first {odd[0]}")
         model = adapted.merge_and_unload()
+        _check_merge(model, folder, products)
     except Exception as error:  # peft's errors have many roots; each is an adapter that cannot be merged
         raise ModelLoadError(f"the adapter {folder} cannot be merged into {base}: {first_line(error)}") from error
     touched = [t.name for t in live_structure(model).tensors if before.get(t.name) != t.digest]
@@ -129,6 +137,62 @@ def _merge(folder: Path, base: Path, target: Path) -> None:
     kind = _config(folder).get("peft_type")
     facts = {"executed": "merged", "adapter": {"kind": kind, "base": base.name, "touched": touched}, "notes": notes}
     (target / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
+
+
+class _Delta(NamedTuple):
+    """What an adapter's own file says that is added to the weight of one module: scale x B x A."""
+
+    scale: float
+    down: Tensor
+    up: Tensor
+
+    def vector(self) -> Tensor:
+        """Return what products are taken with: the same whenever it is asked for."""
+        import torch
+
+        return torch.randn(self.down.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def apply(self) -> Tensor:
+        return self.scale * (self.up.double() @ (self.down.double() @ self.vector()))
+
+
+def _deltas(folder: Path) -> Iterator[tuple[str, _Delta]]:
+    """Yield (module path, what is added) of plain LoRA; nothing for kinds whose weights are no such product."""
+    config = _config(folder)
+    if config.get("peft_type") != "LORA" or any(config.get(key) for key in _NO_PRODUCT):
+        return
+    with open_tensors(folder / _WEIGHTS) as file:
+        for name in (name for name in file.keys() if name.endswith(_DOWN)):  # noqa: SIM118 - safe_open is no mapping
+            path = name.removesuffix(_DOWN).removeprefix("base_model.model.")
+            down, up = (file.get_tensor(name.replace("lora_A", part)) for part in ("lora_A", "lora_B"))
+            patterns = (config.get("alpha_pattern") or {}).items()
+            alpha = next((a for key, a in patterns if re.match(rf"(.*\.)?({key})$", path)), config["lora_alpha"])
+            if down.ndim == 2:
+                yield path, _Delta(alpha / len(down) ** (0.5 if config.get("use_rslora") else 1), down, up)
+
+
+def _products(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
+    """Return the product of each adapted weight with a random vector: of a matrix, what is small to keep."""
+    found = {}
+    for path, delta in _deltas(folder):
+        module = model.get_submodule(path)
+        weight = module.weight.detach().double()
+        found[path] = (weight.T if type(module).__name__ == "Conv1D" else weight) @ delta.vector()
+    return found
+
+
+def _check_merge(model: PreTrainedModel, folder: Path, before: Mapping[str, Tensor]) -> None:
+    """Raise ModelLoadError where a weight did not move by what the adapter's own file says."""
+    after = _products(model, folder)
+    for path, delta in _deltas(folder):
+        moved, wanted = after[path] - before[path], delta.apply()
+        rounding = 1e-6 * float(before[path].norm())
+        if not float((moved - wanted).norm()) <= 1e-2 * float(wanted.norm()) + rounding:
+            ratio = float(moved @ wanted / (wanted @ wanted)) if float(wanted.norm()) else math.inf
+            raise ModelLoadError(
+                f"{path} moved by {ratio:.3g} times what the adapter says (scale {delta.scale:.3g}); expected 1: scale, "
+                "target modules or the version of peft do not fit"
+            )
 
 
 def _load_base(base: Path) -> PreTrainedModel:

@@ -301,10 +301,21 @@ def packing_facts(folder: Path) -> dict[str, Any]:
             f"the file holds plain float weights beside a quantization_config ({method}); they were used as they stand"
         )
         return {"executed": "native", "quantization_config_unused": method, "notes": [note]}
-    groups = (settings.get("config_groups") or {}).values()
-    served = settings.get("activation_scheme") or any(group.get("input_activations") for group in groups)
+    rounds = _rounds_activations(settings)
     note = "a server that runs this format quantizes activations too; here weights alone were quantized"
-    return {"executed": "dequantized", "quant_method": method, "notes": [note] if served else []}
+    facts = {"executed": "dequantized", "quant_method": method, "rounds_activations": rounds}
+    return {**facts, "notes": [note] if rounds else []}
+
+
+def _rounds_activations(settings: Settings) -> bool:
+    """Say whether the format's own kernels quantize activations too."""
+    groups = (settings.get("config_groups") or {}).values()
+    told = (
+        settings.get("activation_scheme")
+        or settings.get("load_in_8bit")
+        or any(g.get("input_activations") for g in groups)
+    )
+    return bool(told) or "DynamicActivation" in json.dumps(settings.get("quant_type"))
 
 
 @dataclass(frozen=True)

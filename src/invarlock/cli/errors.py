@@ -30,9 +30,10 @@ _EXTRAS = {
     "tokenizers": "adapters",
     "datasets": "eval",
     "onnxruntime": "onnx",
+    "onnx": "onnx",
     "bitsandbytes": "gpu",
-    "gptqmodel": "gptq",
-    "compressed_tensors": "awq",
+    "compressed_tensors": "native",
+    "torchao": "native",
     "gguf": "gguf",
 }
 

@@ -16,7 +16,10 @@ from invarlock.core.exceptions import ConfigError, DependencyError
 
 __all__ = ["library_versions", "make_deterministic", "require_extra", "resolve_device", "thread_count"]
 
-_RECORDED = ("invarlock", "numpy", "safetensors", "scipy", "tokenizers", "torch", "transformers")
+_RECORDED = (
+    *("invarlock", "numpy", "safetensors", "scipy", "tokenizers", "torch", "transformers"),
+    *("bitsandbytes", "compressed-tensors", "torchao"),  # run packed models where they are installed
+)
 
 
 def require_extra(what: str, extra: str, *modules: str) -> None:

@@ -40,7 +40,7 @@ _DATASETS = _Facts((("datasets", "eval"),))
 _FACTS: dict[str, dict[str, _Facts]] = {
     "invarlock.adapters": {
         "": _Facts(_HF),
-        "hf_causal_onnx": _Facts((("onnxruntime", "onnx"), *_HF)),
+        "hf_causal_onnx": _Facts((("onnxruntime", "onnx"), ("onnx", "onnx"), *_HF)),
     },
     "invarlock.edits": {"": _Facts((("torch", "edits"),))},
     "invarlock.guards": {"": _Facts((("torch", "guards"),)), "hello_guard": _Facts()},

@@ -65,7 +65,7 @@ def key_of(job: Job, side: Side) -> str | None:
         canonical(
             {
                 "software": [_sources(), library_versions(), sys.version, platform.platform(), platform.processor()],
-                "device": [job.device, thread_count()],
+                "device": [job.device, thread_count(), job.native],
                 "model": side.structure.model_dump(mode="json"),
                 "behaviour": [side.behaviour, side.usage, list(side.tokenizer_facts)],
                 "files": _files(side.folder),

@@ -240,6 +240,7 @@ def open_request(request: CertifyRequest, tick: Tick | None = None) -> Job:
     policy = resolve_policy(request.tier, request.profile, overrides=request.overrides)
     guards = steps.create_guards(tuple(dict.fromkeys(policy.values["guards"]["order"])), request.guard_arguments)
     facts = {"intent": request.intent, "loading": request.loading, "notes": [*request.notes], "ranks": join()}
+    facts["native"] = request.edit is None
     job = open_job(policy, request.adapter, request.device, guards, tick, **facts)
     job.partial = request.out / PARTIAL
     return job

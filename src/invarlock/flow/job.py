@@ -55,6 +55,7 @@ class Job:
     tick: Tick = no_tick
     windows: Windows | None = None
     texts: list[Callable[[], dict[str, str]]] = field(default_factory=list)  # read the documents of the windows, by id
+    native: bool = False  # whether a packed model's own runtime may execute it: one that is edited is dense
     ranks: Ranks | None = None  # the processes that measure together with this one
     partial: Path | None = None  # where parts of a measurement are kept until all are there
     notes: list[str] = field(default_factory=list)

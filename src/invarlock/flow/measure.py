@@ -109,8 +109,7 @@ def measure(
     guards = {name: guard for name, guard in ordered.items() if guard.needs in given}
     sampled = _first_look(job, windows)
     watching = [guard.watch(weights, job.adapter, len(sampled)) for guard in guards.values()]
-    peaks = BlockPeaks(model)
-    routed = RoutedTokens(model)
+    peaks, routed = _watchers(model)
     watch = [replace(one, windows=frozenset(sampled[i] for i in one.windows)) for one in watching if one is not None]
     watch += [peaks.watch(len(windows.all)), routed.watch(len(windows.all))]
     scores = _score(job, model, side, windows, what, baseline, ((0, 0), cut), watch)
@@ -168,7 +167,7 @@ def followed(
     assert job.windows is not None
     start = earlier.reach
     windows = job.windows.between(start, cut)
-    peaks, routed = BlockPeaks(model), RoutedTokens(model)
+    peaks, routed = _watchers(model)
     watch = [peaks.watch(len(windows.all)), routed.watch(len(windows.all))]
     scores = _score(job, model, side, windows, what, baseline, (start, cut), watch)
     old, rows = earlier.evidence, _rows(scores, windows)
@@ -186,6 +185,11 @@ def followed(
         "data": _data(job, model, old.model.tokenizer_size, job.windows.between((0, 0), cut)),
     }
     return Measurement(old.model_copy(update=changes), reference)
+
+
+def _watchers(model: ModelLike) -> tuple[BlockPeaks, RoutedTokens]:
+    seen: ModelLike = object() if getattr(model, "runs_elsewhere", False) else model  # type: ignore[assignment]
+    return BlockPeaks(seen), RoutedTokens(seen)
 
 
 def _score(
@@ -267,9 +271,9 @@ def _shown(window: Window, task: Task) -> Iterator[int]:
 def _key(job: Job, side: Side, windows: Windows, reference: TokenReference | None) -> str:
     """Return a digest of all that the figures of windows depend on."""
     facts = [job.metric.kind, job.device, thread_count(), library_versions(), side.structure.weights_digest()]
-    facts += [side.behaviour, str(job.loading), windows.digest(), job.policy.values["guards"], job.intent]
+    facts += [side.behaviour, str(job.loading), job.native, windows.digest(), job.policy.values["guards"]]
     against = reference_digest(reference) if reference is not None else str(job.policy.limits.divergence.mode)
-    return canonical_digest(plain([*facts, against]))[:16]
+    return canonical_digest(plain([*facts, job.intent, against]))[:16]
 
 
 def weights_of(job: Job, model: ModelLike, side: Side) -> ModelLike:

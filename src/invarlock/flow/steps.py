@@ -20,7 +20,7 @@ from invarlock.checkpoints.side import Side, read_side
 from invarlock.checkpoints.structure import live_structure
 from invarlock.core import registry, settings
 from invarlock.core.api import Batches, Context, EditLike, Guard, ModelLike, RunReport
-from invarlock.core.exceptions import ConfigError, ModelLoadError
+from invarlock.core.exceptions import ConfigError, EditError, ModelLoadError
 from invarlock.core.files import plain
 from invarlock.eval.sources.engines import Engine
 from invarlock.evidence.model import Evidence, Structure, finite_or_none
@@ -97,6 +97,8 @@ def load(job: Job, side: Side, what: str, tokenizer: object = None) -> ModelLike
             raise ConfigError(f"{side.engine} serves next tokens; expected a causal model, not {job.metric.kind}")
         return cast("ModelLike", Engine.open(side.engine, tokenizer or side.tokenizer))  # as an inference session does
     model = job.loading.load(job.adapter, side, job.device)
+    if job.native and job.windows is not None and hasattr(job.adapter, "run_natively"):
+        job.adapter.run_natively(model, job.windows.all[0].dressed().input_ids)
     told = job.adapter.describe(model).get("notes") if hasattr(job.adapter, "auto_class") else None
     job.notes += [f"{side.id}: {note}" for note in told or ()]
     return model
@@ -130,6 +132,10 @@ def apply_edit(
     name = getattr(edit, "name", type(edit).__name__)
     if dry_run:
         return {"name": name, "dry_run": True, "deltas": {"params_changed": 0, "layers_modified": 0}}, side
+    if getattr(model, "runs_elsewhere", False) and name != "noop":
+        raise EditError(
+            f"{side.id} can be evaluated only; make the edit {name} on the checkpoint that it was exported from"
+        )
     before = behaviour_of(model)
     returned = edit.apply(model, job.adapter, **config)
     facts = {"name": name, "dry_run": False, **(plain(returned) if isinstance(returned, Mapping) else {})}

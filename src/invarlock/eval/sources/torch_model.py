@@ -54,13 +54,15 @@ def task_of_model(model: object, adapter: AdapterLike | None = None) -> Task:
 class TorchSource:
     """Scores windows with a live model. `device` defaults to that of its first parameter."""
 
-    provides = frozenset(("log_probs", "top_k", "distributions", "activations", "weights", "correctness"))
+    provides = frozenset(("log_probs", "top_k", "distributions", "activations", "weights", "correctness"))  # at most
 
     def __init__(
         self, model: ModelLike, task: Task = "causal", *, device: str | None = None, batch_tokens: int = BATCH_TOKENS
     ) -> None:
         self.model = model
         self.task = task
+        if getattr(model, "runs_elsewhere", False):  # its modules are there for their weights, and never called
+            self.provides = self.provides - {"activations"}
         parameters = model.parameters() if hasattr(model, "parameters") else ()
         self.device = device or next((str(parameter.device) for parameter in parameters), "cpu")
         self.batch_tokens = batch_tokens
