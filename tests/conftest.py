@@ -23,8 +23,8 @@ SEQ_LEN = 64
 
 #: fixtures that certify, run an edit, execute pages or start the command line: a test that asks for one is slow
 SLOW = {
-    "certify_models", "passed", "failed", "refused", "run_small", "noop_run", "edited_run", "quick_start", "page_folder",
-    "installed", "shell", "script", "run",
+    "certify_models", "passed", "failed", "refused", "run_small", "noop_run", "edited_run", "quick_start", "installed",
+    "shell", "script", "run",
 }  # fmt: skip
 
 CopyModel = Callable[..., Path]

@@ -15,9 +15,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["browser", "main", "picture"]
+__all__ = ["DARK", "QUIET", "browser", "main", "picture"]
 
-_QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars")
+QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars")
+DARK = ("--blink-settings=preferredColorScheme=0",)
 _WIDTHS = {"phone": 375, "desk": 1280}
 
 
@@ -32,9 +33,15 @@ def picture(page: Path, target: Path, *, width: int = 1280, height: int = 2400, 
     if program is None:
         raise SystemExit("no chromium on this machine; install it or set CHROMIUM")
     how = f"--print-to-pdf={target}" if target.suffix == ".pdf" else f"--screenshot={target}"
-    scheme = ["--blink-settings=preferredColorScheme=0"] if dark else []
     with tempfile.TemporaryDirectory() as profile:
-        command = [program, *_QUIET, *scheme, f"--user-data-dir={profile}", f"--window-size={width},{height}", how]
+        command = [
+            program,
+            *QUIET,
+            *(DARK if dark else ()),
+            f"--user-data-dir={profile}",
+            f"--window-size={width},{height}",
+            how,
+        ]
         subprocess.run([*command, page.resolve().as_uri()], check=True, capture_output=True, timeout=180)
 
 

@@ -1,8 +1,7 @@
 """Read the code blocks of Markdown pages.
 
-A block runs unless a comment before it says why not: `<!-- not run: reason -->`. A page that begins with
-`<!-- continues: other.md -->` starts in the folder that the other page left. After `<!-- file: path -->` stands a file of the
-source, or a diff of one: a page with such blocks runs on a copy of the source (`test_developers.py`).
+A block runs unless a comment before it says why not: `<!-- not run: reason -->`. After `<!-- file: path -->` stands a file of
+the source, or a diff of one: a page with such blocks runs on a copy of the source (`test_developers.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +10,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["DOCS", "ROOT", "Block", "blocks", "continues", "pages"]
+import yaml
+
+__all__ = ["DOCS", "ROOT", "Block", "blocks", "chapter", "pages"]
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -19,7 +20,6 @@ _FENCE = re.compile(
     r"(?:^<!-- (?P<remark>(?:not run|output of|help|file)[^\n]*?) -->\n+)?^```(?P<language>\w+)\n(?P<code>.*?)^```$",
     re.DOTALL | re.MULTILINE,
 )
-_CONTINUES = re.compile(r"<!-- continues: (\S+) -->")
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,11 @@ def blocks(page: Path) -> list[Block]:
     ]
 
 
-def continues(page: Path) -> Path | None:
-    """Return the page in whose folder this one goes on."""
-    found = _CONTINUES.match(page.read_text(encoding="utf-8"))
-    return page.parent / found[1] if found else None
+def chapter(title: str) -> list[Path]:
+    """Return the pages of a chapter in the order of the site's navigation."""
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    entries = next(part[title] for part in navigation if title in part)
+    return [DOCS / page for entry in entries for page in entry.values()]
 
 
 def pages() -> list[Path]:

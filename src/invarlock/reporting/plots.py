@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["draw"]
 
 _WIDTH = 540  # px, the width of half a page; the SVG scales
+_LINE = 22  # px, room below a picture for what a mark tells
 _INK, _MUTED, _GRID, _ONE, _TWO, _BAD = (f"#0{n}0{n}0{n}" for n in range(1, 7))
 _VARIABLES = {
     _INK: "--ink", _MUTED: "--muted", _GRID: "--line", _ONE: "--series-1", _TWO: "--series-2", _BAD: "--bad",
@@ -98,8 +99,8 @@ def _svg(figure: Figure, name: str, title: str, description: str) -> Markup:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    for gid, said in _titles(figure).items():
-        text = text.replace(f'<g id="{gid}">', f'<g id="{gid}"><title>{escape(said)}</title>', 1)
+    titles = _titles(figure)
+    text = _told(text, titles)
     text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
     text = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', text)
@@ -108,10 +109,33 @@ def _svg(figure: Figure, name: str, title: str, description: str) -> Markup:
     text = re.sub(r"font: ([0-9.]+px) [^;\"]*", r"font: \1 var(--sans)", text)
     text = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"(?=[^>]*>)', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"(?=[^>]*>)', r"\1", text, count=1)
-    head = Markup('<svg role="img" aria-labelledby="{0}-title {0}-desc"').format(name)
+    head = Markup('<svg role="{1}" aria-labelledby="{0}-title {0}-desc"').format(name, "group" if titles else "img")
     labels = Markup('<title id="{0}-title">{1}</title><desc id="{0}-desc">{2}</desc>').format(name, title, description)
     opened = text.index(">") + 1
     return Markup(head + Markup(text[4:opened]) + labels + Markup(text[opened:].strip()))
+
+
+def _told(text: str, titles: Mapping[str, str]) -> str:
+    """Let every named mark tell its figures below the picture, where it is pointed at, tapped or reached by the keyboard.
+
+    The page has no scripts: each mark holds its line, which its style shows. What can be hit is larger than what is drawn.
+    """
+    if not titles:
+        return text
+    width, height = (float(size) for size in re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)[0])
+    text = text.replace(f'viewBox="0 0 {width:g} {height:g}"', f'viewBox="0 0 {width:g} {height + _LINE:g}"', 1)
+    place = f'x="{width / 2:g}" y="{height + _LINE / 2:g}" text-anchor="middle"'
+    for gid, said in titles.items():
+        start = text.index(f'<g id="{gid}">')
+        spot = re.search(r'<use [^>]*x="([\d.-]+)" y="([\d.-]+)"', text[start:])
+        x, y = spot.groups() if spot else ("0", "0")
+        opened = f'<g id="{gid}" class="mark-told" tabindex="0" role="img" aria-label="{escape(said)}">'
+        around = f'<title>{escape(said)}</title><circle class="reach" cx="{x}" cy="{y}" r="9"/>'
+        line = f'<text class="told" {place}>{escape(said)}</text>'
+        text = text[:start] + text[start:].replace(f'<g id="{gid}">', opened + around + line, 1)
+    hint = f'<text class="hint" {place}>Point at a mark, tap it or move to it by the keyboard for its figures.</text>'
+    end = text.rindex("</svg>")
+    return text[:end] + hint + text[end:]
 
 
 def _quiet(axes: Axes, *, left: bool = False) -> None:
@@ -139,7 +163,7 @@ def _interval(c: Certificate, figure: Figure) -> str | None:
     value = min(value, _FAR)
     ends = [lo, hi, value, limit, neutral]
     room = max(0.12 * (max(ends) - min(ends)), 1e-3)
-    first, last = min(ends) - room, max(ends) + 2 * room
+    first, last = min(ends) - (2 if floor else 1) * room, max(ends) + (1 if floor else 2) * room
     axes = figure.add_subplot()
     if not floor and hi > 3 * limit and lo > 0:
         first, last = min(ends) / 1.2, max(ends) * 1.5
@@ -153,7 +177,7 @@ def _interval(c: Certificate, figure: Figure) -> str | None:
     axes.plot([lo, hi], [0, 0], color=_ONE, linewidth=3, solid_capstyle="butt")
     axes.plot([lo, hi], [0, 0], color=_ONE, linewidth=0, marker="|", markersize=16, markeredgewidth=2)
     axes.plot([value], [0], color=_ONE, marker="o", markersize=9)
-    said, side = f"{r.bound} {form(limit)}", ("left", 6) if floor else ("right", -6)
+    said, side = f"{r.bound} {form(limit)}", ("right", -6) if floor else ("left", 6)  # away from no change
     for text, place, shift, align, colour in (
         (said, (limit, 1.5), (side[1], -4), side[0], _BAD),
         (form(value), (value, 0), (0, -13), "center", _INK),
@@ -259,7 +283,6 @@ def _growth(c: Certificate, figure: Figure) -> str | None:
         places = [i for i, row in enumerate(rows) if row[1] == family]
         axes.scatter(places, [factors[i] for i in places], s=26, marker=_MARKERS[index % len(_MARKERS)], linewidths=0,
                      color=(_ONE, _TWO, _INK, _MUTED)[index % 4], label=_ascii(family, 16))  # fmt: skip
-    _name_the_worst(axes, rows, factors, deadband or 0.1)
     _growth_ticks(axes, reach)
     axes.set_xlim(-1, len(rows))
     axes.set_xlabel("weight matrix, in the model's order")
@@ -294,7 +317,7 @@ def _layers(c: Certificate, figure: Figure) -> str | None:
                                  marker=_MARKERS[place % len(_MARKERS)], linewidths=1.4 if row in worst else 0,
                                  color=(_ONE, _TWO, _INK, _MUTED)[place % 4], edgecolors=_BAD)  # fmt: skip
             point.set_gid(f"point-{label[0]}-{index}")
-            point.set_label(f"{row.name}: {label} {change(value)}")
+            point.set_label(f"{middle_cut(row.name, 44)}: {label} {change(value)}")
         axes.set_ylabel(label, fontsize=10)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
         _quiet(axes, left=True)
@@ -322,15 +345,6 @@ def _growth_ticks(axes: Axes, reach: float) -> None:
     axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _name_the_worst(axes: Axes, rows: list[tuple[str, str, float]], factors: list[float], deadband: float) -> None:
-    order = sorted(range(len(rows)), key=lambda i: -abs(math.log(factors[i])))
-    for i in order[:3]:
-        if abs(factors[i] - 1) > deadband:
-            right = i > len(rows) / 2
-            axes.annotate(_ascii(rows[i][0], 34), (i, factors[i]), (-7 if right else 7, 0), textcoords="offset points",
-                          ha="right" if right else "left", va="center", fontsize=10)  # fmt: skip
 
 
 def _ascii(text: str, width: int) -> str:

@@ -13,12 +13,13 @@ from invarlock.certificate.schema import Certificate, Gate
 from invarlock.guards.boundary import BUILT_IN_GUARDS
 from invarlock.reporting.wording import GATES, MISSING, WORDS, clean, count, fill, gate_words, number
 
-__all__ = ["FOUND_BY_TENSOR", "points", "next_steps", "not_shown", "reason_why", "strength", "warnings"]
+__all__ = ["FOUND_BY_TENSOR", "points", "next_steps", "not_shown", "reason_why", "strength", "told", "warnings"]
 
 _CLAUSES = 4
 _JARGON = re.compile(r" \(z = [^)]*\)")  # for the file
 #: gates whose reasons name a tensor each
 FOUND_BY_TENSOR = {*BUILT_IN_GUARDS, "activation_range"}
+_MEASURES = ("primary_metric", "divergence_kl", "token_flips")
 _UNDECIDED = ("inconclusive", "not_evaluated")
 
 
@@ -35,7 +36,7 @@ def reason_why(c: Certificate) -> str:
     """Return one sentence: what failed, what stayed open, or how close the subject is. Each clause stands there once."""
     status = c.verdict.status
     if status == "PASS":
-        shown = [gate for gate in c.gates if gate.name in ("primary_metric", "divergence_kl", "token_flips")]
+        shown = [gate for gate in c.gates if gate.name in _MEASURES]
         clauses = [_clause(gate, c) for gate in shown]
     else:
         clauses = [_clause(gate, c) for gate in _deciding(c)]
@@ -48,6 +49,17 @@ def reason_why(c: Certificate) -> str:
     more = len(clauses) - _CLAUSES
     said = clauses[:_CLAUSES] + ([f"and {more} more"] if more > 0 else [])
     return _sentence("; ".join(said)) if said else ""
+
+
+def told(gate: Gate, c: Certificate) -> str:
+    """Return in a sentence what a gate found; its recorded reason where there are no words for that."""
+    name, kind = base_name(gate.name), kind_of_text(gate.name)
+    moved = gate.decision in ("fail", "warn", "inconclusive") and name in ("preview_final_drift", "primary_metric_tail")
+    if (moved or name in _MEASURES) and gate.measured is not None:
+        what = _clause(gate, c).removeprefix(f"on {clean(kind)}, ")
+        _, _, where = clean(gate.reason).partition("; ")  # the tensors that stand out, or that none does
+        return _sentence(f"{what}; {where}" if gate.decision == "fail" and where else what)
+    return clean(gate.reason.removeprefix(f"on {kind}: ").removeprefix(f"{name}: "))
 
 
 def _deciding(c: Certificate) -> list[Gate]:

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from invarlock.certificate.gates import kind_of_text
 from invarlock.certificate.schema import Certificate, Gate, GateDecision, GuardSection, PluginGuardSection, Status
 from invarlock.certificate.verify import parse_certificate
 from invarlock.guards.boundary import BUILT_IN_GUARDS
-from invarlock.reporting.story import next_steps, not_shown, points, reason_why, strength
+from invarlock.reporting.story import next_steps, not_shown, points, reason_why, strength, told
 from invarlock.reporting.wording import (
     DECISIONS,
     FORMS,
@@ -222,15 +221,9 @@ def _gate_row(gate: Gate, c: Certificate) -> GateRow:
         limit=f"{words.bound} {limit}".strip() if limit != MISSING else MISSING,
         basis=clean(gate.basis),
         meaning=words.meaning,
-        why=clean(_without_slice(gate)),
+        why=told(gate, c),
         next_step=_next_step(gate, c),
     )
-
-
-def _without_slice(gate: Gate) -> str:
-    """Return the reason of a gate without the kind of text, which its title says."""
-    kind = kind_of_text(gate.name)
-    return gate.reason.removeprefix(f"on {kind}: ") if kind else gate.reason
 
 
 def _next_step(gate: Gate, c: Certificate) -> str:
@@ -271,6 +264,9 @@ def values(c: Certificate) -> dict[str, object]:
         "confidence_note": sure or c.confidence.basis,
         "meta": c.meta,
         "pm": pm,
+        "metric": WORDS["kinds"].get(pm.kind, pm.kind),
+        "told": {gate.name: told(gate, c) for gate in c.gates},
+        "tail_moved": any(g.name == "primary_metric_tail" and g.decision in ("warn", "fail") for g in c.gates),
         "measured": pm.decision != "not_evaluated",
         "primary": FORMS[r.form](getattr(pm, r.value)),
         "around": fill(f"{{pm.display_ci:[{r.form}]}}", {"pm": pm}),
@@ -512,7 +508,7 @@ def _guard(c: Certificate, name: str) -> Section:
     tables, plots = _EXTRAS.get(name, (lambda _: [], ()))
     if section is None or all(gate.name != name for gate in c.gates):
         return Section(name, title, ["Not measured: this guard did not run."], plots=plots)
-    return Section(name, title, [_outcome(section)], _metrics(section), tables(section), plots)
+    return Section(name, title, [_outcome(section, f"{name}: ")], _metrics(section), tables(section), plots)
 
 
 def _findings(c: Certificate) -> Iterator[Section]:
@@ -531,18 +527,27 @@ def _plugins(c: Certificate) -> Iterator[Section]:
         yield Section(f"plugin-{index}", title, [_outcome(section)], facts, tables, wide=bool(tables))
 
 
-def _outcome(section: GuardSection | PluginGuardSection) -> str:
+def _outcome(section: GuardSection | PluginGuardSection, lead: str = "") -> str:
     word = "Not evaluated" if not section.evaluated else "Passed" if section.passed else "Failed"
-    return f"{word}: {clean(section.message)}"
+    return f"{word}: {clean(section.message).removeprefix(lead)}"
 
 
 def _metrics(section: GuardSection | PluginGuardSection) -> list[Fact]:
     """What a guard counted, but for the nested figures of a built-in one, which has a table for them."""
     built_in = isinstance(section, GuardSection)
+    words = WORDS["metrics"] if built_in else {}
     shown = {
-        key: value for key, value in section.metrics.items() if not (built_in and isinstance(value, Mapping | list))
+        key: value
+        for key, value in section.metrics.items()
+        if not (built_in and (value is None or isinstance(value, Mapping | list)))
     }
-    return [Fact(clean(key, 80).replace("_", " "), plain(value)) for key, value in shown.items()]
+    return [
+        Fact(
+            words.get(key) or clean(key, 80).replace("_", " "),
+            FORMS["change"](value) if key == "max_growth" else plain(value),
+        )
+        for key, value in shown.items()
+    ]
 
 
 def _found(section: GuardSection | PluginGuardSection) -> list[dict[str, object]]:
