@@ -31,7 +31,7 @@ class Plan(NamedTuple):
 
 
 #: what `tiers.yaml` says, and what it could
-CURRENT = Plan(60)
+CURRENT = Plan(60, 8)
 PLANS = tuple(Plan(early, 8) for early in (30, 40, 50, 60))
 #: fewer cells for the plans that are only compared
 EARLIER = {"simulations": 2000, "values": ("skew 2", "skew 6", "rare"), "sizes": ("equal", "geometric"), "iccs": (0.3,),

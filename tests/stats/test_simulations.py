@@ -13,6 +13,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from invarlock.policy.resolve import TIERS, resolve_policy
 from invarlock.stats import studentised
 from invarlock.stats.intervals import weighted_mean_interval
 from invarlock.stats.proportions import accuracy_score_paired
@@ -28,6 +29,13 @@ def tables() -> Iterator[ModuleType]:
         from benchmarks.statistics import tables
 
         yield tables
+
+
+@pytest.fixture(scope="module")
+def looks(tables: ModuleType) -> ModuleType:
+    from benchmarks.statistics import sequential
+
+    return sequential
 
 
 def margin(chance: float, samples: int) -> float:
@@ -95,15 +103,20 @@ def test_documents_decide_where_windows_of_the_same_ones_do_not(tables: ModuleTy
 
 
 @pytest.mark.slow
-def test_looks_keep_both_errors_and_most_of_the_power(tables: ModuleType) -> None:
-    samples = tables.FAST.simulations
-    rows = [row for row in tables.sequential(tables.FAST) if row["values"] == "normal"]
-    assert [row["inside"] for row in rows] == [0.0, 1.0, 2.0, 4.0]
-    assert rows[0]["passes"] <= 0.03 + margin(0.03, samples)
-    assert rows[0]["fails"] <= 0.025 + margin(0.025, samples)
-    assert rows[1]["passes"] >= rows[1]["whole"] - 0.08
-    assert rows[2]["mean used"] < 0.6 and rows[3]["median used"] <= 0.3
-    assert rows[2]["passes"] > 0.97 and rows[3]["fails"] == 0.0
+def test_looks_keep_both_errors_and_most_of_the_power(tables: ModuleType, looks: ModuleType) -> None:
+    extent = tables.FAST._replace(values=("normal",), sizes=("equal",))
+    (row,) = looks.sequential(extent, (looks.Plan(30, 8),))
+    assert row["false pass"] <= 0.03 + margin(0.03, extent.simulations)
+    assert row["false fail"] <= 0.025 + margin(0.025, extent.simulations)
+    assert row["power"] > 0.76 - margin(0.76, extent.simulations)
+    assert row["covers"] > 0.95 - margin(0.95, extent.simulations)
+    assert row["used 2"] < 0.6 and row["used 4"] < 0.35
+
+
+def test_the_plan_simulated_is_that_of_the_tiers(looks: ModuleType) -> None:
+    for tier in TIERS:
+        sample = resolve_policy(tier).limits.sample
+        assert (sample.early_documents, sample.first_documents) == looks.CURRENT
 
 
 def test_answers_at_the_floor_seldom_pass(tables: ModuleType) -> None:
