@@ -96,14 +96,17 @@ def reading(*folders: Path) -> float:
 
 
 CHILD = """
-import resource, sys, time
+import re, sys, time
+from pathlib import Path
 import torch, transformers
 from invarlock.flow.diff import diff
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-started = time.perf_counter()
+
+def peak():  # megabytes; unlike ru_maxrss it does not start from the parent's
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+base, started, used = peak(), time.perf_counter(), time.process_time()
 found = diff(sys.argv[1], sys.argv[2])
-seconds = time.perf_counter() - started
-print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base, found.summary[0], sep="|")
+print(time.perf_counter() - started, time.process_time() - used, peak() - base, found.summary[0], sep="|")
 """
 
 
@@ -124,12 +127,11 @@ def main() -> None:
         told = subprocess.run(
             [sys.executable, "-c", CHILD, *map(str, folders)], capture_output=True, text=True, check=True
         )
-        seconds, peak, summary = told.stdout.strip().split("|")
+        seconds, used, peak, summary = told.stdout.strip().split("|")
         print(f"pair of {size / 1e9:.2f} GB in all, {os.environ.get('OMP_NUM_THREADS', 'all')} threads: {summary}")
-        print(
-            f"reading {read:.1f} s, diff {float(seconds):.1f} s ({float(seconds) / read:.2f} x), memory above the imports "
-            f"{int(peak) / 2**20:.2f} GB (pages of mapped files among them)"
-        )
+        ratio = f"{float(seconds) / read:.2f} x"
+        print(f"reading {read:.1f} s; diff {float(seconds):.1f} s ({ratio}), of the processor {float(used):.1f} s")
+        print(f"memory above the imports {float(peak) / 1024:.2f} GB, pages of mapped files among them")
     finally:
         shutil.rmtree(arguments.work)
 
