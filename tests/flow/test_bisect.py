@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from certification import round_weights
 from invarlock.core.exceptions import ConfigError, EditError
 from invarlock.flow import bisect as search_flow
 from invarlock.flow.bisect import Bisection, BisectRequest, Search, bisect, open_search, seconds
 from invarlock.flow.damage import Trials
+from invarlock.flow.diff import diff
 from invarlock.flow.repair import choose, ignore_lists, write_repaired
 from invarlock.flow.sensitivity import sensitivity
 
@@ -60,6 +63,21 @@ def test_the_damaged_tensor_comes_first_and_giving_it_back_is_enough(opened: Ope
     for name, value in search.subject.state_dict().items():
         assert torch.equal(value, before[name]), "trials leave the subject as it was"
     assert not any(parameter.grad is not None for parameter in search.baseline.parameters())
+
+
+def test_a_second_fault_that_shows_nothing_beside_the_first_comes_second(
+    opened: Opened, copy_model: Callable[..., Path], llama_model: Path
+) -> None:
+    faults = {"model.norm.weight", "model.layers.2.mlp.up_proj.weight"}
+
+    def change(model: Any) -> None:
+        round_weights(8)(model)
+        for name, tensor in model.named_parameters():
+            if name in faults:
+                tensor.neg_()
+
+    found = bisect(opened(copy_model(llama_model, change)))
+    assert {change.name for change in found.ranking[:2]} == faults, found.lines
 
 
 def test_damage_everywhere_is_called_uniform(
@@ -114,6 +132,28 @@ def test_a_repair_is_written_with_the_baseline_s_tensors_and_loads(
     assert lists["llm-compressor"]["ignore"] == [CULPRIT.removesuffix(".weight")]
     assert [path.name for path in tmp_path.iterdir()] == ["mended"]
     assert Trials(search.job, search.baseline, search.subject, search.windows.preview).damage(made.names).passes
+
+
+def test_a_repaired_packed_checkpoint_holds_dense_tensors_and_lists_them(
+    llama_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    from benchmarks.diff_corpus import ROLES, write
+
+    tensors = {name: value.float() for name, value in load_file(llama_model / "model.safetensors").items()}
+    packed = write(tmp_path / "packed", tensors, "packed", llama_model, ROLES["llama"])
+    names = {CULPRIT, "model.layers.0.self_attn.q_proj.weight"}
+    lists = ignore_lists(sorted(names), llama_model)
+    out = tmp_path / "mended"
+    write_repaired(packed, llama_model, names, None, out, lists)
+    done = {change.name: change for change in diff(str(llama_model), str(out)).changes}
+    assert all(done[name].identical for name in names)
+    assert [op.name for op in done["model.layers.0.mlp.down_proj.weight"].operations] == ["rounded"]
+    settings = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert set(settings["ignore"]) == {name.removesuffix(".weight") for name in names}
+    assert not any(
+        name.startswith(CULPRIT.removesuffix("weight") + "weight_") for name in load_file(out / "model.safetensors")
+    )
 
 
 def test_sensitivity_ranks_an_edit_before_it_is_made(opened: Opened, llama_model: Path) -> None:

@@ -25,7 +25,7 @@ _VALUES = 96  # values a group that are looked at
 _PROBES = 10  # values that a number of steps must fit before all are looked at
 _TRIES = 24
 _FIRST = (16, 64)  # sizes of groups, and the whole line, of which one must fit
-_SIZES = (1024, 512, 256, 128, 64, 32, 16)
+_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 _SLACK = 1.1  # on the error of rounding to the stored type
 _EXACT = 6e-5  # single precision's own error at the most steps
 _FITTING = 0.9  # share of the groups that can tell which must fit
@@ -119,11 +119,16 @@ def _largest_group(lines: Tensor, axis: str, code: str, fit: _Code, unit: float)
     width = lines.shape[1]
     if lines.numel() < 64 or not any(_bits(lines, size, fit, unit) for size in (*_FIRST, width) if size <= width):
         return None
-    sizes = [width, *(size for size in _SIZES if size < width)]
-    bits = {size: found for size in sizes if (found := _bits(lines, size, fit, unit))}
+    bits: dict[int, int] = {}
+    for size in (*(size for size in _SIZES if size < width), width):
+        found_bits = _bits(lines, size, fit, unit)
+        if found_bits:
+            bits[size] = found_bits
+        elif bits:
+            break  # a group that fits consists of smaller ones that do
     if not bits:
         return None
-    group = next(size for size, found in bits.items() if found <= min(bits.values()) + 1)
+    group = max(size for size, found in bits.items() if found <= min(bits.values()) + 1)
     measured = fit(_groups(lines, group), unit)
     if group == width and len(lines) > 1:
         whole = fit(_thinned(lines.reshape(1, -1), 4 * _VALUES), unit)

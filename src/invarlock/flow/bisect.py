@@ -3,7 +3,7 @@
 1. models: load both, tell which parameters differ; cut windows to search on, and others that are held back
 2. blocks: one pass of both over a few windows: where their hidden states part
 3. ranking: expected damage of every change alone, from the baseline's gradients
-4. alone: give back the first of the ranking one by one, and measure what each recovers
+4. alone: give back the first of the ranking one by one, and measure what each recovers; then who recovers most beside it
 5. together: give back the first two, three, five ... until what is left passes; the smallest number by halving
 
 Whatever ends it early (a budget, Ctrl-C), what was found is kept.
@@ -32,6 +32,8 @@ _PARTING_WINDOWS = 8
 _RANKING_WINDOWS = 32
 _ALONE = 6
 _LARGE = 2  # of those with the largest relative change, tried alone whatever their rank
+_PLACES = 3  # places of the ranking that are filled one after the other
+_NEXT = 4  # tensors that are tried for the second place and the third
 _STEPS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 610)
 _HALF = 0.5
 _KEPT = (
@@ -216,8 +218,25 @@ def _alone(search: Search, found: Bisection, trials: Trials) -> None:
         tried[name] = trials.damage([name])
         found.alone = dict(sorted(tried.items(), key=lambda pair: pair[1].kl.estimate))
         search.job.tick("giving back one tensor", done + 1, len(chosen))
-    first = {name: place for place, name in enumerate(found.alone)}
-    found.ranking.sort(key=lambda change: first.get(change.name, len(first)))
+    first = dict.fromkeys([*_one_after_the_other(search, found, trials), *found.alone])
+    order = {name: place for place, name in enumerate(first)}
+    found.ranking.sort(key=lambda change: order.get(change.name, len(order)))
+
+
+def _one_after_the_other(search: Search, found: Bisection, trials: Trials) -> list[str]:
+    """Return the first places: who recovers most alone, then who does once those before are given back. Beside great damage
+    a second one shows nothing alone; its expected damage does not depend on the first."""
+    placed = list(found.alone)[:1]
+    found.together.update((1, found.alone[name]) for name in placed)
+    left = sorted((change for change in found.ranking if change.name in found.alone), key=_worst_first)
+    while placed and len(placed) < _PLACES and not found.together[len(placed)].passes and not search.late():
+        names = [change.name for change in left if change.name not in placed][:_NEXT]
+        tried = {name: trials.damage([*placed, name]) for name in names}
+        if not tried:
+            break
+        placed.append(min(tried, key=lambda name: tried[name].kl.estimate))
+        found.together[len(placed)] = tried[placed[-1]]
+    return placed
 
 
 def _together(search: Search, found: Bisection, damage: Callable[[Sequence[str]], Damage]) -> None:

@@ -43,6 +43,7 @@ _TOKENIZER = (
     "merges.txt",
     "vocab.txt",
 )
+_TEXTS = frozenset((".json", ".jinja", ".txt", ".model", ".py"))
 _PROBES = 64
 _CANCELS = 0.02
 _MOST_ROLES = 6
@@ -342,7 +343,9 @@ def _untouched(found: Diff) -> str:
 
 
 def _settings(old: Path, new: Path) -> Iterator[str]:
-    """Tell what the files beside the weights say differently."""
+    """Tell what the files beside the weights say differently; where they are the same, no library is asked what they say."""
+    if (beside := _beside(old)) is not None and beside == _beside(new):
+        return
     told = [_told(folder) for folder in (old, new)]
     yield from _differences("configuration", *(acts for acts, _ in told))
     sides = [used for _, used in told]
@@ -353,6 +356,14 @@ def _settings(old: Path, new: Path) -> Iterator[str]:
         yield f"chat template: {'added' if here is None else 'removed' if there is None else 'another one'}"
     if any(_bytes(old / name) != _bytes(new / name) for name in _TOKENIZER):
         yield from _tokenizers(old, new)
+
+
+def _beside(folder: Path) -> dict[str, bytes] | None:
+    """Return the files of a folder that are no weights; None for a single file, and where there are folders within."""
+    if not folder.is_dir() or any(path.is_dir() for path in folder.iterdir()):
+        return None
+    kept = (path for path in folder.iterdir() if path.suffix in _TEXTS and not path.name.endswith(".index.json"))
+    return {path.name: path.read_bytes() for path in kept}
 
 
 def _bytes(path: Path) -> bytes | None:
