@@ -54,6 +54,7 @@ def test_a_pass_writes_the_whole_bundle_and_exits_with_0(
     result = script("certify", *arguments, "--timing")
     assert result.returncode == 0, result.stderr
     assert "PASS" in result.stdout and "evaluation.cert.json" in result.stdout
+    assert f"MB in all; to free it: invarlock cache clear --runs {tmp_path / 'runs'}" in result.stdout
     folder = tmp_path / "cert"
     assert _files(folder) == BUNDLE
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))

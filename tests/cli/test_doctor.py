@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from pathlib import Path
 
 import pytest
+
+from invarlock.cli.certify import certify as certify_command
+from invarlock.cli.doctor import doctor as doctor_command
 
 
 @pytest.fixture(autouse=True)
@@ -55,3 +59,22 @@ def test_it_works_without_torch(script) -> None:
 
 def test_an_unknown_profile_is_wrong_usage(cli) -> None:
     assert cli("doctor", "--profile", "nightly").exit_code == 2
+
+
+def test_the_command_line_of_certify_is_taken_as_it_is(cli, demo_model: Path, tmp_path: Path) -> None:
+    certify = inspect.signature(certify_command).parameters
+    assert set(certify) <= set(inspect.signature(doctor_command).parameters)
+    given = ["--baseline", str(demo_model), "--edited", str(tmp_path / "none"), "--profile", "dev", "--no-early-stop"]
+    result = cli("doctor", *given, "--cert-out", str(tmp_path / "c"), "--out", str(tmp_path / "r"), "--json")
+    found = json.loads(result.stdout)["findings"]
+    assert result.exit_code == 1 and result.stdout.count("\n") == 1
+    assert [item["message"].split(":")[0] for item in found if item["code"] == "D040"] == [
+        f"the subject {tmp_path / 'none'} cannot be used"
+    ]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", [["--intent", "destroy"], ["--preset", "casual"], ["--engine", "x=y"]])
+def test_what_certify_would_refuse_is_an_error(cli, demo_model: Path, option: list[str]) -> None:
+    result = cli("doctor", "--baseline", str(demo_model), "--subject", str(demo_model), *option)
+    assert result.exit_code == 1 and result.stdout.startswith("ERROR: [INVARLOCK:D020]")

@@ -77,3 +77,20 @@ def test_an_output_that_cannot_be_written_is_found_first(cli: Cli, demo_model: P
     result = cli("certify", "--baseline", "/no/such", "--subject", str(demo_model), *flags)
     assert result.exit_code == 2 and "name another" in result.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+
+def test_stored_runs_are_freed_and_nothing_else_below_their_folder(cli: Cli, tmp_path: Path) -> None:
+    runs = tmp_path / "my runs"
+    for name in ("source/20260101T000000000000Z", "edited/20260101T000000000001Z", "edited/kept", ".partial"):
+        (runs / name).mkdir(parents=True)
+        (runs / name / "report.json").write_text("{}")
+    (runs / "notes.txt").write_text("mine")
+    result = cli("cache", "clear", "--runs", str(runs))
+    assert (result.exit_code, result.stdout) == (0, f"removed 3 runs (6 bytes) from {runs}\n")
+    assert {str(path.relative_to(runs)) for path in runs.rglob("*")} == {
+        "notes.txt",
+        "edited",
+        "edited/kept",
+        "edited/kept/report.json",
+    }
+    assert json.loads(cli("cache", "clear", "--runs", str(tmp_path / "none"), "--json").stdout)["removed"] == 0

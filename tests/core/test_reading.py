@@ -51,6 +51,8 @@ def odd(tmp_path: Path) -> Callable[[str], Path]:
             path.symlink_to(path)
         elif kind == "device":
             path.symlink_to("/dev/zero")
+        elif kind == "unreadable":  # a regular file, as its kind goes
+            path.symlink_to("/proc/self/mem")
         elif kind == "long name":
             return tmp_path / ("x" * 5000)
         elif kind == "NUL":
@@ -62,10 +64,10 @@ def odd(tmp_path: Path) -> Callable[[str], Path]:
     return make
 
 
-@pytest.mark.parametrize("kind", ["pipe", "circle of links", "device", "long name", "NUL", "not UTF-8"])
+@pytest.mark.parametrize("kind", ["pipe", "circle of links", "device", "unreadable", "long name", "NUL", "not UTF-8"])
 @pytest.mark.parametrize("reader", READERS)
 def test_only_regular_files_are_read(odd: Callable[[str], Path], kind: str, reader: str) -> None:
-    with pytest.raises(InvarlockError, match="pipe|device|opened|no such file|no data file|no report"):
+    with pytest.raises(InvarlockError, match="pipe|device|opened|cannot be read|no such file|no data file|no report"):
         READERS[reader](odd(kind))
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
+import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,3 +116,16 @@ def test_starting_imports_neither_torch_nor_a_plotting_library() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", [True, 3, "x", [1], {}, None])
+@pytest.mark.parametrize("render", [render_markdown, render_junit, explain])
+def test_a_policy_of_another_kind_is_shown_or_refused_by_name(render: Callable[..., str], value: object) -> None:
+    """A reader who shows an altered certificate gets its page or one of our errors."""
+    frozen = json.loads((Path(__file__).parents[1] / "assets/certificates/pass_8bit.json").read_text(encoding="utf-8"))
+    policy = frozen["resolved_policy"]
+    for key in policy:
+        for changed in ({**policy, key: value}, {**policy, key: {name: value for name in policy[key]}}):
+            with contextlib.suppress(CertificateError):
+                assert render({**frozen, "resolved_policy": changed})

@@ -21,7 +21,7 @@ import rfc8785
 
 from invarlock.core.exceptions import InvarlockError, ModelLoadError
 from invarlock.core.files import write_whole
-from invarlock.core.reading import check_size, parse_json, read_regular
+from invarlock.core.reading import check_size, open_regular, parse_json, read_regular
 from invarlock.evidence.plain import canonical
 
 __all__ = ["Pack", "is_pack", "pack_bytes", "read_pack", "write_pack"]
@@ -70,10 +70,10 @@ def write_pack(path: Path, about: Mapping[str, Any], members: Mapping[str, bytes
 
 
 def is_pack(path: Path) -> bool:
-    """Say whether a path is a file that begins as packs do."""
+    """Say whether a path is a file that begins as packs do. Raises ModelLoadError for a file that cannot be read."""
     if not os.path.isfile(path):  # Path.is_file raises where a name is too long
         return False
-    with path.open("rb") as file:
+    with open_regular(path, "a checkpoint, a report or a pack", ModelLoadError) as file:
         return file.read(len(_MAGIC)) == _MAGIC
 
 

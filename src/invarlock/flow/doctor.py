@@ -261,7 +261,7 @@ def _places(resolved: RunSettings) -> Iterator[Finding]:
 def _is_cached(identifier: str) -> bool:
     own = Path(os.environ.get("HF_HOME") or home() / ".cache" / "huggingface")
     hub = Path(os.environ.get("HF_HUB_CACHE") or own / "hub")
-    return (hub / f"models--{identifier.replace('/', '--')}" / "snapshots").is_dir()
+    return os.path.isdir(hub / f"models--{identifier.replace('/', '--')}" / "snapshots")
 
 
 def _sample(resolved: RunSettings, sample: Sample, packaged: Sample) -> Iterator[Finding]:

@@ -187,9 +187,10 @@ FORMS: Mapping[str, Form] = {
 
 
 def find(value: object, path: str) -> object:
-    """Return what stands at a dotted path of mappings and typed sections; None where a mapping lacks it."""
+    """Return what stands at a dotted path of mappings and typed sections; None where a mapping lacks it, or where a value
+    of another kind stands in a mapping's place, as in an altered certificate."""
     for part in path.split("."):
-        if value is None:
+        if value is None or isinstance(value, bool | int | float | str | list):
             return None
         value = value.get(part) if isinstance(value, Mapping) else getattr(value, part)
     return value

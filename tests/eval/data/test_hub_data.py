@@ -83,6 +83,7 @@ def test_what_is_not_there_is_named_with_what_is(tmp_path: Path, options: dict[s
 
 
 def test_an_unreadable_folder_is_a_data_error(tmp_path: Path) -> None:
+    (tmp_path / "train.parquet").write_bytes(b"no parquet")
     with pytest.raises(DataError, match="cannot read the data set"):
         get_provider("hf_text", dataset_name=str(tmp_path)).documents()
     with pytest.raises(ConfigError, match="needs 'dataset_name'"):

@@ -20,7 +20,6 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import islice
 from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -28,6 +27,7 @@ import numpy as np
 from invarlock.checkpoints.tokenizer import special_tokens_around
 from invarlock.core import settings
 from invarlock.core.exceptions import DataError, TooLittleTextError
+from invarlock.core.reading import check_size
 from invarlock.evidence.plan import document_order
 from invarlock.evidence.windows import IGNORED, EvaluationWindow
 
@@ -48,6 +48,7 @@ __all__ = [
 
 MIN_SCORED_TOKENS = 8
 _BATCH = 64  # documents tokenised at once: enough to keep a fast tokenizer busy, few enough to stop early
+_CHARACTERS = 2_000_000  # of them together: a token takes a hundred times as much while it is being made
 
 #: one of the `transformers` library, or anything that is called like it: a list of texts in, their ids under `input_ids`
 Tokenizer: TypeAlias = Callable[..., Mapping[str, Sequence[Sequence[int]]]]
@@ -239,12 +240,14 @@ class TextProvider(Provider):
 
     def _rows(self, tokenizer: Tokenizer, request: _Request, split: str | None) -> Iterator[list[_Window]]:
         texts = self._usable("text", [self._mended(each) for each in self.documents(split)], lambda each: (each.text,))
-        for batch in _batches(sorted(texts, key=lambda group: request.key(group[0].document_id))):
+        ordered = sorted(texts, key=lambda group: request.key(group[0].document_id))
+        for batch in _batches(ordered, lambda group: len(group[0].text)):
             encoded = tokenizer([group[0].text for group in batch], add_special_tokens=False, verbose=False)
             for group, ids in zip(batch, encoded["input_ids"], strict=True):
                 yield _cut(group[0].document_id, ids, request, len(group))
 
     def _mended(self, document: Document) -> Document:
+        check_size("line", f"the document {document.document_id}", DataError, size=len(document.text))
         text = _without_half_pairs(document.text)
         self._remark(
             int(text != document.text), f"half a surrogate pair in the text of {document.document_id}, replaced"
@@ -278,11 +281,13 @@ class PairProvider(Provider):
             pair._replace(source=_without_half_pairs(pair.source), target=_without_half_pairs(pair.target))
             for pair in self.pairs(split)
         ]
+        for pair in mended:
+            check_size("line", f"the pair {pair.pair_id}", DataError, size=len(pair.source) + len(pair.target))
         for same in self._usable("pair", mended, lambda pair: (pair.source, pair.target)):
             groups[same[0].document_id] += [pair._replace(document_id=same[0].document_id) for pair in same]
         cut, tail = 0, len(special_tokens_around(tokenizer)[1]) if request.special else 0
         try:
-            for batch in _batches(sorted(groups, key=request.key)):
+            for batch in _batches(sorted(groups, key=request.key), lambda name: _characters(groups[name])):
                 flat = [pair for document_id in batch for pair in groups[document_id]]
                 how = {} if request.special and not request.joined else {"add_special_tokens": False}
                 sources = tokenizer([pair.source for pair in flat], verbose=False, **how)["input_ids"]
@@ -352,10 +357,21 @@ def _token_bytes(ids: Sequence[int]) -> bytes:
     return np.asarray(ids, dtype="<i8").tobytes()
 
 
-def _batches(items: Sequence[_T]) -> Iterator[list[_T]]:
-    rest = iter(items)
-    while batch := list(islice(rest, _BATCH)):
+def _batches(items: Sequence[_T], length: Callable[[_T], int] = lambda item: 0) -> Iterator[list[_T]]:
+    """Yield up to so many items, and of long ones no more than so many characters, at once."""
+    batch, held = list[_T](), 0
+    for item in items:
+        if batch and (len(batch) == _BATCH or held + length(item) > _CHARACTERS):
+            yield batch
+            batch, held = [], 0
+        batch.append(item)
+        held += length(item)
+    if batch:
         yield batch
+
+
+def _characters(pairs: Sequence[Pair]) -> int:
+    return sum(len(pair.source) + len(pair.target) for pair in pairs)
 
 
 def _without_half_pairs(text: str) -> str:

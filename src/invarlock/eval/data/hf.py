@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from invarlock.core.exceptions import ConfigError, DataError, DependencyError, NetworkError
+from invarlock.core.files import first_line
 from invarlock.core.network import network_allowed
 from invarlock.core.reading import open_regular
 from invarlock.eval.data.base import FieldPairsProvider, FieldsProvider, FieldTextProvider
@@ -85,8 +86,8 @@ def load_split(dataset_name: str, config_name: str | None, split: str | None) ->
         else:
             access = datasets.DownloadConfig(local_files_only=not allowed)
             loaded = datasets.load_dataset(dataset_name, config_name, download_config=access)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().partition("\n")[0][:200]
+    except Exception as error:  # the library's errors have many roots; each is a data set that cannot be had
+        reason = first_line(error)[:200]
         if not (local or allowed):
             raise NetworkError(
                 f"the data set '{dataset_name}' is neither a local folder nor cached, and the network is not allowed: "

@@ -44,7 +44,8 @@ class Wikitext2Provider(TextProvider):
         """Whether the data set can be read without the network; looks at file names only and imports nothing."""
         own = Path(os.environ.get("HF_HOME") or home() / ".cache" / "huggingface")
         cache = Path(os.environ.get("HF_DATASETS_CACHE") or own / "datasets")
-        return any((cache / "Salesforce___wikitext" / _CONFIG).glob("*/*/*validation*.arrow"))
+        folder = cache / "Salesforce___wikitext" / _CONFIG
+        return os.path.isdir(folder) and any(folder.glob("*/*/*validation*.arrow"))
 
 
 def _articles(split: str, rows: Iterable[str]) -> list[Document]:
