@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from invarlock.certificate.reports import evidence_of
 from invarlock.checkpoints.side import Side
 from invarlock.checkpoints.tokenizer import special_tokens_around
-from invarlock.core.exceptions import ConfigError, ModelLoadError, PairingError, TooLittleTextError
+from invarlock.core.exceptions import ConfigError, InvarlockError, ModelLoadError, PairingError, TooLittleTextError
 from invarlock.core.network import network_allowed
 from invarlock.eval.data import EvaluationWindow, Provider, get_provider
 from invarlock.eval.data.base import Tokenizer
@@ -21,7 +22,15 @@ from invarlock.evidence.windows import TextOrigin, Windows, mask_tokens, windows
 from invarlock.flow.job import Job
 from invarlock.policy.config import DatasetSection, SliceSection
 
-__all__ = ["EMBEDDED", "MOST_SEQ_LEN", "check_same_data", "cut_windows", "dataset_options", "reuse_windows"]
+__all__ = [
+    "EMBEDDED",
+    "MOST_SEQ_LEN",
+    "check_same_data",
+    "cut_windows",
+    "dataset_options",
+    "read_again",
+    "reuse_windows",
+]
 
 MOST_SEQ_LEN = 512
 _SEED = 42
@@ -54,11 +63,38 @@ def reuse_windows(report: Mapping[str, Any], *, reused: bool = True) -> Windows:
     data = evidence_of(report, "baseline").data
     if not data.digest:
         raise PairingError("the baseline report has no provider digest; measure the baseline again", code="E004")
-    origin = TextOrigin(data.provider, data.options, data.stride, data.seed, data.split, reused=reused)
+    origin = TextOrigin(
+        data.provider, data.options, data.stride, data.seed, data.split, reused, data.texts, data.remarks
+    )
     windows = Windows.from_dict(report.get("evaluation_windows") or {}, origin, data.slices)
     if windows.digest() != data.digest:
         raise PairingError("the baseline report's windows are not those it measured; measure it again", code="E006")
     return windows
+
+
+def read_again(data: DataFacts, windows: Windows) -> dict[tuple[str | None, str], str]:
+    """Return the documents that stored windows of running text were cut from, by slice and id; {} where they are not at
+    hand as they were."""
+    found: dict[tuple[str | None, str], str] = {}
+    parts: list[tuple[str | None, DataFacts]] = [*(data.slices or {}).items()] or [(None, data)]
+    for name, part in parts:
+        chosen = {window.document for window in windows.all if window.slice == name}
+        try:
+            provider = get_provider(part.provider, **part.options)
+            texts = provider.texts_of(chosen, part.split) if provider.kind == "text" else {}
+        except InvarlockError:  # its text may be elsewhere, or another by now
+            return {}
+        if part.texts is None or _digest(texts) != part.texts:
+            return {}
+        found |= {(name, document): text for document, text in texts.items()}
+    return found
+
+
+def _digest(texts: Mapping[str, str]) -> str:
+    sha = hashlib.sha256()
+    for row in sorted(texts.items()):
+        sha.update("\x1f".join((*row, "\x1e")).encode("utf-8", "surrogatepass"))
+    return sha.hexdigest()
 
 
 def check_same_data(data: DataFacts, dataset: Mapping[str, Any]) -> None:
@@ -217,10 +253,12 @@ def _cut(job: Job, side: Side, dataset: Mapping[str, Any], counts: tuple[int, in
         )
     parts = _parts(job, provider, side.tokenizer, counts, where, **cut)
     chosen = {name for part in parts for name in part.document_ids}
-    job.texts.append(lambda: provider.texts_of(chosen, split))
-    job.notes += [f"{where}{remark}" for remark in getattr(provider, "remarks", ())]
+    texts, remarks = provider.texts_of(chosen, split), list(getattr(provider, "remarks", ()))
+    job.texts |= texts
+    job.notes += [f"{where}{remark}" for remark in remarks]
     told = provider.describe()
-    origin = TextOrigin(told["name"], told["options"], stride, seed, split)
+    digest = _digest(texts) if texts else None
+    origin = TextOrigin(told["name"], told["options"], stride, seed, split, texts=digest, remarks=remarks or None)
     return windows_from_provider(*parts, seq_len, counts, origin).used_by(job.metric.task)
 
 
