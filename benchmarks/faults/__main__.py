@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__.splitlines()[0])
     parser.add_argument("--model", action="append", metavar="NAME|FOLDER", help="which models (default: all)")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "faults", help="where single runs are kept")
-    parser.add_argument("--only", help="only the edits whose name holds this")
+    parser.add_argument("--only", help="only the edits whose name a pattern finds")
     parser.add_argument("--backwards", action="store_true", help="from the last case on, beside another process")
     parser.add_argument("--table", action="store_true", help="run nothing; judge again what is stored")
     parser.add_argument("--as-judged", action="store_true", help="with the verdicts of the day, not judged again")

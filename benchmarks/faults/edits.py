@@ -440,6 +440,19 @@ def foreign_tokenizer(folder: Path, place: Place) -> Culprits:
     return {"tokenizer"}
 
 
+def end_of_text(folder: Path, place: Place) -> Culprits:
+    """Write another end of the text into config.json: the model does not stop any more."""
+    return _configure(folder, _first(("eos_token_id",), lambda token: token + 7)) or None
+
+
+def second_set(folder: Path, place: Place) -> Culprits:
+    """Leave pickled weights of another state beside the file: some tools read those."""
+    tensors = load_file(folder / "model.safetensors")
+    name = min(tensors)
+    torch.save(tensors | {name: tensors[name] * 2}, folder / "pytorch_model.bin")
+    return {name}
+
+
 def rewritten(change: Callable[[Path, torch.Generator], set[str] | None]) -> Callable[[Path, Place], Culprits]:
     """An edit of the saved tensors that needs no model."""
     return lambda folder, place: change(folder, place.rng)
@@ -514,4 +527,6 @@ EDITS: tuple[Edit, ...] = (
     Edit("activation", "structure", files=configure("activation")),
     Edit("head count", "structure", files=configure("heads")),
     Edit("foreign tokenizer", "structure", files=foreign_tokenizer),
+    Edit("end of text changed", "structure", files=end_of_text),
+    Edit("two sets of weights", "structure", files=second_set),
 )

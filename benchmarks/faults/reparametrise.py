@@ -1,8 +1,8 @@
 """Edits of a saved checkpoint that change its weights and not its function, and damage to rows that no text touches.
 
-Written over the names of tensors: Llama-likes, GPT-2 and GPT-NeoX. Each returns the names of what it changed, or None
-where the architecture has no place for it. Tensors are stored in single precision, so that what is preserved is
-preserved to rounding.
+Written over the names of tensors: Llama-likes, GPT-2, GPT-NeoX and T5; BERT's norms are read by what adds to them too, so
+that their gains cannot move. Each returns the names of what it changed, or None where the architecture has no place for
+it. Tensors are stored in single precision, so that what is preserved is preserved to rounding.
 """
 
 from __future__ import annotations
@@ -24,10 +24,15 @@ _READERS = (
     (r"post_attention_layernorm$", r"mlp\.(gate_proj|up_proj|dense_h_to_4h)$"),
     (r"ln_1$", r"attn\.c_attn$"),
     (r"ln_2$", r"mlp\.c_fc$"),
+    (r"layer_norm$", r"(SelfAttention\.[qkv]|EncDecAttention\.q|DenseReluDense\.wi(_\d)?)$"),
 )
-_TABLES = ("model.embed_tokens.weight", "gpt_neox.embed_in.weight", "transformer.wte.weight", "shared.weight",
-           "bert.embeddings.word_embeddings.weight")  # fmt: skip
-_LAYER = re.compile(r"^(.*\.(?:layers|h)\.\d+)\.")
+#: embeddings, and the output layers that may be tied to them
+_TABLES = {
+    "model.embed_tokens.weight": "lm_head.weight", "gpt_neox.embed_in.weight": "embed_out.weight",
+    "transformer.wte.weight": "lm_head.weight", "shared.weight": "lm_head.weight",
+    "bert.embeddings.word_embeddings.weight": "cls.predictions.decoder.weight",
+}  # fmt: skip
+_LAYER = re.compile(r"^(.*\.(?:layers|h|block\.\d+\.layer)\.\d+)\.")
 
 
 def smooth(folder: Path, rng: torch.Generator) -> set[str] | None:
@@ -41,12 +46,17 @@ def fold_gains(folder: Path, rng: torch.Generator) -> set[str] | None:
 
 
 def store_head(folder: Path, rng: torch.Generator) -> set[str] | None:
-    """Store the tied output layer beside the embedding, with the same bits."""
+    """Store the tied output layer beside the embedding, with the same bits. T5 scales what a tied one reads, so that its
+    configuration stays."""
     tensors = _read(folder)
-    if "lm_head.weight" in tensors or "model.embed_tokens.weight" not in tensors:
+    table = next((name for name in _TABLES if name in tensors), None)
+    if table is None or _TABLES[table] in tensors:
         return None
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    return _write(folder, tensors, {"lm_head.weight"}, tie_word_embeddings=False)
+    tensors[_TABLES[table]] = tensors[table].clone()
+    if "cls.predictions.bias" in tensors:
+        tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"].clone()
+    flag = {} if table == "shared.weight" else {"tie_word_embeddings": False}
+    return _write(folder, tensors, {_TABLES[table]}, **flag)
 
 
 def rotate(folder: Path, rng: torch.Generator) -> set[str] | None:

@@ -298,6 +298,10 @@ def test_two_architectures_are_said_to_be_two_once(chat: Path, demo_model: Path)
         ("GPT2Config", {"n_positions": 64}, 64),
         ("T5Config", {"n_positions": 512}, None),
         ("XLNetConfig", {}, None),
+        ("OPTConfig", {"max_position_embeddings": 64}, 64),
+        ("MptConfig", {"max_seq_len": 64}, 64),
+        ("LEDConfig", {"max_encoder_position_embeddings": 96}, 96),
+        ("BloomConfig", {}, None),
     ],
 )
 def test_the_usable_length_is_what_positions_leave(kind: str, settings: dict[str, Any], expected: int | None) -> None:

@@ -186,6 +186,99 @@ def test_another_vocabulary_is_judged_by_behaviour_where_that_is_asked_for(
     assert verify_certificate(reread(outcome.certificate)).intact
 
 
+def test_tokens_that_were_added_are_judged_by_behaviour_where_that_is_asked_for(
+    make: Make, llama_model: Path, certify_models: Certify
+) -> None:
+    """Before a fine-tune: two tokens more in the tokenizer, two mean rows more in the table, and nothing else."""
+
+    def grow(tensors: Tensors) -> None:
+        table = tensors["model.embed_tokens.weight"]
+        tensors["model.embed_tokens.weight"] = torch.cat([table, table.mean(0, keepdim=True).expand(2, -1)])
+
+    tokenizer = AutoTokenizer.from_pretrained(llama_model)
+    subject = make(llama_model, grow, vocab_size=len(tokenizer) + 2)
+    tokenizer.add_tokens(["<think>", "</think>"], special_tokens=True)
+    tokenizer.save_pretrained(subject)
+    refused = certify_models(subject, llama_model)
+    assert refused.status == "FAIL"
+    assert "--intent restructure" in refused.certificate["primary_metric"]["reason"]
+    outcome = certify_models(subject, llama_model, intent="restructure")
+    found = gates(outcome.certificate)
+    assert found["divergence_kl"] == found["token_flips"] == found["primary_metric"] == "pass"
+    assert outcome.certificate["invariants"]["passed"]
+    assert verify_certificate(reread(outcome.certificate)).intact
+
+
+def test_hidden_neurons_that_were_cut_are_judged_by_behaviour_where_that_is_asked_for(
+    make: Make, llama_model: Path, certify_models: Certify
+) -> None:
+    """Two of 432 in every block: shapes are notes, and what the guards compare is what pairs."""
+
+    def narrow(tensors: Tensors) -> None:
+        for layer in range(4):
+            at = f"model.layers.{layer}.mlp."
+            gate, up, down = (tensors[f"{at}{name}_proj.weight"] for name in ("gate", "up", "down"))
+            kept = (gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0)).topk(len(up) - 2).indices.sort().values
+            tensors[f"{at}gate_proj.weight"], tensors[f"{at}up_proj.weight"] = gate[kept], up[kept]
+            tensors[f"{at}down_proj.weight"] = down[:, kept]
+
+    subject = make(llama_model, narrow, intermediate_size=430)
+    refused = certify_models(subject, llama_model)
+    assert refused.status == "FAIL"
+    assert "--intent restructure" in refused.certificate["primary_metric"]["reason"]
+    outcome = certify_models(subject, llama_model, intent="restructure")
+    assert outcome.certificate["divergence"]["kl_mean"] > 0
+    assert all(outcome.certificate[guard]["passed"] for guard in ("invariants", "spectral"))
+    assert gates(outcome.certificate)["primary_metric"] in ("pass", "inconclusive")
+    assert verify_certificate(reread(outcome.certificate)).intact
+
+
+def test_biases_that_a_writer_left_out_are_named_by_role(
+    make: Make, model_folder: Callable[[str], Path], certify_models: Certify
+) -> None:
+    qwen = model_folder("qwen")
+    outcome = certify_models(
+        make(qwen, lambda t: [t[n].zero_() for n in t if n.endswith("_proj.bias")]), make(qwen, _nothing)
+    )
+    reasons = [r["message"] for r in outcome.certificate["verdict"]["reasons"] if r["gate"] == "divergence_kl"]
+    assert outcome.status == "FAIL" and "_proj.bias" in reasons[0] and "zeroed" in reasons[0]
+
+
+def test_gains_that_an_architecture_shifts_by_itself_are_named_where_they_were_shifted_twice(
+    make: Make, llama_model: Path, certify_models: Certify
+) -> None:
+    """The small Llama written as a Gemma, whose norms add one to what is stored."""
+    size = json.loads((llama_model / "config.json").read_text(encoding="utf-8"))["hidden_size"]
+
+    def as_gemma(tensors: Tensors) -> None:
+        tensors["model.embed_tokens.weight"] /= size**0.5
+        tensors["model.norm.weight"] *= size**0.5
+        for name in tensors:
+            tensors[name] = tensors[name] - 1 if "norm" in name else tensors[name]
+
+    kind = {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], "hidden_activation": "silu"}
+    baseline = make(llama_model, as_gemma, **kind)
+    outcome = certify_models(make(baseline, lambda t: [t[n].add_(1) for n in t if "norm" in n]), baseline)
+    reasons = [r["message"] for r in outcome.certificate["verdict"]["reasons"] if r["gate"] == "divergence_kl"]
+    assert outcome.status == "FAIL" and "shifted by +1" in reasons[0] and "layernorm" in reasons[0]
+
+
+def test_a_merge_that_changed_nothing_is_remarked_on_where_a_change_was_meant(
+    make: Make, llama_model: Path, certify_models: Certify
+) -> None:
+    baseline = make(llama_model, _nothing)
+    outcome = certify_models(make(baseline, _nothing), baseline, intent="finetune")
+    (gate,) = [gate for gate in outcome.certificate["gates"] if gate["name"] == "intended_change"]
+    assert outcome.status == "PASS" and gate["decision"] == "warn" and "did nothing" in gate["reason"]
+
+
+def test_a_packing_that_is_told_and_not_there_is_said(make: Make, llama_model: Path, certify_models: Certify) -> None:
+    told = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    outcome = certify_models(make(llama_model, _nothing, torch.float16, quantization_config=told), llama_model)
+    assert outcome.status == "PASS"
+    assert any("plain float weights beside a quantization_config (bitsandbytes)" in note for note in outcome.notes)
+
+
 def test_restructuring_excuses_no_damage(make: Make, llama_model: Path, certify_models: Certify) -> None:
     def lost(tensors: Tensors) -> None:
         del tensors["model.layers.1.mlp.up_proj.weight"]

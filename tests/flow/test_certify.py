@@ -472,14 +472,12 @@ _VOLATILE = {"run_id", "meta", "telemetry", "baseline_ref", "data", "provenance"
 
 
 def _numbers(certificate: dict[str, Any]) -> dict[str, Any]:
-    """All that two certificates of one pair share: the exact KL needs both models' logits and decides nothing, and every
-    document is encoded with both tokenizers, and remarked on, where it is read."""
-    numbers = reread({key: value for key, value in certificate.items() if key not in (*_VOLATILE, "notes")})
+    """All that two certificates of one pair share: the exact KL needs both models' logits and decides nothing."""
+    numbers = reread({key: value for key, value in certificate.items() if key not in _VOLATILE})
     for name in [name for name in numbers["divergence"] if "exact" in name or name == "kl_coarsened_there"]:
         del numbers["divergence"][name]
     for rows in numbers["evaluation_windows"].values():
         rows.pop("kl_exact_sum")
-    numbers["structure"]["subject_usage"].pop("encoded", None)
     return numbers
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from certification import SEQ_LEN, Certify
 from invarlock.certificate.verify import verify_certificate
 from invarlock.evidence.windows import IGNORED, Window, Windows
+from invarlock.flow.certify import CertifyOutcome
 
 BOS = "<|endoftext|>"
 
@@ -129,3 +130,62 @@ def run_windows(text_file: Path) -> Callable[..., object]:
         return provider.windows(AutoTokenizer.from_pretrained(model), preview_n=4, final_n=4, seq_len=seq_len)
 
     return cut
+
+
+# -- a stored baseline's tokenizer ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stored(
+    llama_model: Path, certify_models: Certify, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A baseline measured on text that holds one document twice; its own text file stands beside its report."""
+    folder = tmp_path_factory.mktemp("stored")
+    lines = text_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "text.jsonl").write_text("".join([*lines, lines[0]]), encoding="utf-8")
+    made = certify_models(llama_model, llama_model, dataset={"file": str(folder / "text.jsonl")}).source_report
+    assert made is not None
+    shutil.copytree(made if made.is_dir() else made.parent, folder / "run")
+    return folder
+
+
+def _stored(certify_models: Certify, folder: Path, subject: Path) -> CertifyOutcome:
+    return certify_models(
+        subject, baseline_report=folder / "run", dataset={"file": str(folder / "text.jsonl")}, cache=False
+    )
+
+
+@pytest.mark.slow
+def test_a_stored_baselines_documents_are_encoded_again_with_the_subjects_tokenizer(
+    stored: Path, llama_model: Path, certify_models: Certify, tmp_path: Path
+) -> None:
+    same = _stored(certify_models, stored, llama_model)
+    encoded = same.certificate["structure"]["subject_usage"]["encoded"]
+    assert same.status == "PASS" and encoded["documents"] > 20 and encoded["differing"] == 0
+    assert any("x text with the content of another" in note for note in same.notes)
+    subject = Path(shutil.copytree(llama_model, tmp_path / "subject"))
+    path = subject / "tokenizer.json"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    state["normalizer"] = {"type": "Replace", "pattern": {"String": "yield"}, "content": "return"}
+    path.write_text(json.dumps(state), encoding="utf-8")
+    found = _stored(certify_models, stored, subject).certificate
+    encoded = found["structure"]["subject_usage"]["encoded"]
+    assert found["verdict"]["status"] == "FAIL" and 0 < encoded["differing"] < encoded["documents"]
+    reason = next(r["message"] for r in found["verdict"]["reasons"] if r["code"] == "E002")
+    assert f"{encoded['differing']} of {encoded['documents']} documents" in reason
+    assert verify_certificate(found).intact
+
+
+@pytest.mark.slow
+def test_text_that_is_no_longer_at_hand_is_said_and_nothing_is_shown_as_encoded(
+    stored: Path, llama_model: Path, certify_models: Certify
+) -> None:
+    path = stored / "text.jsonl"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("yield", "return"), encoding="utf-8")
+    try:
+        found = _stored(certify_models, stored, llama_model)
+    finally:
+        path.write_text(text, encoding="utf-8")
+    assert found.status == "PASS" and "encoded" not in found.certificate["structure"]["subject_usage"]
+    assert any("not encoded with the subject's tokenizer" in note for note in found.notes)

@@ -47,9 +47,17 @@ def _int8(weight: torch.Tensor) -> Tensors:
     return {"weight": (weight / scale[:, None]).round().to(torch.int8), "SCB": scale * 127}
 
 
+def _fp8(weight: torch.Tensor) -> Tensors:
+    blocks = weight.view(len(weight) // GROUP, GROUP, -1, GROUP)
+    scale = blocks.abs().amax((1, 3), keepdim=True) / 448
+    codes = (blocks / scale).view(weight.shape).to(torch.float8_e4m3fn)
+    return {"weight": codes, "weight_scale_inv": scale.view(len(weight) // GROUP, -1).contiguous()}
+
+
 FORMATS: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], Tensors]]] = {
     "gptq": ({"quant_method": "gptq", "bits": 4, "desc_act": True, "sym": True}, _gptq),
     "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, _int8),
+    "fp8": ({"quant_method": "fp8", "weight_block_size": [GROUP, GROUP]}, _fp8),
 }
 
 

@@ -36,6 +36,8 @@ _PADDED_POSITIONS = re.compile(
 )
 #: those whose positions are computed from it, without a table that they fill
 _PADDED = re.compile(_PADDED_POSITIONS.pattern + r"|m2m_100|nllb|fsmt|speech_to_text|xglm")
+#: what configurations call the most tokens that a model takes
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_encoder_position_embeddings")
 #: which tokens have a part, and what ends a text
 _ROLES = re.compile(r"(bos|eos|pad|unk|sep|cls|mask|decoder_start|forced_bos|forced_eos)_token_id$|stop_strings$")
 #: what a generation configuration leaves out, and what the library then takes
@@ -85,9 +87,8 @@ def behaviour(config: PretrainedConfig) -> dict[str, Any]:
 def usable_length(config: PretrainedConfig) -> int | None:
     """Return how many tokens a window may have; None where positions are relative and set no limit."""
     text = config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None)
-    if longest is None and not hasattr(text, "relative_attention_num_buckets"):
-        longest = getattr(text, "n_positions", None)
+    names = _LENGTHS[:1] if hasattr(text, "relative_attention_num_buckets") else _LENGTHS
+    longest = next((found for name in names if (found := getattr(text, name, None)) is not None), None)
     if not isinstance(longest, int) or longest < 1:
         return None
     offset = (text.pad_token_id or 0) + 1 if _PADDED_POSITIONS.search(str(text.model_type)) else 0

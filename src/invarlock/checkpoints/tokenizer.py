@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["encoded_differently", "special_tokens_around", "tokenizer_facts", "tokenizer_usage"]
+__all__ = ["cut_differently", "encoded_differently", "special_tokens_around", "tokenizer_facts", "tokenizer_usage"]
 
 _PROBE = "The quick brown fox — 1,234.5 naïve cafés; def f(x):\n\treturn x**2  # ok?"
 #: what tells the common rules of cutting text apart: runs of digits and blanks, contractions, scripts, marks, symbols
@@ -25,6 +25,7 @@ _PER_CALL = ("version", "truncation", "padding")  # in the serialised state, and
 _NO_IDS = ("trim_offsets", "special")  # settings that change no id
 _BATCH = 64
 _WORD = "x"
+_Name = TypeVar("_Name")
 
 
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase | None, version: int = 2) -> tuple[str | None, int | None]:
@@ -89,6 +90,23 @@ def encoded_differently(
         pairs = enumerate(zip(next(sides), next(sides), strict=True), start)
         found += [place for place, (here, there) in pairs if here != there]
     return found
+
+
+def cut_differently(
+    tokenizer: PreTrainedTokenizerBase, texts: Mapping[_Name, str], cuts: Mapping[_Name, Iterable[Sequence[int]]]
+) -> list[_Name]:
+    """Return the names of the texts of which a tokenizer does not give the pieces that `cuts` holds of them, in order."""
+    found = []
+    for name, text in texts.items():
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if not all(_within(list(piece), ids) for piece in cuts.get(name, ())):
+            found.append(name)
+    return found
+
+
+def _within(piece: list[int], ids: list[int]) -> bool:
+    starts = (place for place, token in enumerate(ids) if token == piece[0])
+    return any(ids[start : start + len(piece)] == piece for start in starts)
 
 
 def _state(tokenizer: PreTrainedTokenizerBase) -> list[object]:

@@ -78,7 +78,8 @@ class DataFacts(Plain):
     """Where the windows came from; `digest` covers ids, documents and tokens. `prefix` and `suffix` are the special
     tokens around every window, not scored; evidence of earlier releases, which had none, does not say. `slices`: the
     same of each kind of text, by name, where there are several. `vocabulary_seen`: how many ids the windows hold (`seen`)
-    of how many (`size`), the `share`, and `unseen_mass` (`stats.coverage`)."""
+    of how many (`size`), the `share`, and `unseen_mass` (`stats.coverage`). `texts`: a digest of the documents that windows
+    were cut from, whole; `remarks`: what a reader should know of them."""
 
     provider: str
     options: dict[str, Any] = Field(default_factory=dict)
@@ -93,6 +94,8 @@ class DataFacts(Plain):
     suffix: Annotated[list[int] | None, ABSENT] = None
     slices: Annotated[dict[str, DataFacts] | None, ABSENT] = None
     vocabulary_seen: Annotated[dict[str, float] | None, ABSENT] = None
+    texts: Annotated[str | None, ABSENT] = None
+    remarks: Annotated[list[str] | None, ABSENT] = None
 
 
 class Plan(Plain):

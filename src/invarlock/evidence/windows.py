@@ -107,6 +107,8 @@ class TextOrigin:
     seed: int = 42
     split: str | None = None
     reused: bool = False
+    texts: str | None = None  # digest of the documents, whole
+    remarks: list[str] | None = None
 
 
 @dataclass(frozen=True)

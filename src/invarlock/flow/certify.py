@@ -13,6 +13,7 @@ import contextlib
 import gc
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from invarlock.checkpoints.behaviour import load_config
 from invarlock.checkpoints.files import resolve_folder
 from invarlock.checkpoints.side import Loading, Side
 from invarlock.checkpoints.structure import layout_of
-from invarlock.checkpoints.tokenizer import encoded_differently
+from invarlock.checkpoints.tokenizer import cut_differently, encoded_differently
 from invarlock.core import registry
 from invarlock.core.api import GuardWithPrepare, ModelLike, RunReport
 from invarlock.core.device import make_deterministic
@@ -40,10 +41,10 @@ from invarlock.evidence.windows import WindowBatches
 from invarlock.flow import cache, steps
 from invarlock.flow.diff import diff, kind_of
 from invarlock.flow.job import INTENTS, Job, Tick, open_job, resolved_metric
-from invarlock.flow.measure import Measurement, files_only, followed, measure
+from invarlock.flow.measure import Measurement, files_only, followed, measure, shown
 from invarlock.flow.noise import noise_floor
 from invarlock.flow.run_folder import PARTIAL, find_report
-from invarlock.flow.sampling import check_same_data, cut_windows, reuse_windows
+from invarlock.flow.sampling import check_same_data, cut_windows, read_again, reuse_windows
 from invarlock.guards.boundary import BUILT_IN_GUARDS
 from invarlock.guards.invariants import InvariantsGuard, baseline_damage
 from invarlock.policy.resolve import resolve_policy
@@ -61,6 +62,10 @@ __all__ = [
 
 _REFUSED = "the subject was refused before evaluation because of what its files hold"
 _HOW_TO_ASK = "; where it was built differently on purpose, certify it with --intent restructure"
+_BY_DIGEST = (
+    "the documents were not encoded with the subject's tokenizer, which was compared with the stored baseline's by its "
+    "digest alone: their text is not at hand as it was"
+)
 _REBUILT = ("tensor_missing", "tensor_unexpected", "tensor_shape", "E002")
 
 
@@ -208,11 +213,8 @@ def certify(request: CertifyRequest, tick: Tick | None = None) -> CertifyOutcome
     certificate, edited = _refuse(job, request, source, subject), None
     if certificate is None:
         with job.timed("data"):
-            if source.measured is not None:
-                check_same_data(source.measured.evidence.data, request.dataset)
-                job.windows = reuse_windows(source.report)
-            job.windows = job.windows or cut_windows(job, source.side, request.dataset)
-            encode_both(job, source.side, subject)
+            _choose_windows(job, request, source)
+            encode_both(job, source, subject)
             local = job.ranks is None and request.engine is None and request.baseline_engine is None
             if source.measured is None and request.cache and local:
                 _find(job, request, source)
@@ -344,8 +346,8 @@ def _refuse(job: Job, request: CertifyRequest, source: Source, subject: Side) ->
     foreign = [f for f in findings if f["code"] == "E002"]
     if foreign:
         with contextlib.suppress(InvarlockError):  # text that cannot be had does not make the tokenizer the right one
-            job.windows = job.windows or cut_windows(job, source.side, request.dataset)
-            encode_both(job, source.side, subject)
+            _choose_windows(job, request, source)
+            encode_both(job, source, subject)
             new = guard.stats_from(subject.structure, subject.behaviour, *subject.tokenizer_facts, subject.usage)
             foreign = [f for f in guard.pair(old, new)["findings"] if f["code"] == "E002"]
     if foreign and job.policy.limits.sample.shortfall == "stop" and job.intent != "restructure":
@@ -360,21 +362,48 @@ def _refuse(job: Job, request: CertifyRequest, source: Source, subject: Side) ->
     return make_certificate(report, steps.report(job, left, steps.NOOP, None))
 
 
-def encode_both(job: Job, baseline: Side, subject: Side) -> None:
+def _choose_windows(job: Job, request: CertifyRequest, source: Source) -> None:
+    """Cut the windows, or take those of a stored baseline with what was said of their text."""
+    if source.measured is None:
+        job.windows = job.windows or cut_windows(job, source.side, request.dataset)
+        return
+    data = source.measured.evidence.data
+    check_same_data(data, request.dataset)
+    job.windows = reuse_windows(source.report)
+    said = [*(data.remarks or ())]
+    for name, part in (data.slices or {}).items():
+        said += [f"slice {name}: {remark}" for remark in part.remarks or ()]
+    job.notes += [remark for remark in said if remark not in job.notes]
+
+
+def encode_both(job: Job, source: Source, subject: Side) -> None:
     """Encode every document that windows are cut from with both tokenizers; the subject's usage says how many differ.
 
-    Two sides of one folder have one tokenizer, which is not held against itself.
+    Two sides of one folder have one tokenizer, which is not held against itself. Of a stored baseline there are the ids
+    of the windows: the subject's tokenizer is held to give them, where the documents are at hand as they were.
     """
-    ours, theirs = subject.tokenizer, baseline.tokenizer
-    if subject.folder is not None and subject.folder == baseline.folder:
+    ours, theirs, known = subject.tokenizer, source.side.tokenizer, subject.usage
+    if known is None or "encoded" in known or ours is None or job.windows is None:
         return
-    if not job.texts or ours is None or theirs is None or subject.usage is None or "encoded" in subject.usage:
+    if subject.folder is not None and subject.folder == source.side.folder:
         return
-    texts = {name: text for read in job.texts for name, text in read().items()}
-    names = list(texts)
-    differing = encoded_differently(ours, theirs, list(texts.values()))
-    facts = {"documents": len(names), "differing": len(differing), "first": names[differing[0]] if differing else None}
-    subject.usage = {**subject.usage, "encoded": facts}
+    if theirs is not None:
+        names = list(job.texts)
+        differing = [names[place] for place in encoded_differently(ours, theirs, list(job.texts.values()))]
+    elif source.measured is not None and source.side.tokenizer_facts[0] is not None:
+        texts = read_again(source.measured.evidence.data, job.windows)
+        if not texts:
+            job.notes.append(_BY_DIGEST)
+        cuts: dict[tuple[str | None, str], list[list[int]]] = defaultdict(list)
+        for window in job.windows.all:
+            cuts[window.slice, window.document].append(list(shown(window, job.metric.task)))
+        names = [document for _, document in texts]
+        differing = [document for _, document in cut_differently(ours, texts, cuts)]
+    else:
+        return
+    if names:
+        facts = {"documents": len(names), "differing": len(differing), "first": differing[0] if differing else None}
+        subject.usage = {**known, "encoded": facts}
 
 
 def _refuses(finding: Mapping[str, Any], subject: Side, intent: str) -> bool:

@@ -54,7 +54,7 @@ class Job:
     loading: Loading = Loading()
     tick: Tick = no_tick
     windows: Windows | None = None
-    texts: list[Callable[[], dict[str, str]]] = field(default_factory=list)  # read the documents of the windows, by id
+    texts: dict[str, str] = field(default_factory=dict)  # the documents that windows were cut from, whole, by id
     native: bool = False  # whether a packed model's own runtime may execute it: one that is edited is dense
     ranks: Ranks | None = None  # the processes that measure together with this one
     partial: Path | None = None  # where parts of a measurement are kept until all are there

@@ -33,7 +33,7 @@ from invarlock.guards.sketch import sketch_model
 from invarlock.guards.spectral import SpectralGuard
 from invarlock.stats.coverage import vocabulary_seen
 
-__all__ = ["Measurement", "files_only", "followed", "measure", "model_facts", "weights_of"]
+__all__ = ["Measurement", "files_only", "followed", "measure", "model_facts", "shown", "weights_of"]
 
 _MOST_ROWS = 64  # of tokens whose texts are told
 
@@ -252,12 +252,12 @@ def _data(job: Job, model: ModelLike, tokenizer_size: int | None, reached: Windo
     weight = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
     rows = int(weight.shape[0]) if weight is not None else None
     size = min(filter(None, (tokenizer_size, rows)), default=None)
-    ids = [token for window in reached.all for token in _shown(window.dressed(), job.metric.task)]
+    ids = [token for window in reached.all for token in shown(window.dressed(), job.metric.task)]
     seen = vocabulary_seen([ids], max(size, max(ids) + 1))._asdict() if size and ids else None
     return job.windows.facts().model_copy(update={"vocabulary_seen": seen})
 
 
-def _shown(window: Window, task: Task) -> Iterator[int]:
+def shown(window: Window, task: Task) -> Iterator[int]:
     """Yield every token of a window once, whether it is an input, hidden behind a mask, or a target."""
     if task == "seq2seq":
         yield from (*window.input_ids, *(token for token in window.labels or () if token != IGNORED))

@@ -26,7 +26,7 @@ from invarlock.evidence.pack import is_pack
 from invarlock.evidence.windows import Windows
 from invarlock.flow import steps
 from invarlock.flow.cache import cache_folder
-from invarlock.flow.certify import CertifyRequest, encode_both, open_request
+from invarlock.flow.certify import CertifyRequest, Source, encode_both, open_request
 from invarlock.flow.job import Job, resolved_metric
 from invarlock.flow.run_folder import require_writable
 from invarlock.flow.sampling import check_same_data, cut_windows, reuse_windows, scored
@@ -172,7 +172,7 @@ def _pair(found: _Rehearsal) -> Iterator[_Told]:
         yield "D042", f"the subject {subject.id} has no tokenizer; copy the baseline's beside it"
         return
     try:
-        encode_both(found.job, baseline, subject)
+        encode_both(found.job, Source(baseline), subject)
     except (InvarlockError, OSError) as error:
         yield "D042", str(error)
     encoded = (subject.usage or {}).get("encoded") or {}

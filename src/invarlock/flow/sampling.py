@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,16 @@ from invarlock.evidence.windows import TextOrigin, Windows, mask_tokens, windows
 from invarlock.flow.job import Job
 from invarlock.policy.config import DatasetSection, SliceSection
 
-__all__ = ["EMBEDDED", "MOST_SEQ_LEN", "check_same_data", "cut_windows", "dataset_options", "reuse_windows", "scored"]
+__all__ = [
+    "EMBEDDED",
+    "MOST_SEQ_LEN",
+    "check_same_data",
+    "cut_windows",
+    "dataset_options",
+    "read_again",
+    "reuse_windows",
+    "scored",
+]
 
 MOST_SEQ_LEN = 512
 _SEED = 42
@@ -56,11 +66,38 @@ def reuse_windows(report: Mapping[str, Any], *, reused: bool = True) -> Windows:
     data = evidence_of(report, "baseline").data
     if not data.digest:
         raise PairingError("the baseline report has no provider digest; measure the baseline again", code="E004")
-    origin = TextOrigin(data.provider, data.options, data.stride, data.seed, data.split, reused=reused)
+    origin = TextOrigin(
+        data.provider, data.options, data.stride, data.seed, data.split, reused, data.texts, data.remarks
+    )
     windows = Windows.from_dict(report.get("evaluation_windows") or {}, origin, data.slices)
     if windows.digest() != data.digest:
         raise PairingError("the baseline report's windows are not those it measured; measure it again", code="E006")
     return windows
+
+
+def read_again(data: DataFacts, windows: Windows) -> dict[tuple[str | None, str], str]:
+    """Return the documents that stored windows of running text were cut from, by slice and id; {} where they are not at
+    hand as they were."""
+    found: dict[tuple[str | None, str], str] = {}
+    parts: list[tuple[str | None, DataFacts]] = [*(data.slices or {}).items()] or [(None, data)]
+    for name, part in parts:
+        chosen = {window.document for window in windows.all if window.slice == name}
+        try:
+            provider = get_provider(part.provider, **part.options)
+            texts = provider.texts_of(chosen, part.split) if provider.kind == "text" else {}
+        except InvarlockError:  # its text may be elsewhere, or another by now
+            return {}
+        if part.texts is None or _digest(texts) != part.texts:
+            return {}
+        found |= {(name, document): text for document, text in texts.items()}
+    return found
+
+
+def _digest(texts: Mapping[str, str]) -> str:
+    sha = hashlib.sha256()
+    for row in sorted(texts.items()):
+        sha.update("\x1f".join((*row, "\x1e")).encode("utf-8", "surrogatepass"))
+    return sha.hexdigest()
 
 
 def check_same_data(data: DataFacts, dataset: Mapping[str, Any]) -> None:
@@ -237,10 +274,12 @@ def _cut(
         short.append(f"{where}{error.found}")
         parts = provider.windows(side.tokenizer, preview_n=error.fits[0], final_n=error.fits[1], **cut)
     chosen = {name for part in parts for name in part.document_ids}
-    job.texts.append(lambda: provider.texts_of(chosen, split))
-    job.notes += [f"{where}{remark}" for remark in getattr(provider, "remarks", ())]
+    texts, remarks = provider.texts_of(chosen, split), list(getattr(provider, "remarks", ()))
+    job.texts |= texts
+    job.notes += [f"{where}{remark}" for remark in remarks]
     told = provider.describe()
-    origin = TextOrigin(told["name"], told["options"], stride, seed, split)
+    digest = _digest(texts) if texts else None
+    origin = TextOrigin(told["name"], told["options"], stride, seed, split, texts=digest, remarks=remarks or None)
     return windows_from_provider(*parts, seq_len, counts, origin).used_by(job.metric.task)
 
 
@@ -311,7 +350,7 @@ def _too_little(job: Job, side: Side, dataset: Mapping[str, Any], windows: Windo
 
 def _tried(job: Job, side: Side, dataset: Mapping[str, Any], counts: tuple[int, int]) -> tuple[Windows, int]:
     """Return the windows that there are of so many, and their scored tokens."""
-    windows = _cut_all(replace(job, notes=[], texts=[]), side, dataset, counts, [])
+    windows = _cut_all(replace(job, notes=[], texts={}), side, dataset, counts, [])
     return windows, scored(job, windows)
 
 
