@@ -97,7 +97,9 @@ def test_bitsandbytes_runs_its_own_files(kind: str, llama_model: Path, tmp_path:
     certificate = certify_models(tmp_path / "packed", tmp_path / "packed").certificate
     facts = certificate["meta"]["subject_model"]["describe"]
     assert facts["executed"] == "native", facts["notes"]
-    assert facts["runtime"]["package"] == "bitsandbytes" and facts["runtime"]["kl"] < (1e-2 if kind == "load_in_8bit" else 1e-3)
+    assert facts["runtime"]["package"] == "bitsandbytes" and facts["runtime"]["kl"] < (
+        1e-2 if kind == "load_in_8bit" else 1e-3
+    )
     assert certificate["verdict"]["status"] == "PASS" and certificate["primary_metric"]["ratio_vs_baseline"] == 1.0
     stored = HF_Causal_Adapter().load_model(str(tmp_path / "packed"), "cpu")
     dense = load_file(llama_model / "model.safetensors")[f"{MATRIX}.weight"].float()

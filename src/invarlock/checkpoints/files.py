@@ -18,7 +18,7 @@ from invarlock.core.files import first_line
 from invarlock.core.network import network_allowed
 from invarlock.evidence.model import Structure
 
-__all__ = ["FORMATS", "open_checkpoint", "read_structure", "resolve_folder"]
+__all__ = ["FORMATS", "format_of", "open_checkpoint", "read_structure", "resolve_folder"]
 
 #: the formats that are read; the first that recognises a folder reads it
 FORMATS: tuple[Format, ...] = (
@@ -95,6 +95,11 @@ def open_checkpoint(folder: Path, layout: Layout | None = None) -> Checkpoint:
             code="UNSUPPORTED-FORMAT",
         )
     raise ModelLoadError(f"{folder} has no *.safetensors and no pytorch_model*.bin; expected model.safetensors")
+
+
+def format_of(folder: Path) -> str | None:
+    """Return the name of the format that reads a folder, or None where none does."""
+    return next((form.name for form in FORMATS if form.recognises(folder)), None)
 
 
 def read_structure(folder: Path, layout: Layout | None) -> Structure:
