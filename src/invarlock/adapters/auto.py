@@ -8,8 +8,7 @@ from invarlock.adapters.hf import HF_Adapter, HF_Causal_Adapter, HF_MLM_Adapter,
 from invarlock.adapters.onnx import HF_Causal_ONNX_Adapter
 from invarlock.adapters.packed import HF_AWQ_Adapter, HF_BNB_Adapter, HF_GPTQ_Adapter
 from invarlock.checkpoints.behaviour import load_config
-from invarlock.checkpoints.files import open_checkpoint, resolve_folder
-from invarlock.checkpoints.onnx import OnnxFolder
+from invarlock.checkpoints.files import format_of, resolve_folder
 from invarlock.core import settings
 from invarlock.core.exceptions import AdapterError
 
@@ -38,9 +37,7 @@ class HF_Auto_Adapter(HF_Adapter):
         """Return the adapter for a checkpoint; AdapterError where none fits."""
         folder = resolve_folder(model_id)
         config = load_config(folder, trust_remote_code=trust_remote_code)
-        graph: tuple[type[HF_Causal_Adapter], ...] = (
-            (HF_Causal_ONNX_Adapter,) if isinstance(open_checkpoint(folder), OnnxFolder) else ()
-        )
+        graph: tuple[type[HF_Causal_Adapter], ...] = (HF_Causal_ONNX_Adapter,) if format_of(folder) == "onnx" else ()
         for candidate in (*graph, *self.packed, *self.candidates):
             adapter = candidate()
             if adapter.matches(config):

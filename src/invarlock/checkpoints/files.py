@@ -20,7 +20,7 @@ from invarlock.core.files import first_line
 from invarlock.core.network import network_allowed
 from invarlock.evidence.model import Structure
 
-__all__ = ["FORMATS", "beside_facts", "open_checkpoint", "read_structure", "resolve_folder"]
+__all__ = ["FORMATS", "beside_facts", "format_of", "open_checkpoint", "read_structure", "resolve_folder"]
 
 #: the formats that are read; the first that recognises a folder reads it
 FORMATS: tuple[Format, ...] = (
@@ -115,6 +115,11 @@ def beside_facts(folder: Path) -> dict[str, Any]:
     others = sorted({path.name for pattern in _BESIDE for path in folder.glob(pattern)} - read)
     note = f"{', '.join(others[:4])} beside the weights was not looked at, and other tools may read it"
     return {"beside": others, "notes": [note]} if others else {}
+
+
+def format_of(folder: Path) -> str | None:
+    """Return the name of the format that reads a folder, or None where none does."""
+    return next((form.name for form in FORMATS if form.recognises(folder)), None)
 
 
 def read_structure(folder: Path, layout: Layout | None) -> Structure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
     from onnx import ModelProto
     from torch import Tensor
 
-__all__ = ["OnnxFolder"]
+__all__ = ["OnnxFolder", "weight_names"]
 
 _MATRIX = ".MatMul.weight"  # as builders of graphs name it; exporters name the node alone
+_SCOPES = "pkg.torch.onnx.name_scopes"  # where torch says from which module a node comes: a list, as a text
 _LEAVES = (".weight", ".bias")
 
 
@@ -61,8 +63,9 @@ class OnnxFolder:
             raise ModelLoadError(
                 f"{path} cannot be read ({first_line(error)}); it is damaged: copy it again"
             ) from error
-        named = _named(graph)
+        named = weight_names(graph)
         told = {self.layout.canonical(name) for name, _ in named.values()} if self.layout else set()
+        told |= {self.layout.alias[name] for name in told & self.layout.alias.keys()} if self.layout else set()
         if self.layout and (
             untold := [n for n in self.layout.shapes if n not in told and not self.layout.is_ignored(n)]
         ):
@@ -85,12 +88,13 @@ def _beside(path: Path, location: str) -> bool:
     return Path(location).name == location and (path.parent / location).is_file()
 
 
-def _named(model: ModelProto) -> dict[str, tuple[str, bool]]:
+def weight_names(model: ModelProto) -> dict[str, tuple[str, bool]]:
     """Return for each initializer that is a weight its dense name, and whether it is stored transposed."""
     stored = {one.name: len(one.dims) for one in model.graph.initializer}
     found = {name: (name.replace(_MATRIX, ".weight"), _MATRIX in name) for name in stored if name.endswith(_LEAVES)}
     for node in model.graph.node:
         if node.op_type == "MatMul" and node.input[1] in stored and node.input[1] not in found:
+            scopes = next((one.value for one in node.metadata_props if one.key == _SCOPES), None)
             path = node.name.strip("/").removesuffix("/MatMul").replace("/", ".")
-            found[node.input[1]] = (f"{path}.weight", True)
+            found[node.input[1]] = (f"{ast.literal_eval(scopes)[-2] if scopes else path}.weight", True)
     return found
