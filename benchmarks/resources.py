@@ -1,6 +1,6 @@
 """How long, how much memory and how much disk: measured on small models, extrapolated by a formula.
 
-    python -m benchmarks.resources            measures, about ten minutes on one core; writes results/resources.json
+    python -m benchmarks.resources            measures, some minutes on one core; writes results/resources.json
     python -m benchmarks.resources --table    prints the table of the last measurement again
 
 A model of N parameters is certified against itself on T scored tokens, each job in a process of its own and on one
@@ -10,7 +10,7 @@ thread. Fitted by least squares over all jobs:
 - peak memory above the imports = d + e (bytes of the model in memory, 4 N in float32);
 - bytes written = f + g T.
 
-The table puts other N and T into these. It is an extrapolation over more than two orders of magnitude: a larger model is
+The table puts other N and T into these. It is an extrapolation over more than three orders of magnitude: a larger model is
 used more efficiently by the same processor, and an accelerator has figures of its own.
 """
 
@@ -34,9 +34,8 @@ RESULTS = Path(__file__).parent / "results" / "resources.json"
 _SHAPES = (
     {"n_embd": 256, "n_layer": 6, "n_head": 4, "vocab_size": 8192},
     {"n_embd": 512, "n_layer": 8, "n_head": 8, "vocab_size": 16384},
-    {"n_embd": 768, "n_layer": 10, "n_head": 12, "vocab_size": 32768},
 )
-_SEQ_LEN = 256
+_SEQ_LEN = 128
 _WINDOWS = (16, 32)  # preview, and as many final
 _MODELS = {"1B": 1e9, "7B": 7e9, "70B": 70e9}
 _TOKENS = {"ci_cpu": 25_000, "ci": 50_000}
@@ -52,13 +51,13 @@ def job(folder: Path, windows: int, out: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.process_time()
-    sample = {"preview": windows, "final": windows, "min_tokens": 0}
+    sample = {"preview": windows, "final": windows, "min_tokens": 0, "early_stop": False}
     request = CertifyRequest(
         subject=str(folder),
         baseline=str(folder),
         profile="ci_cpu",
         dataset={"provider": "python_docs", "split": "all", "seq_len": _SEQ_LEN},
-        overrides={"sample": sample, "eval": {"early_stop": False}},
+        overrides={"sample": sample},
         out=out / "runs",
     )
     outcome = certify(request)
