@@ -214,7 +214,7 @@ def _windows(c: Certificate, figure: Figure) -> str | None:
     spread = float(np.ptp(deltas))
     edges = np.histogram_bin_edges(deltas, 30, None if spread > 1e-9 else (deltas[0] - 0.01, deltas[0] + 0.01))
     bars.hist([preview, final], edges, orientation="horizontal", stacked=True, color=[_ONE, _TWO])
-    quantile = f"q{100 * tail.quantile:g}" if tail is not None else ""
+    quantile = f"{100 * tail.quantile:g}% below" if tail is not None else ""
     for axes in (strip, bars):
         axes.axhline(0, **_DASHED)
         if tail is not None and tail.value is not None:
