@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             page = Path(folder) / "page.html"
             page.write_text(render_html(read_certificate(chosen.certificates[0])), encoding="utf-8")
-            picture(page, chosen.readme, width=1100, height=1240)
+            picture(page, chosen.readme, width=1100, height=1160)
         return 0
     chosen.output.mkdir(parents=True, exist_ok=True)
     for path in chosen.certificates:
