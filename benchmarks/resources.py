@@ -1,16 +1,17 @@
 """How long, how much memory and how much disk: measured on small models, extrapolated by a formula.
 
-    python -m benchmarks.resources            measures, about ten minutes on one core; writes results/resources.json
+    python -m benchmarks.resources            measures, some minutes on one core; writes results/resources.json
     python -m benchmarks.resources --table    prints the table of the last measurement again
 
 A model of N parameters is certified against itself on T scored tokens, each job in a process of its own and on one
 thread. Fitted by least squares over all jobs:
 
 - seconds of the processor = a + b N + c N T: starting; reading, loading and looking at the weights; two passes over the text;
-- peak memory above the imports = d + e (bytes of the model in memory, 4 N in float32);
+- peak memory above the imports = e (bytes of the model in memory, 4 N in float32) + what the work takes: e is told from
+  two models on the same text with the same vocabulary, the rest stands job by job and is not extrapolated;
 - bytes written = f + g T.
 
-The table puts other N and T into these. It is an extrapolation over more than two orders of magnitude: a larger model is
+The table puts other N and T into these. It is an extrapolation over more than three orders of magnitude: a larger model is
 used more efficiently by the same processor, and an accelerator has figures of its own.
 """
 
@@ -31,13 +32,14 @@ import numpy as np
 from benchmarks.cost import make_model
 
 RESULTS = Path(__file__).parent / "results" / "resources.json"
-_SHAPES = (
-    {"n_embd": 256, "n_layer": 6, "n_head": 4, "vocab_size": 8192},
-    {"n_embd": 512, "n_layer": 8, "n_head": 8, "vocab_size": 16384},
-    {"n_embd": 768, "n_layer": 10, "n_head": 12, "vocab_size": 32768},
+#: shapes, and for each the numbers of windows (preview, and as many final); the last two tell what the weights take
+_JOBS: tuple[tuple[dict[str, int], tuple[int, ...]], ...] = (
+    ({"n_embd": 256, "n_layer": 6, "n_head": 4, "vocab_size": 8192}, (16, 32)),
+    ({"n_embd": 512, "n_layer": 8, "n_head": 8, "vocab_size": 16384}, (16, 32)),
+    ({"n_embd": 768, "n_layer": 6, "n_head": 12, "vocab_size": 4096}, (4,)),
+    ({"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 4096}, (4,)),
 )
-_SEQ_LEN = 256
-_WINDOWS = (16, 32)  # preview, and as many final
+_SEQ_LEN = 128
 _MODELS = {"1B": 1e9, "7B": 7e9, "70B": 70e9}
 _TOKENS = {"ci_cpu": 25_000, "ci": 50_000}
 
@@ -52,13 +54,13 @@ def job(folder: Path, windows: int, out: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.process_time()
-    sample = {"preview": windows, "final": windows, "min_tokens": 0}
+    sample = {"preview": windows, "final": windows, "min_tokens": 0, "early_stop": False}
     request = CertifyRequest(
         subject=str(folder),
         baseline=str(folder),
         profile="ci_cpu",
         dataset={"provider": "python_docs", "split": "all", "seq_len": _SEQ_LEN},
-        overrides={"sample": sample, "eval": {"early_stop": False}},
+        overrides={"sample": sample},
         out=out / "runs",
     )
     outcome = certify(request)
@@ -83,11 +85,12 @@ def measure() -> dict[str, Any]:
     """Run every job; return them with the fit and the machine."""
     jobs = []
     with tempfile.TemporaryDirectory() as scratch:
-        for number, shape in enumerate(_SHAPES):
+        for number, (shape, sizes) in enumerate(_JOBS):
             folder = Path(scratch) / f"model{number}"
             make_model(folder, {**shape, "seq_len": _SEQ_LEN})
-            for windows in _WINDOWS:
-                jobs.append(_child(folder, windows, Path(scratch) / f"out{number}-{windows}"))
+            for windows in sizes:
+                out = Path(scratch) / f"out{number}-{windows}"
+                jobs.append({"vocabulary": shape["vocab_size"], **_child(folder, windows, out)})
                 print({key: round(value, 1) for key, value in jobs[-1].items()}, flush=True)
     return {"machine": f"{platform.machine()}, one core of {_processor()}", "jobs": jobs, "fit": fit(jobs)}
 
@@ -98,11 +101,13 @@ def _processor() -> str:
 
 
 def fit(jobs: list[dict[str, float]]) -> dict[str, list[float]]:
-    """Return the coefficients of the three formulas, and for each the largest error relative to what was measured."""
+    """Return the coefficients of the formulas, of seconds and disk with the largest error relative to what was measured."""
     n, t = (np.array([row[key] for row in jobs], dtype=float) for key in ("parameters", "tokens"))
     one = np.ones(len(jobs))
-    designs = {"seconds": (one, n, n * t), "memory": (one, 4 * n), "disk": (one, t)}
-    found = {}
+    designs = {"seconds": (one, n, n * t), "disk": (one, t)}
+    less, more = jobs[-2:]
+    weights = (more["memory"] - less["memory"]) / (4 * (more["parameters"] - less["parameters"]))
+    found = {"memory": [weights]}
     for key, columns in designs.items():
         seen = np.array([row[key] for row in jobs], dtype=float)
         scale = np.array([column.max() for column in columns])  # columns of one size, for the sake of the arithmetic
@@ -114,14 +119,14 @@ def fit(jobs: list[dict[str, float]]) -> dict[str, list[float]]:
 
 def table(result: dict[str, Any]) -> str:
     """Return the extrapolation as a table in Markdown."""
-    (a, b, c, _), (d, e, _), (f, g, _) = (result["fit"][key] for key in ("seconds", "memory", "disk"))
+    (a, b, c, _), (e,), (f, g, _) = (result["fit"][key] for key in ("seconds", "memory", "disk"))
     lines = [
-        "| model | profile | tokens | hours on one core | memory, float32 | memory, 16 bits | disk |",
+        "| model | profile | tokens | hours on one core | weights in memory, float32 | in 16 bits | disk |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, n in _MODELS.items():
         for profile, t in _TOKENS.items():
-            memory = [f"{(d + e * size * n) / 1e9:.0f} GB" for size in (4, 2)]
+            memory = [f"{e * size * n / 1e9:.0f} GB" for size in (4, 2)]
             cells = (
                 name,
                 f"`{profile}`",

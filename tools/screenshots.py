@@ -52,8 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("certificates", nargs="+", type=Path)
+    parser.add_argument("--readme", type=Path, help="write only the picture of the README, of the first certificate")
     parser.add_argument("-o", "--output", type=Path, default=Path("screenshots"))
     chosen = parser.parse_args(arguments)
+    if chosen.readme:
+        with tempfile.TemporaryDirectory() as folder:
+            page = Path(folder) / "page.html"
+            page.write_text(render_html(read_certificate(chosen.certificates[0])), encoding="utf-8")
+            picture(page, chosen.readme, width=1100, height=1160)
+        return 0
     chosen.output.mkdir(parents=True, exist_ok=True)
     for path in chosen.certificates:
         name = path.parent.name if path.name == "evaluation.cert.json" else path.stem

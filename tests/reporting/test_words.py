@@ -214,3 +214,12 @@ def test_clean_text_is_one_visible_line() -> None:
     assert clean("a\nb\x00\u202e\u200b\ud800") == "a b\\x00\\u202e\\u200b\\ud800"
     assert clean("x" * 700).endswith("… (100 more characters)")
     assert middle_cut("abcdefghij", 5) == "ab…ij"
+
+
+@pytest.mark.parametrize("kind", ["fail", "inconclusive"])
+def test_what_a_gate_found_and_a_guard_counted_is_said_in_words(cert: Cert, kind: str) -> None:
+    shown = view(parse(cert(kind)))
+    told = [row.why for row in shown.gates if row.decision not in ("pass", "off")]
+    assert told and not re.search(r"hysteresis|\bz = |\bq95\b", " ".join(told))
+    labels = {fact.label for section in shown.sections for fact in section.facts}
+    assert "Largest change of a singular value" in labels and not any("max growth" in label for label in labels)

@@ -54,6 +54,7 @@ _STYLE: dict[str, Any] = {
     "font.size": 11,
     "text.color": _INK,
     "axes.labelcolor": _MUTED,
+    "axes.labelpad": 9,  # a phone shows text larger
     "axes.edgecolor": _GRID,
     "xtick.color": _MUTED,
     "ytick.color": _MUTED,
@@ -213,7 +214,7 @@ def _windows(c: Certificate, figure: Figure) -> str | None:
     spread = float(np.ptp(deltas))
     edges = np.histogram_bin_edges(deltas, 30, None if spread > 1e-9 else (deltas[0] - 0.01, deltas[0] + 0.01))
     bars.hist([preview, final], edges, orientation="horizontal", stacked=True, color=[_ONE, _TWO])
-    quantile = f"q{100 * tail.quantile:g}" if tail is not None else ""
+    quantile = f"{100 * tail.quantile:g}% below" if tail is not None else ""
     for axes in (strip, bars):
         axes.axhline(0, **_DASHED)
         if tail is not None and tail.value is not None:
@@ -246,7 +247,11 @@ def _kl(c: Certificate, figure: Figure) -> str | None:
     # both lines are on every chart, however far apart
     shown = [x for x in (d.kl_mean, limit) if x is not None and x > 0]
     least, most = edges[used[0] if used.size else 0], edges[used[-1] + 1 if used.size else -1]
-    axes.set_xlim(min([least, *shown]) / 2, max([most, *shown]) * 2.5)
+    ends = np.log10([least, most, *shown])
+    room = 0.25 * (ends.max() - ends.min())  # for the words beside a line at the end
+    first = min([ends[:2].min() - 0.3, *(ends[2:] - room)])
+    last = max([ends[:2].max() + 0.4, *(ends[2:] + room)])
+    axes.set_xlim(10**first, 10**last)
     axes.bar(edges[used], counts[used], np.diff(edges)[used] * 0.94, align="edge", color=_ONE, linewidth=0)
     first, second = ("right", "left") if (d.kl_mean or 0.0) <= (limit or 0.0) else ("left", "right")
     for value, label, colour, side in ((d.kl_mean, "mean", _INK, first), (limit, "limit", _BAD, second)):
@@ -318,7 +323,7 @@ def _layers(c: Certificate, figure: Figure) -> str | None:
                                  color=(_ONE, _TWO, _INK, _MUTED)[place % 4], edgecolors=_BAD)  # fmt: skip
             point.set_gid(f"point-{label[0]}-{index}")
             point.set_label(f"{middle_cut(row.name, 44)}: {label} {change(value)}")
-        axes.set_ylabel(label, fontsize=10)
+        axes.set_ylabel(label.partition(",")[0], fontsize=10)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
         _quiet(axes, left=True)
     handles = [several[0].scatter([], [], s=30, linewidths=0, marker=_MARKERS[i % len(_MARKERS)],
