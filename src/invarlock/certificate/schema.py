@@ -38,6 +38,8 @@ __all__ = [
     "MetricChoice",
     "Overhead",
     "Pair",
+    "NoiseDistance",
+    "NoiseRecord",
     "PairedRows",
     "PeaksRecord",
     "PluginGuardSection",

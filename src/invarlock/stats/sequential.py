@@ -22,7 +22,7 @@ import numpy as np
 
 from invarlock.core.exceptions import ConfigError
 
-__all__ = ["ERROR", "FRACTIONS", "Look", "looks", "spending_levels"]
+__all__ = ["ERROR", "FIRST", "FRACTIONS", "Look", "looks", "spending_levels"]
 
 FRACTIONS = (0.2, 0.4, 0.7, 1.0)
 FIRST = 0.05
