@@ -40,14 +40,14 @@ def recorded(certificate: dict[str, Any]) -> Recorded:
     return r.model_copy(update={"evaluation_windows": {split: sort(rows) for split, rows in splits.items()}})
 
 
-def by_looks(r: Recorded, minimum: int, first: int = 0) -> Certificate:
+def by_looks(r: Recorded, minimum: int) -> Certificate:
     """Judge look after look until one decides."""
     splits = r.evaluation_windows
     order = document_order([rows.document_ids for rows in splits.values()], r.data.seed)
     tokens = sum(sum(rows.tokens) for rows in splits.values())
     whole = tuple(len(rows.window_ids) for rows in splits.values())
     reached: list[tuple[int, int]] = []
-    for look in looks(len(order), minimum, first=first):
+    for look in looks(len(order), minimum):
         first, second = (sum(order[name] < look.documents for name in rows.document_ids) for rows in splits.values())
         reached.append((first, second))
         part = {split: rows.head(n) for (split, rows), n in zip(splits.items(), reached[-1], strict=True)}
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "faults")
     parser.add_argument("--every", type=int, default=1, help="judge every N-th run alone")
     given = parser.parse_args()
-    sample = resolve_policy(TIER, PROFILE).limits.sample
+    minimum = resolve_policy(TIER, PROFILE).limits.sample.early_documents
     shares, verdicts = [], Counter[tuple[str, str]]()
     for path in sorted(given.work.glob("*/*.json.gz"))[:: given.every]:
         with gzip.open(path, "rt", encoding="utf-8") as stream:
@@ -74,7 +74,7 @@ def main() -> None:
             if not certificate["evaluation_windows"]["preview"]["window_ids"]:
                 continue  # refused before anything was evaluated
             r = recorded(certificate)
-            whole, early = derive(r), by_looks(r, sample.early_documents, sample.first_documents)
+            whole, early = derive(r), by_looks(r, minimum)
             assert early.looks is not None
             pair = (whole.verdict.status, early.verdict.status)
             verdicts[pair] += 1

@@ -98,7 +98,7 @@ def verdicts(certificate: dict[str, Any]) -> dict[str, str]:
         "unpaired": float(new.mean() - old.mean()) > 1.96 * error,
     }
     sample = limits.sample
-    found = {"looks": by_looks(r, sample.early_documents, sample.first_documents), "whole": derive(r)}
+    found = {"looks": by_looks(r, sample.early_documents), "whole": derive(r)}
     said = {name: one.verdict.status for name, one in found.items()}
     return said | {name: "FAIL" if failed else "PASS" for name, failed in fails.items()}
 

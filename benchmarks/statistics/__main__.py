@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.statistics import tables
-from benchmarks.statistics.sequential import EARLIER, PLANS, sequential
+from benchmarks.statistics.sequential import EARLIER, EARLY, sequential
 from benchmarks.statistics.sigma import sigma
 from benchmarks.statistics.tables import BOUND, FAST, FULL, MINIMUM, Extent, Row
 
@@ -29,7 +29,7 @@ TABLES: dict[str, Callable[[Extent], list[Row]]] = {
     "power": tables.power,
     "advice": tables.advice,
     "sequential": sequential,
-    "earlier looks": lambda extent: sequential(extent._replace(**EARLIER), PLANS),
+    "earlier looks": lambda extent: sequential(extent._replace(**EARLIER), EARLY),
     "accuracy": tables.accuracy,
     "divergence": tables.divergence,
     "sigma": lambda _: sigma(),

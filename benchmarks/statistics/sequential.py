@@ -23,16 +23,9 @@ _ORDERS = 8  # in which documents come, and in each of them a part of the sample
 _EFFECTS = (0.0, 1.0, 2.0, 4.0)
 
 
-class Plan(NamedTuple):
-    """Looks before the last one take at least `early` documents; one that can only fail, at least `first` (0: none)."""
-
-    early: int
-    first: int = 0
-
-
-#: what `tiers.yaml` says, and what it could
-CURRENT = Plan(60, 8)
-PLANS = tuple(Plan(early, 8) for early in (30, 40, 50, 60))
+#: documents that a look before the last one takes at least: what `tiers.yaml` says, and what it could
+CURRENT = 60
+EARLY = (30, 40, 50, 60)
 #: fewer cells for the plans that are only compared
 EARLIER = {"simulations": 2000, "values": ("skew 2", "skew 6", "rare"), "sizes": ("equal", "geometric"), "iccs": (0.3,),
            "planned": (100, 160)}  # fmt: skip
@@ -47,7 +40,7 @@ class _Run(NamedTuple):
     used: Array
 
 
-def sequential(extent: Extent, plans: tuple[Plan, ...] = (CURRENT,)) -> list[Row]:
+def sequential(extent: Extent, earliest: tuple[int, ...] = (CURRENT,)) -> list[Row]:
     """Errors where the truth is the limit (nominal .025 each), power, coverage of the interval shown, and share used.
 
     `power`, `covers`: at one effect; `used 2`, `used 4`: mean share of the tokens at two and four.
@@ -57,14 +50,14 @@ def sequential(extent: Extent, plans: tuple[Plan, ...] = (CURRENT,)) -> list[Row
     for values, sizes, icc, planned in cells:
         drawn = [sample(Design(values, planned, sizes, icc), extent.simulations // _ORDERS, seed=seed)
                  for seed in range(_ORDERS)]  # fmt: skip
-        for plan in plans:
-            runs = [_ordered(one, plan, np.random.default_rng([9, seed])) for seed, one in enumerate(drawn)]
+        for early in earliest:
+            runs = [_ordered(one, early, np.random.default_rng([9, seed])) for seed, one in enumerate(drawn)]
             at = [
                 _Run(*(np.concatenate(parts) for parts in zip(*same, strict=True))) for same in zip(*runs, strict=True)
             ]
             rows.append({
-                "values": values, "sizes": sizes, "icc": icc, "planned": planned, "early": plan.early,
-                "first": plan.first, "false pass": float(at[0].passed.mean()),
+                "values": values, "sizes": sizes, "icc": icc, "planned": planned, "early": early,
+                "false pass": float(at[0].passed.mean()),
                 "false fail": float(at[0].failed.mean()), "power": float(at[1].passed.mean()),
                 "covers": float(at[1].covered.mean()), "used 2": float(at[2].used.mean()),
                 "used 4": float(at[3].used.mean()),
@@ -72,14 +65,14 @@ def sequential(extent: Extent, plans: tuple[Plan, ...] = (CURRENT,)) -> list[Row
     return rows
 
 
-def _ordered(drawn: Sample, plan: Plan, rng: np.random.Generator) -> list[_Run]:
+def _ordered(drawn: Sample, early: int, rng: np.random.Generator) -> list[_Run]:
     """Judge samples look by look, their documents in an order of chance, at every effect."""
     order = rng.permutation(len(drawn.sums))
     ordered = Sample(drawn.sums[order], drawn.sizes[order], drawn.error)
     planned, total = len(order), float(drawn.sizes.sum())
     kish = total**2 / float(np.square(drawn.sizes).sum())
     effect = float(nctdtrinc(kish - 1.0, 0.2, stdtrit(kish - 1.0, 0.975))) * drawn.error
-    steps = looks(planned, plan.early, first=plan.first)
+    steps = looks(planned, early)
     found = []
     for look in steps:
         part, level = ordered.first(look.documents), 1.0 - 2.0 * look.level

@@ -20,9 +20,7 @@ from invarlock.flow.run import RunRequest, run
 from invarlock.policy.config import load_config
 from invarlock.stats.sequential import spending_levels
 
-SAMPLE: dict[str, Any] = {
-    "preview": 30, "final": 30, "min_documents": 5, "early_documents": 8, "first_documents": 0
-}  # fmt: skip
+SAMPLE: dict[str, Any] = {"preview": 30, "final": 30, "min_documents": 5, "early_documents": 8}
 SMALL: dict[str, Any] = {"dataset": {"seq_len": 24}, "overrides": {"sample": SAMPLE}}
 #: a limit of the flips so near to what four bits show that no look decides
 NEAR: dict[str, Any] = {"metrics": {"divergence": {"flip_max": 0.14}}}
@@ -76,22 +74,6 @@ def test_a_wrecked_subject_fails_at_the_first_look(
 ) -> None:
     outcome = certify_models(wrecked, baseline_report=early.source_report, **SMALL)
     assert (outcome.status, len(_documents(outcome))) == ("FAIL", 1)
-    assert verify_certificate(reread(outcome.certificate)).intact
-
-
-@pytest.mark.parametrize("subject", ["wrecked", "harmless"])
-def test_one_more_look_at_a_few_documents_fails_the_wrecked_and_passes_nobody(
-    certify_models: Certify, baseline: Path, early: CertifyOutcome, subject: str, request: pytest.FixtureRequest
-) -> None:
-    few = {"dataset": {"seq_len": 24}, "overrides": {"sample": {**SAMPLE, "first_documents": 4, "min_documents": 2}}}
-    outcome = certify_models(request.getfixturevalue(subject), baseline, **few)
-    first, *others = outcome.certificate["looks"]["made"]
-    assert first["documents"] == 4 and first["level"] < 0.0003
-    if subject == "wrecked":
-        assert (outcome.status, first["decision"], others) == ("FAIL", "fail", [])
-    else:
-        assert (outcome.status, first["decision"], others[0]["decision"]) == ("PASS", "inconclusive", "pass")
-        assert others[0]["documents"] == _documents(early)[0]
     assert verify_certificate(reread(outcome.certificate)).intact
 
 

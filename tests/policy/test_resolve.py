@@ -24,7 +24,7 @@ from invarlock.policy.resolve import (
 
 #: version of the tiers -> digest of all tiers and profiles. A number that changes needs a new version, and the files of
 #: the one before under `data/tiers/<version>/`, so that certificates made under it still verify.
-ISSUED = {3: "2c03995ec072b8c9", 4: "28a61dff5d47ea92", 5: "956f342deedeb44c"}
+ISSUED = {3: "2c03995ec072b8c9", 4: "28a61dff5d47ea92"}
 
 
 def _limit(**layers: Any) -> float:

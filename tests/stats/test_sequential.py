@@ -70,20 +70,6 @@ def test_looks_keep_the_minimum(planned: int, minimum: int, expected: list[int])
     assert [look.level for look in found] == list(spending_levels([n / planned for n in expected]))
 
 
-@pytest.mark.parametrize(
-    ("planned", "minimum", "first", "expected"),
-    [(1000, 30, 8, [50, 200, 400, 700, 1000]), (100, 40, 8, [8, 40, 70, 100]), (40, 40, 8, [40]), (8, 30, 8, [8])],
-)
-def test_one_more_look_comes_before_the_others(planned: int, minimum: int, first: int, expected: list[int]) -> None:
-    found = looks(planned, minimum, first=first)
-    assert [look.documents for look in found] == expected
-    assert [look.level for look in found] == list(spending_levels([n / planned for n in expected]))
-
-
-def test_a_look_so_early_that_its_level_could_not_be_drawn_is_left_out() -> None:
-    assert [look.documents for look in looks(1000, 30, error=0.005, first=8)] == [200, 400, 700, 1000]
-
-
 def test_levels_of_whole_documents_are_those_of_the_shares() -> None:
     assert [round(look.level, 5) for look in looks(1000, 30)] == [0.00100, 0.00332, 0.00990, 0.01903]
 

@@ -105,18 +105,17 @@ def test_documents_decide_where_windows_of_the_same_ones_do_not(tables: ModuleTy
 @pytest.mark.slow
 def test_looks_keep_both_errors_and_most_of_the_power(tables: ModuleType, looks: ModuleType) -> None:
     extent = tables.FAST._replace(values=("normal",), sizes=("equal",))
-    (row,) = looks.sequential(extent, (looks.Plan(30, 8),))
+    (row,) = looks.sequential(extent, (30,))
     assert row["false pass"] <= 0.03 + margin(0.03, extent.simulations)
     assert row["false fail"] <= 0.025 + margin(0.025, extent.simulations)
     assert row["power"] > 0.76 - margin(0.76, extent.simulations)
     assert row["covers"] > 0.95 - margin(0.95, extent.simulations)
-    assert row["used 2"] < 0.6 and row["used 4"] < 0.35
+    assert row["used 2"] < 0.6 and row["used 4"] < 0.45  # the first look takes 0.3
 
 
 def test_the_plan_simulated_is_that_of_the_tiers(looks: ModuleType) -> None:
     for tier in TIERS:
-        sample = resolve_policy(tier).limits.sample
-        assert (sample.early_documents, sample.first_documents) == looks.CURRENT
+        assert resolve_policy(tier).limits.sample.early_documents == looks.CURRENT
 
 
 def test_answers_at_the_floor_seldom_pass(tables: ModuleType) -> None:

@@ -186,7 +186,7 @@ def test_extreme_levels_draw_enough_replicates_and_say_so() -> None:
     data = skewed(40)
     assert studentised_interval(*data, replicates=1200).replicates == 1200
     assert studentised_interval(*data, level=0.998, replicates=1200).replicates == 5000
-    with pytest.raises(ConfigError, match="at most 0.99999"):
+    with pytest.raises(ConfigError, match="at most 0.9999"):
         studentised_interval(*data, level=1 - 1e-9)
 
 

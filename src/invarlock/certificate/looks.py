@@ -1,8 +1,8 @@
 """Decisions look by look: what each look showed at its level, and that nothing was measured after one that decided.
 
 All gates decide together. A look passes when no gate fails or is undecided, and fails as soon as one gate fails: an
-interval beyond its limit, or a finding on the weights. A look at fewer documents than a PASS takes can only fail.
-Levels are those of `stats.sequential`, from the share of the planned documents that each look reached.
+interval beyond its limit, or a finding on the weights. Levels are those of `stats.sequential`, from the share of the
+planned documents that each look reached.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ def through_looks(
     decided.
     """
     error = (1.0 - limits.ratio.ci_level) / 2.0
-    least = limits.sample.early_documents
-    planned = looks(record.planned_documents, least, error=error, first=limits.sample.first_documents)
+    planned = looks(record.planned_documents, limits.sample.early_documents, error=error)
     whole = [len(rows[split].window_ids) for split in ("preview", "final")]
     if not record.reached or list(record.reached[-1]) != whole or len(record.reached) > len(planned):
         raise CertificateError(
@@ -70,8 +69,6 @@ def through_looks(
                 f"{record.planned_documents}, each of them whole"
             )
         seen, decision = judge(part, at_level(limits, 1.0 - 2.0 * look.level))
-        if decision == "pass" and look.documents < min(least, record.planned_documents):
-            decision = "inconclusive"
         tokens = sum(sum(split.tokens) for split in part.values())
         made.append(Look(documents=len(documents), windows=cut, tokens=tokens, level=look.level, decision=decision))
     share = made[-1].tokens / record.planned_tokens

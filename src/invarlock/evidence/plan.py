@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from invarlock.stats.sequential import ERROR, looks
+from invarlock.stats.sequential import looks
 
 if TYPE_CHECKING:
     from invarlock.evidence.windows import Window, Windows
@@ -49,8 +49,8 @@ def _strata(splits: Sequence[Sequence[Window]]) -> list[list[str]]:
     return [[w.document for w in split if (w.slice or "") == kind] for split in splits for kind in kinds]
 
 
-def cuts(windows: Windows, minimum: int, first: int = 0, error: float = ERROR) -> list[Cut]:
-    """Return how many windows of preview and final each look reaches; the arguments are those of `looks`.
+def cuts(windows: Windows, minimum: int) -> list[Cut]:
+    """Return how many windows of preview and final each look reaches, none of them at fewer than `minimum` documents.
 
     One look at the end where the windows do not stand in the order of their documents (they come from a caller, or were
     cut by an earlier release).
@@ -61,7 +61,7 @@ def cuts(windows: Windows, minimum: int, first: int = 0, error: float = ERROR) -
     ranks = [[order[window.document] for window in split] for split in splits]
     if not order or any(split != sorted(split) for split in ranks):
         return [whole]
-    found = [_reached(ranks, look.documents) for look in looks(len(order), minimum, first=first, error=error)]
+    found = [_reached(ranks, look.documents) for look in looks(len(order), minimum)]
     return found if all(min(cut) > 0 or cut == whole for cut in found) else [whole]
 
 

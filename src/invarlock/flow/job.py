@@ -71,8 +71,7 @@ class Job:
     def cuts(self) -> list[Cut]:
         """How many windows of preview and final each look reaches; the last one reaches all."""
         assert self.windows is not None
-        sample, error = self.policy.limits.sample, (1.0 - self.policy.limits.ratio.ci_level) / 2.0
-        return cuts(self.windows, sample.early_documents, sample.first_documents, error)
+        return cuts(self.windows, self.policy.limits.sample.early_documents)
 
     @property
     def plugins(self) -> list[Guard]:

@@ -78,8 +78,7 @@ class Sample(_Section):
     min_tokens: int
     min_documents: int = 0  # effective ones; the first versions of the tiers had no floor
     early_stop: bool = False  # decide look by look
-    early_documents: int = 60  # that a look before the last one takes at least, to pass
-    first_documents: int = 0  # that one more look, which can only fail, takes at least; 0: there is none
+    early_documents: int = 60  # that a look before the last one takes at least
     shortfall: Literal["stop", "warn"]
 
 

@@ -22,11 +22,9 @@ import numpy as np
 
 from invarlock.core.exceptions import ConfigError
 
-__all__ = ["ERROR", "FIRST", "FRACTIONS", "Look", "looks", "spending_levels"]
+__all__ = ["ERROR", "FRACTIONS", "Look", "looks", "spending_levels"]
 
 FRACTIONS = (0.2, 0.4, 0.7, 1.0)
-FIRST = 0.05
-_DEEPEST = 2e-5  # level of a look at `FIRST`: with several kinds of text, a bootstrap at a part of it has to be drawn
 ERROR = 0.025  # one-sided, of all looks together
 _NODES = 128
 _FAR = 9.0  # standard deviations below which no density is left
@@ -39,21 +37,16 @@ class Look(NamedTuple):
     level: float
 
 
-def looks(planned_documents: int, minimum: int = 1, *, error: float = ERROR, first: int = 0) -> list[Look]:
+def looks(planned_documents: int, minimum: int = 1, *, error: float = ERROR) -> list[Look]:
     """Return the looks at `FRACTIONS` of the planned documents, none of them at fewer than `minimum`.
 
     An early look below the minimum moves up to it; looks at the same number are one. With no more documents planned
-    than the minimum there is one look at the end. With `first` above 0 one more look comes before several, at `FIRST` of
-    the documents and no fewer than `first`: it is for what is so far beyond a limit that few documents show it. There is
-    none where the error is so small that its level would be below `_DEEPEST`.
-    Raises ConfigError for numbers below 1, or a `first` below 0.
+    than the minimum there is one look at the end. Raises ConfigError for numbers below 1.
     """
-    if planned_documents < 1 or minimum < 1 or first < 0:
+    if planned_documents < 1 or minimum < 1:
         raise ConfigError(f"got {planned_documents} planned documents, minimum {minimum}; expected at least 1 each")
     counts = {min(planned_documents, max(minimum, math.ceil(t * planned_documents - 1e-9))) for t in FRACTIONS}
-    soon = max(first, math.ceil(FIRST * planned_documents - 1e-9))
-    one_more = first and soon < min(counts) < planned_documents and error * (soon / planned_documents) ** 2 >= _DEEPEST
-    ordered = sorted(counts | {soon} if one_more else counts)
+    ordered = sorted(counts)
     levels = spending_levels([count / planned_documents for count in ordered], error)
     return [Look(count, level) for count, level in zip(ordered, levels, strict=True)]
 

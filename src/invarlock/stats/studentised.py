@@ -51,7 +51,7 @@ from invarlock.stats.intervals import (
 
 __all__ = ["studentised_interval", "studentised_reach"]
 
-_MOST = 1_000_000
+_MOST = 100_000
 _BEYOND = 5  # replicates to lie beyond the quantile, at least: more are drawn than asked for where a level needs it
 
 
@@ -74,7 +74,7 @@ def studentised_interval(
     tail = (1.0 - level) / 2.0
     drawn = max(replicates, math.ceil(_BEYOND / tail))
     if drawn > max(replicates, _MOST):
-        raise ConfigError(f"got confidence level {level}, which needs {drawn} replicates; expected at most 0.99999")
+        raise ConfigError(f"got confidence level {level}, which needs {drawn} replicates; expected at most 0.9999")
     with np.errstate(over="ignore", invalid="ignore"):
         sizes = cluster_sums(codes, w)
         shares = sizes / sizes.sum()
