@@ -72,6 +72,15 @@ def test_a_runtime_that_reads_other_weights_than_the_reader_is_refused(
         hand_over(model, native, packed, IDS, rounds_activations)
 
 
+def test_a_model_that_computes_nothing_finite_is_left_to_its_verdict(load: Callable[[], PreTrainedModel]) -> None:
+    model, native = load(), load()
+    with torch.no_grad():
+        for one in (model, native):
+            one.get_submodule(MATRIX).weight.mul_(float("inf"))
+    with pytest.raises(ValueError, match="not finite"):
+        hand_over(model, native, {MATRIX}, IDS, rounds_activations=False)
+
+
 def test_a_runtime_that_packs_more_than_linear_layers_is_not_taken_over_by_halves(
     load: Callable[[], PreTrainedModel],
 ) -> None:

@@ -86,10 +86,13 @@ def attach(model: PreTrainedModel, folder: Path, token_ids: Sequence[int], **opt
 def same_model(
     model: Callable[..., Any], native: Callable[..., Any], token_ids: Sequence[int], rounds_activations: bool
 ) -> tuple[float, int]:
-    """Return the mean KL of a reader's model from the runtime's, and on how many tokens; ModelLoadError where it is no
-    rounding."""
+    """Return the mean KL of a reader's model from the runtime's, and on how many tokens. Raises ModelLoadError where it is no
+    rounding, and ValueError where it cannot be told."""
     ids, limit = token_ids[:_TOKENS], _SAME_BUT_ACTIVATIONS if rounds_activations else _SAME
-    kl = _divergence(_log_probs(native, ids), _log_probs(model, ids))
+    told, found = (_log_probs(one, ids) for one in (native, model))
+    if not found.isfinite().all():  # a damaged model, which is to be judged and not refused
+        raise ValueError("the model computes what is not finite")
+    kl = _divergence(told, found)
     if not kl <= limit:
         raise ModelLoadError(
             f"its runtime and the reader of this package differ by a mean KL of {kl:.2g} on {len(ids)} tokens; expected "
