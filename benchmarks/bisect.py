@@ -243,7 +243,8 @@ def main() -> None:
         rows += pairs(bench, arguments.every) if "pair" in wanted else ()
         rows += curves(bench, arguments.every) if "global" in wanted else ()
         rows += repairs(bench) if "repair" in wanted else ()
-        lines = list(summary(rows))
+        about = f"{', '.join(dict.fromkeys(r['model'] for r in rows))}; {WINDOWS} windows of {SEQ_LEN} tokens"
+        lines = [f"{about}; one case in {arguments.every}", *summary(rows)]
         settings = {"windows": WINDOWS, "seq_len": SEQ_LEN, "every": arguments.every}
         found = json.loads(
             json.dumps({"settings": settings, "rows": rows}), parse_float=lambda x: float(f"{float(x):.5g}")

@@ -40,6 +40,10 @@ CASES = [
     ("rank 4 and sign", "llama", "dense"),
     ("rank 4 and scaled", "t5", "dense"),
     ("swapped and scaled", "gpt2", "pickled"),
+    ("4 bits clipped", "llama", "pickled"),
+    ("5 bits in groups of 32", "bert", "pickled"),
+    ("a block empty", "gpt2", "packed subject"),
+    ("re-initialised", "gpt2", "packed"),
 ]
 
 

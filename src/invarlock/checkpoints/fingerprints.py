@@ -33,6 +33,7 @@ _LONG = 32  # values in a line from which on two that are alike by chance are ra
 _TURNED = 0.5  # cosine from which on a change is no rotation
 _FLOAT8 = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 _CUTS = (2, 4, 8, 16)  # values of which a pruning pattern keeps some
+_SMALL = 1 << 19  # values up to which lines are matched by all of them
 _MANY = 1 << 15  # lines from which on they are matched by one projection alone
 
 
@@ -218,25 +219,15 @@ class _Pair:
             return
         part = _some(rows, self.old), _some(columns, self.old.T)
         if not any(part):
-            yield from _Names(self.old, self.new, sums, self.factors, self.order).all()
+            yield from _Names(self.old, self.new, sums, self.factors, self.order, self.head_size).all()
             return
         if part[0]:
-            yield Operation("rows", self._span(rows))
+            yield Operation("rows", _span(rows, self.head_size))
         if part[1]:
-            yield Operation("columns", self._span(columns))
+            yield Operation("columns", _span(columns, self.head_size))
         old, new = (t[rows] if part[0] else t for t in (self.old, self.new))
         old, new = (t[:, columns] if part[1] else t for t in (old, new))
         yield from _Names(old, new, _Sums.of(old.float(), new.float()), {}, self.order).all()
-
-    def _span(self, lines: Tensor) -> dict[str, Any]:
-        at = lines.nonzero()[:, 0].tolist()
-        facts: dict[str, Any] = {"count": len(at), "first": at[0], "last": at[-1], "listed": at[:4], "of": len(lines)}
-        size = self.head_size
-        if size and len(lines) % size == 0 and len(lines) > size:
-            heads = lines.reshape(-1, size)
-            if bool((heads.all(1) == heads.any(1)).all()):
-                facts["heads"] = heads.all(1).nonzero()[:, 0].tolist()
-        return facts
 
     def _cast(self) -> Operation | None:
         """Return how the type changed, `whole` where the cast explains everything; None where it loses nothing."""
@@ -255,6 +246,17 @@ class _Pair:
         return None
 
 
+def _span(lines: Tensor, size: int | None = None) -> dict[str, Any]:
+    """Return which lines were touched, and which heads of that size where whole ones were."""
+    at = lines.nonzero()[:, 0].tolist()
+    facts: dict[str, Any] = {"count": len(at), "first": at[0], "last": at[-1], "listed": at[:4], "of": len(lines)}
+    if size and len(lines) % size == 0 and len(lines) > size:
+        heads = lines.reshape(-1, size)
+        if bool((heads.all(1) == heads.any(1)).all()):
+            facts["heads"] = heads.all(1).nonzero()[:, 0].tolist()
+    return facts
+
+
 def _some(mask: Tensor, lines: Tensor) -> bool:
     """Say whether only some lines were touched, though others could have been: those of zeros alone could not."""
     if len(mask) == 1 or float(mask.float().mean()) > _PART:
@@ -266,8 +268,15 @@ class _Names:
     """The operations that turn `old` [m, n] into `new`, where every row is touched."""
 
     def __init__(
-        self, old: Tensor, new: Tensor, sums: _Sums, factors: dict[str, Tensor], order: dict[str, Tensor] | None
+        self,
+        old: Tensor,
+        new: Tensor,
+        sums: _Sums,
+        factors: dict[str, Tensor],
+        order: dict[str, Tensor] | None,
+        head_size: int | None = None,
     ) -> None:
+        self.head_size = head_size
         self.old, self.new, self.sums, self.factors, self.order = old, new, sums, factors, order
         picked = _picked(len(new), _SAMPLE)
         self.a, self.b = old[picked].float(), new[picked].float()
@@ -335,7 +344,7 @@ class _Names:
         """Zeros where there were none; what is left may be scaled, or changed in ways that have no name."""
         fresh = (self.b == 0) & (self.a != 0)
         share = float(fresh.float().mean())
-        if share < 1e-3 or len(self.b) * self.b.shape[1] < 16:
+        if share < 1e-3 or len(self.b) * self.b.shape[1] < 16 or (share < 0.05 and abs(self.cosine) < _UNRELATED):
             return
         yield Operation("pruned", {"share": float((self.b == 0).float().mean()), "pattern": self._pattern()})
         left = self.b != 0
@@ -394,7 +403,10 @@ class _Names:
         a, b = (self.a_t, self.b_t) if grid.axis == "column" else (self.a, self.b)
         size = grid.group or b.shape[1]
         a, b = (t[:, : t.shape[1] // size * size].reshape(-1, size) for t in (a, b))
-        return a, b, _step(b) if grid.axis != "tensor" else _step(b.reshape(1, -1))
+        ends = b.reshape(1, -1) if grid.axis == "tensor" else b
+        if grid.symmetric:
+            return a, b, ends.abs().amax(1, keepdim=True) / max(2 ** (grid.bits - 1) - 1, 1)
+        return a, b, (ends.amax(1, keepdim=True) - ends.amin(1, keepdim=True)) / (2**grid.bits - 1)
 
     def _within(self, grid: Grid) -> bool:
         """Say whether the change is no more than rounding once more to the grid makes."""
@@ -412,9 +424,16 @@ class _Names:
                 )
                 return
         a, b, step = self._on(grid)
+        if emptied := list(self._emptied(float(step.max()))):
+            yield from emptied
+            return
         zeros = b == 0
         if float(zeros.float().mean()) > 1.25 * float((a.abs() < 0.5 * step).float().mean()) + 0.05:
             yield Operation("pruned", {"share": float(zeros.float().mean()), "pattern": self._pattern()})
+            left = self.b != 0
+            factor = float((self.a * self.b)[left].sum() / self.a[left].square().sum())
+            if grid.bits >= 3 and abs(factor - 1) > 0.05:
+                yield Operation("sign") if abs(factor + 1) <= 0.05 else Operation("scaled", {"by": factor})
             return
         rest = float((b - a).square().mean())
         factor = float((self.a * self.b).sum() / (self.a * self.a).sum())
@@ -424,6 +443,19 @@ class _Names:
         rank = rank_above_noise(self.old, self.new)
         if grid.bits >= 3 and rank and rest > 1.3 * float((step**2).mean()) / 12:
             yield Operation("low_rank", {"rank": rank, "size": _far(self.b, self.a)})
+
+    def _emptied(self, step: float) -> Iterator[Operation]:
+        """Yield the rows and columns of one block that became zero where rounding to this step would not have made it so."""
+        fresh = (self.new == 0) & (self.old.abs() > step)
+        rows, columns = fresh.any(1), fresh.any(0)
+        if int(fresh.sum()) < 16 or bool(rows.all() and columns.all()):
+            return
+        if float((self.new[rows][:, columns] == 0).float().mean()) < 0.995:
+            return
+        for what, lines in (("rows", rows), ("columns", columns)):
+            if not bool(lines.all()):
+                yield Operation(what, _span(lines, self.head_size))
+        yield Operation("zeroed")
 
     def _low_rank(self) -> Iterator[Operation]:
         if min(self.new.shape) < 4 or abs(self.cosine) < 0.2:
@@ -494,13 +526,6 @@ def _correlation(a: Tensor, b: Tensor) -> float:
     return float((a @ b) / (a.norm() * b.norm()).clamp_min(1e-30))
 
 
-def _step(rows: Tensor) -> Tensor:
-    """Return the smallest size of each row that is not zero, [rows, 1]: about one step of its grid."""
-    import torch
-
-    return torch.where(rows == 0, torch.inf, rows.abs()).amin(1, keepdim=True).nan_to_num(posinf=0.0)
-
-
 def _like(old: Tensor, new: Tensor) -> bool:
     """Say whether `new` is mostly `old`."""
     picked = _picked(len(new), _SAMPLE)
@@ -535,6 +560,8 @@ def _whole_order(old: Tensor, new: Tensor) -> Tensor:
     import torch
 
     along = torch.randn(old.shape[1], 64, generator=torch.Generator().manual_seed(0))
+    if old.numel() <= _SMALL:
+        along = torch.eye(old.shape[1])
     if len(old) <= _MANY:
         here, there = _directions(old.float() @ along), _directions(new.float() @ along)
         return torch.cat([(there[at : at + 1024] @ here.T).argmax(1) for at in range(0, len(there), 1024)])

@@ -15,6 +15,7 @@ _MOST = 0.7  # share of a block's rank up to which it counts as low: the rest mu
 _SMALL = 160  # rows and columns of the part on which scales and an update are told apart
 _ROUNDS = 12
 _FEW = 0.4  # share of the rank of that part up to which an update beside scales counts as low
+_USUAL = 6.0  # times the median size of a change, four standard deviations of normal ones
 _GAP = 1.5  # ratio of neighbouring singular values from which on the first of them may be an update of its own
 
 
@@ -70,9 +71,12 @@ def _above(values: Tensor, noise: float) -> int:
 def rank_above_noise(old: Tensor, new: Tensor) -> int:
     """Return how many singular values of the change lie clearly above those that independent rounding makes.
 
-    Of noise alone the largest is 2.5 times the median (a quarter-circle law for square matrices).
+    Of noise alone the largest is 2.5 times the median (a quarter-circle law for square matrices). A few values that were
+    clipped are a rank of their own, and are held to what is usual for the others.
     """
-    values = _values(_block(new) - _block(old))
+    change = _block(new) - _block(old)
+    most = _USUAL * float(change.abs().median())
+    values = _values(change.clamp(-most, most) if most else change)
     rank = int((values > 1.3 * 2.48 * values.median()).sum())
     return rank if rank <= 0.2 * len(values) else 0
 
