@@ -472,8 +472,9 @@ _VOLATILE = {"run_id", "meta", "telemetry", "baseline_ref", "data", "provenance"
 
 
 def _numbers(certificate: dict[str, Any]) -> dict[str, Any]:
-    """All that two certificates of one pair share: the exact KL needs both models' logits and decides nothing."""
-    numbers = reread({key: value for key, value in certificate.items() if key not in _VOLATILE})
+    """All that two certificates of one pair share: the exact KL needs both models' logits and decides nothing, and notes on
+    the cut are those of the command that made it."""
+    numbers = reread({key: value for key, value in certificate.items() if key not in (*_VOLATILE, "notes")})
     for name in [name for name in numbers["divergence"] if "exact" in name or name == "kl_coarsened_there"]:
         del numbers["divergence"][name]
     for rows in numbers["evaluation_windows"].values():
