@@ -1,4 +1,4 @@
-"""How long, how much memory and how much disk: measured on small models, extrapolated by a formula.
+"""How long and how much disk: measured on small models, extrapolated by a formula.
 
     python -m benchmarks.resources            measures, some minutes on one core; writes results/resources.json
     python -m benchmarks.resources --table    prints the table of the last measurement again
@@ -7,11 +7,11 @@ A model of N parameters is certified against itself on T scored tokens, each job
 thread. Fitted by least squares over all jobs:
 
 - seconds of the processor = a + b N + c N T: starting; reading, loading and looking at the weights; two passes over the text;
-- peak memory above the imports = e (bytes of the model in memory, 4 N in float32) + what the work takes: e is told from
-  two models on the same text with the same vocabulary, the rest stands job by job and is not extrapolated;
-- bytes written = f + g T.
+- bytes written = d + e T.
 
-The table puts other N and T into these. It is an extrapolation over more than three orders of magnitude: a larger model is
+The peak of memory above the imports stands job by job and is not extrapolated: models this small take less than the work.
+
+The table puts other N and T into these. It is an extrapolation over orders of magnitude: a larger model is
 used more efficiently by the same processor, and an accelerator has figures of its own.
 """
 
@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarks.cost import make_model
+from benchmarks.cost import in_child
 
 RESULTS = Path(__file__).parent / "results" / "resources.json"
-#: shapes, and for each the numbers of windows (preview, and as many final); the last two tell what the weights take
+#: shapes, and for each the numbers of windows (preview, and as many final)
 _JOBS: tuple[tuple[dict[str, int], tuple[int, ...]], ...] = (
     ({"n_embd": 256, "n_layer": 6, "n_head": 4, "vocab_size": 8192}, (16, 32)),
     ({"n_embd": 512, "n_layer": 8, "n_head": 8, "vocab_size": 16384}, (16, 32)),
@@ -87,7 +87,7 @@ def measure() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         for number, (shape, sizes) in enumerate(_JOBS):
             folder = Path(scratch) / f"model{number}"
-            make_model(folder, {**shape, "seq_len": _SEQ_LEN})
+            in_child("make", str(folder), {**shape, "seq_len": _SEQ_LEN})  # this process must stay small
             for windows in sizes:
                 out = Path(scratch) / f"out{number}-{windows}"
                 jobs.append({"vocabulary": shape["vocab_size"], **_child(folder, windows, out)})
@@ -101,13 +101,11 @@ def _processor() -> str:
 
 
 def fit(jobs: list[dict[str, float]]) -> dict[str, list[float]]:
-    """Return the coefficients of the formulas, of seconds and disk with the largest error relative to what was measured."""
+    """Return the coefficients of both formulas, each with the largest error relative to what was measured."""
     n, t = (np.array([row[key] for row in jobs], dtype=float) for key in ("parameters", "tokens"))
     one = np.ones(len(jobs))
     designs = {"seconds": (one, n, n * t), "disk": (one, t)}
-    less, more = jobs[-2:]
-    weights = (more["memory"] - less["memory"]) / (4 * (more["parameters"] - less["parameters"]))
-    found = {"memory": [weights]}
+    found = {}
     for key, columns in designs.items():
         seen = np.array([row[key] for row in jobs], dtype=float)
         scale = np.array([column.max() for column in columns])  # columns of one size, for the sake of the arithmetic
@@ -119,21 +117,21 @@ def fit(jobs: list[dict[str, float]]) -> dict[str, list[float]]:
 
 def table(result: dict[str, Any]) -> str:
     """Return the extrapolation as a table in Markdown."""
-    (a, b, c, _), (e,), (f, g, _) = (result["fit"][key] for key in ("seconds", "memory", "disk"))
+    (a, b, c, _), (d, e, _) = (result["fit"][key] for key in ("seconds", "disk"))
     lines = [
-        "| model | profile | tokens | hours on one core | weights in memory, float32 | in 16 bits | disk |",
+        "| model | profile | tokens | hours on one core | weights, float32 | weights, 16 bits | disk |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, n in _MODELS.items():
         for profile, t in _TOKENS.items():
-            memory = [f"{e * size * n / 1e9:.0f} GB" for size in (4, 2)]
+            memory = [f"{size * n / 1e9:.0f} GB" for size in (4, 2)]
             cells = (
                 name,
                 f"`{profile}`",
                 f"{t:,}",
                 f"{(a + b * n + c * n * t) / 3600:.1f}",
                 *memory,
-                f"{(f + g * t) / 1e6:.0f} MB",
+                f"{(d + e * t) / 1e6:.0f} MB",
             )
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

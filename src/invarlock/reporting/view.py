@@ -146,7 +146,7 @@ class View:
     @property
     def usual_bases(self) -> set[str]:
         """What so many gates are held by that saying it beside each tells nothing."""
-        return {"guard", "plugin guard", "counts", "digests", "window ids", "point estimate"}
+        return {"guard", "plugin guard", "counts", "digests", "window ids", "point estimate", "not evaluated"}
 
 
 def parse(certificate: Mapping[str, Any]) -> Certificate:
