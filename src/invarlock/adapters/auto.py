@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from invarlock.adapters.hf import HF_Adapter, HF_Causal_Adapter, HF_MLM_Adapter, HF_Seq2Seq_Adapter
@@ -83,6 +84,10 @@ class HF_Auto_Adapter(HF_Adapter):
         trust = settings.flag("INVARLOCK_TRUST_REMOTE_CODE") if trust_remote_code is None else trust_remote_code
         chosen = self.select(str(resolve_folder(model_id, revision)), trust_remote_code=trust)
         return chosen.load_model(model_id, device, trust_remote_code=trust, revision=revision, **options)
+
+    def run_natively(self, model: PreTrainedModel, token_ids: Sequence[int]) -> None:
+        """Have the runtime of the format that was loaded last execute the model, where there is one."""
+        self.chosen.run_natively(model, token_ids)
 
 
 class HF_Causal_Auto_Adapter(HF_Auto_Adapter):
