@@ -50,22 +50,20 @@ def mark_shifts(
 
 def diagnose(rows: Sequence[Row]) -> Culprits:
     """Name the roles that one operation changed, else the tensors that stand out, else say that the change is uniform."""
-    found = culprits(rows)
-    if found.uniform:
-        operations = {row.get("operation") for row in rows if _changed(row)}
-        if len(operations) == 1 and (what := operations.pop()):
-            return Culprits(found.named, True, f"{found.text}: {what}")
+    found, touched = culprits(rows), [row for row in rows if _changed(row)]
+    told = {row.get("operation") for row in touched}  # a certificate of an earlier derivation has none
+    if found.uniform and told != {None} and _whole_families(rows, touched):
+        return Culprits(found.named, True, f"{found.text}: {told.pop()}" if len(told) == 1 else found.text)
     roles: dict[str, list[Row]] = {}
     for row in rows:
         roles.setdefault(_NUMBER.sub(".*.", str(row["name"])), []).append(row)
-    changed = sum(_changed(row) for row in rows)
     done: dict[str, list[tuple[str, list[Row]]]] = {}
     for role, members in roles.items():
         alike = {_operation(row) for row in members}
         if len(alike) == 1 and len(members) > 1 and (name := alike.pop()) is not None:
             done.setdefault(name, []).append((role, members))
     named = [row for group in done.values() for _, members in group for row in members]
-    if not named or len(named) == len(rows) or 2 * len(named) < changed:
+    if not named or len(named) == len(rows) or 2 * len(named) < len(touched):
         return found
     parts = [f"{_roles(group)}: {what}" for what, group in done.items()]
     rest = [row for row in found.named if row["name"] not in {row["name"] for row in named}]
@@ -78,13 +76,16 @@ def diagnose_by_role(rows: Sequence[Row]) -> Culprits:
     """Diagnose, and count: a change is uniform only where every tensor of the families that it touched changed, else the
     roles are told, and the layer where it is one; the text ends with how many tensors changed and how many did not."""
     found, changed = diagnose(rows), [row for row in rows if _changed(row)]
-    families = {row["family"] for row in changed}
-    alike = all(_changed(row) for row in rows if row["family"] in families)
-    if not changed or (found.uniform and alike):
+    if not changed or (found.uniform and _whole_families(rows, changed)):
         return found
     text, same = _by_role(rows, changed) if found.uniform else found.text, len(rows) - len(changed)
     counts = f"{len(changed)} of {len(rows)} tensors changed" + (f", {same} are as they were" if same else "")
     return Culprits(found.named, False, f"{text}; {counts}")
+
+
+def _whole_families(rows: Sequence[Row], changed: Sequence[Row]) -> bool:
+    families = {row["family"] for row in changed}
+    return all(_changed(row) for row in rows if row["family"] in families)
 
 
 def _by_role(rows: Sequence[Row], changed: Sequence[Row]) -> str:
