@@ -43,6 +43,7 @@ def own_names(path: Path) -> set[str]:
     return {name for name in defined(tree.body) if not name.startswith("_")} - type_variables
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
 def test_what_is_public_is_what_all_says(name: str) -> None:
     module = importlib.import_module(name)

@@ -50,9 +50,12 @@ def test_the_worked_example_keeps_its_contract() -> None:
 
 #: these refuse, by its name, a checkpoint that is not packed as they expect: see tests/adapters/test_packed_adapters.py
 PACKED = ("hf_awq", "hf_bnb", "hf_gptq")
+#: it executes graphs, not models that are made in memory: see tests/adapters/test_onnx.py
+GRAPHS = ("hf_causal_onnx",)
 
 
-@pytest.mark.parametrize("name", [name for name in registry.adapters.entries() if name not in PACKED])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in registry.adapters.entries() if name not in (*PACKED, *GRAPHS)])
 def test_an_adapter_of_ours_keeps_its_contract(name: str) -> None:
     adapter = registry.adapters.create(name)
     check_adapter(adapter, model=build(ARCHITECTURES[name]) if name in ARCHITECTURES else None)
@@ -100,6 +103,7 @@ def test_importing_the_checks_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+@pytest.mark.slow
 def test_the_model_is_left_alone_and_always_the_same() -> None:
     model = tiny_model()
     check_adapter(HF_Causal_Adapter(), model=model)
@@ -198,6 +202,7 @@ class Trains(Sound):
         return {}
 
 
+@pytest.mark.slow
 def test_a_sound_guard_passes_as_an_instance_a_class_and_a_factory() -> None:
     for form in (Sound(), Sound, lambda: Sound()):
         check_guard(form)
@@ -284,6 +289,7 @@ class Live(HF_Causal_Adapter):
         return {"embedding": model.get_input_embeddings().weight}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
@@ -307,6 +313,7 @@ def test_an_adapter_that_breaks_the_contract_is_told_what_was_expected(
         check_adapter(adapter())
 
 
+@pytest.mark.slow
 def test_an_adapter_over_a_state_dict_may_leave_a_cut_tie_cut() -> None:
     check_adapter(Untied(), ties=False)
 

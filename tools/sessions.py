@@ -131,7 +131,7 @@ def _frames(raw: str) -> list[str]:
 
 def _settled(raw: str) -> str:
     """Return what stays on the screen."""
-    settled = re.sub(r"[^\n]*(?:\n\r\x1b\[1A|\r)\x1b\[2?K", "", raw)
+    settled = re.sub(r"[^\n]*(?:\n\r\x1b\[1A|\r)\x1b\[2?K", "", raw).replace("\r", "")
     return "\n".join(line for line in _ESCAPES.sub("", settled).strip("\r\n").split("\n") if _BAR not in line)
 
 

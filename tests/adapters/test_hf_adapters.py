@@ -60,6 +60,7 @@ def test_devices_that_are_not_there_are_refused(llama_model: Path, device: str) 
         HF_Causal_Adapter().load_model(str(llama_model), device=device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [HF_Causal_Adapter(), HF_Auto_Adapter(), HF_Causal_Auto_Adapter()])
 def test_describe_gives_the_promised_facts(adapter: Any, demo_model: Path, llama_model: Path) -> None:
     for folder, kind, name in ((demo_model, "gpt2", "GPT2LMHeadModel"), (llama_model, "llama", "LlamaForCausalLM")):
@@ -102,6 +103,7 @@ def test_can_handle_says_no_instead_of_raising(tmp_path: Path) -> None:
     assert not HF_Auto_Adapter().can_handle(str(tmp_path / "nothing"))
 
 
+@pytest.mark.slow
 def test_a_saved_model_loads_again_bit_for_bit(demo_model: Path, tmp_path: Path) -> None:
     for adapter in (HF_Causal_Adapter(), HF_Auto_Adapter()):
         model = adapter.load_model(str(demo_model), device="cpu")
@@ -135,6 +137,7 @@ def test_a_loaded_model_remembers_where_it_came_from(kind: type[HF_Adapter], lla
         assert live_structure(model, side.structure) is side.structure
 
 
+@pytest.mark.slow
 def test_a_model_made_elsewhere_has_no_origin_and_a_freed_one_is_forgotten(llama_model: Path) -> None:
     adapter = HF_Causal_Adapter()
     model = adapter.load_model(str(llama_model), device="cpu")
@@ -160,6 +163,7 @@ def test_a_tokenizer_belongs_to_its_checkpoint(demo_model: Path, tmp_path: Path)
         adapter.tokenizer(str(folder))
 
 
+@pytest.mark.slow
 def test_the_tokenizer_digest_ignores_the_form_of_the_files_and_sees_their_content(
     demo_model: Path, demo_tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -47,6 +47,7 @@ def _logits(model: PreTrainedModel) -> torch.Tensor:
     return logits
 
 
+@pytest.mark.slow
 def test_a_model_runs_as_its_runtime_does_and_keeps_its_dense_weights(load: Callable[[], PreTrainedModel]) -> None:
     model, native = load(), load()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -58,6 +59,7 @@ def test_a_model_runs_as_its_runtime_does_and_keeps_its_dense_weights(load: Call
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds_activations", [False, True])
 def test_a_runtime_that_reads_other_weights_than_the_reader_is_refused(
     rounds_activations: bool, load: Callable[[], PreTrainedModel]
@@ -72,6 +74,7 @@ def test_a_runtime_that_reads_other_weights_than_the_reader_is_refused(
         hand_over(model, native, packed, IDS, rounds_activations)
 
 
+@pytest.mark.slow
 def test_a_model_that_computes_nothing_finite_is_left_to_its_verdict(load: Callable[[], PreTrainedModel]) -> None:
     model, native = load(), load()
     with torch.no_grad():
@@ -81,6 +84,7 @@ def test_a_model_that_computes_nothing_finite_is_left_to_its_verdict(load: Calla
         hand_over(model, native, {MATRIX}, IDS, rounds_activations=False)
 
 
+@pytest.mark.slow
 def test_a_runtime_that_packs_more_than_linear_layers_is_not_taken_over_by_halves(
     load: Callable[[], PreTrainedModel],
 ) -> None:

@@ -56,6 +56,7 @@ def _by_release(document: Document, version: str) -> Document:
 # --- derivations
 
 
+@pytest.mark.slow
 def test_new_certificates_name_their_derivation_and_the_first_ones_none(made: Document) -> None:
     assert made["derivation"] == CURRENT == max(DERIVATIONS)
     assert made["policy_provenance"]["tiers_version"] == VERSION
@@ -69,6 +70,7 @@ def test_a_derivation_of_a_later_release_is_no_forgery_and_no_success(made: Docu
         verify_certificate({**made, "derivation": CURRENT + 1})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("derivation", [1, None])
 def test_a_certificate_cannot_be_passed_off_as_one_of_another_derivation(
     derivation: int | None, made: Document
@@ -97,6 +99,7 @@ def _own(root: Path, change: Callable[[str], str], profile: str | None = None) -
         (folder / "ci.yaml").write_text(profile, encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_comment_in_the_tiers_alters_no_certificate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Document
 ) -> None:
@@ -109,6 +112,7 @@ def test_a_comment_in_the_tiers_alters_no_certificate(
     assert again["policy_provenance"] == made["policy_provenance"]
 
 
+@pytest.mark.slow
 def test_every_variable_of_the_environment_leaves_verification_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CONFIG_ROOT", "CI_PREVIEW", "CI_FINAL", "TINY_RELAX", "BOOTSTRAP_BCA"):
         monkeypatch.setenv(f"INVARLOCK_{name}", "0")
@@ -118,6 +122,7 @@ def test_every_variable_of_the_environment_leaves_verification_alone(monkeypatch
         assert verify_certificate(_frozen(name)).intact, name
 
 
+@pytest.mark.slow
 def test_tiers_of_ones_own_are_embedded_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     profile = "sample: {preview: 150, final: 150, shortfall: warn}"
     _own(tmp_path, lambda tiers: tiers.replace("limit: 1.10", "limit: 1.50"), profile)
@@ -136,6 +141,7 @@ def test_tiers_of_ones_own_are_embedded_and_said(tmp_path: Path, monkeypatch: py
     assert verify_certificate(_again(document, forge)).failed_step == "policy"
 
 
+@pytest.mark.slow
 def test_more_than_was_used_cannot_be_embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _own(tmp_path, lambda tiers: tiers.replace(f"version: {VERSION}", "version: 77"))
     with monkeypatch.context() as inside:
@@ -146,6 +152,7 @@ def test_more_than_was_used_cannot_be_embedded(tmp_path: Path, monkeypatch: pyte
     assert verify_certificate(padded).failed_step == "policy"
 
 
+@pytest.mark.slow
 def test_a_certificate_of_tiers_that_no_release_issued_does_not_verify(made: Document) -> None:
     outcome = verify_certificate(_again(made, lambda d: d["policy_provenance"].update(tiers_version=2)))
     assert "version 2, which this release does not have" in outcome.problems[0]
@@ -153,6 +160,7 @@ def test_a_certificate_of_tiers_that_no_release_issued_does_not_verify(made: Doc
     assert "no release issued these" in verify_certificate(old).problems[0]
 
 
+@pytest.mark.slow
 def test_earlier_tiers_resolve_by_their_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Document
 ) -> None:
@@ -210,6 +218,7 @@ def _reworded(document: Document, path: tuple[str | int, ...]) -> Document:
     return replaced(document, path, "in other words")
 
 
+@pytest.mark.slow
 def test_codes_and_names_are_held_to_every_release(made: Document) -> None:
     old = _by_release(made, "0.9")
     assert verify_certificate(old).intact
@@ -268,6 +277,7 @@ def test_every_tolerance_has_its_reason() -> None:
 # --- sections of later releases
 
 
+@pytest.mark.slow
 def test_a_section_that_only_a_later_release_knows_is_reported(made: Document) -> None:
     later = {**_by_release(made, NEXT), "mosaics": {"code": {"ratio": 1.02}}}
     outcome = verify_certificate(later)
@@ -280,6 +290,7 @@ def test_a_section_that_only_a_later_release_knows_is_reported(made: Document) -
         verify_certificate(replaced(later, ("gates", 0), {**later["gates"][0], "mosaics": 1}))
 
 
+@pytest.mark.slow
 def test_what_is_recorded_is_read_back_from_the_certificate(made: Document) -> None:
     recorded = Recorded.model_validate(made)
     assert reread(certificate_json(recorded)) == made

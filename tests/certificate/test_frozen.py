@@ -98,6 +98,7 @@ def test_a_loss_off_by_a_millionth_is_noticed(name: str) -> None:
     assert not verify_certificate(altered).intact
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, verdict in VERDICTS.items() if verdict != "PASS"])
 def test_a_verdict_turned_into_pass_is_noticed(name: str) -> None:
     altered = _frozen(name)

@@ -24,6 +24,7 @@ def _certificate(overrides: Document | None = None, facts: Document | None = Non
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shift", "spread", "decision", "status"),
     [
@@ -43,6 +44,7 @@ def test_the_ratio_is_judged_by_its_interval(shift: float, spread: float, decisi
         assert metric["documents_needed"] > metric["clusters"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kl", "flips", "gate", "decision"),
     [
@@ -78,6 +80,7 @@ def test_flips_are_decided_by_their_interval_on_both_sides_of_the_limit(limit: f
     assert low < rate < high < rate * 1.05
 
 
+@pytest.mark.slow
 def test_intent_finetune_turns_divergence_into_a_warning_and_says_so() -> None:
     certificate = _certificate(kl=0.3, flips=0.4, facts={"intent": "finetune"})
     gate = next(gate for gate in certificate["gates"] if gate["name"] == "divergence_kl")
@@ -85,12 +88,14 @@ def test_intent_finetune_turns_divergence_into_a_warning_and_says_so() -> None:
     assert "finetune" in gate["reason"]
 
 
+@pytest.mark.slow
 def test_divergence_that_was_not_measured_is_inconclusive_and_off_only_by_policy() -> None:
     assert _certificate(kl=None)["verdict"]["status"] == "INCONCLUSIVE"
     off = _certificate({"metrics": {"divergence": {"mode": "off"}}}, kl=None)
     assert (gates(off)["divergence_kl"], off["verdict"]["status"]) == ("off", "PASS")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [1, 200])
 def test_a_loss_that_is_not_finite_fails_every_gate_that_needs_it(lost: int) -> None:
     certificate = _certificate(lost=lost)
@@ -102,6 +107,7 @@ def test_a_loss_that_is_not_finite_fails_every_gate_that_needs_it(lost: int) -> 
     assert [certificate["validation"][name] for name in good] == [False] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shortfall", "status"), [("stop", "INCONCLUSIVE"), ("warn", "PASS")])
 def test_too_small_a_sample_never_passes_outside_dev(shortfall: str, status: str) -> None:
     wanted = {"sample": {"preview": 500, "final": 500, "min_tokens": 0, "shortfall": shortfall}}
@@ -151,6 +157,7 @@ def test_a_plugin_guard_is_a_gate(
     assert verify_certificate(certificate).intact
 
 
+@pytest.mark.slow
 def test_a_guard_asked_for_and_not_measured_is_inconclusive() -> None:
     baseline, subject = make_evidence(), make_evidence(kl=0.001)
     stats = {name: value for name, value in subject.guards.items() if name != "rmt"}
@@ -160,6 +167,7 @@ def test_a_guard_asked_for_and_not_measured_is_inconclusive() -> None:
     assert certificate["verdict"]["status"] == "INCONCLUSIVE"
 
 
+@pytest.mark.slow
 def test_variance_without_anything_to_equalise_is_off_and_decides_nothing() -> None:
     """Not every architecture has a place where variance could be equalised."""
     baseline, subject = make_evidence(), make_evidence(kl=0.001)
@@ -190,6 +198,7 @@ def test_a_failure_outranks_what_is_open() -> None:
     assert certificate["verdict"]["status"] == "FAIL"
 
 
+@pytest.mark.slow
 def test_reasons_name_the_tensor_and_are_few() -> None:
     weights = {name: value * 9 for name, value in make_weights().items()}
     certificate = _certificate(weights=weights)
@@ -198,6 +207,7 @@ def test_reasons_name_the_tensor_and_are_few() -> None:
     assert set(named) <= set(weights)
 
 
+@pytest.mark.slow
 def test_every_gate_has_one_shape() -> None:
     certificate = Certificate.model_validate(_certificate())
     names = [gate.name for gate in certificate.gates]

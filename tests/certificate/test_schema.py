@@ -40,6 +40,7 @@ def shipped() -> dict[str, Any]:
     return loaded
 
 
+@pytest.mark.slow
 def test_the_shipped_schema_is_current_and_of_the_2020_draft(shipped: dict[str, Any]) -> None:
     assert shipped == json_schema(), "write json.dumps(json_schema(), indent=1) to data/certificate.schema.json"
     assert shipped["$schema"] == "https://json-schema.org/draft/2020-12/schema"

@@ -39,6 +39,7 @@ def decisions(certificate: dict[str, Any]) -> dict[str, str]:
     return {gate["name"]: gate["decision"] for gate in certificate["gates"]}
 
 
+@pytest.mark.slow
 def test_every_gate_on_text_holds_on_each_kind_and_verify_derives_it_again() -> None:
     certificate = compared()
     assert certificate["verdict"]["status"] == "PASS"
@@ -49,6 +50,7 @@ def test_every_gate_on_text_holds_on_each_kind_and_verify_derives_it_again() -> 
     assert verify_certificate(certificate).intact
 
 
+@pytest.mark.slow
 def test_damage_to_one_kind_of_text_fails_and_names_it_where_all_of_it_passes() -> None:
     certificate = compared({"code": 0.16})
     found = decisions(certificate)
@@ -61,6 +63,7 @@ def test_damage_to_one_kind_of_text_fails_and_names_it_where_all_of_it_passes() 
     assert certificate["validation"]["primary_metric_acceptable"] is False
 
 
+@pytest.mark.slow
 def test_a_kind_of_text_fails_at_the_level_divided_by_their_number_alone() -> None:
     """An estimate whose interval leaves the limit at 95 % and holds it at 97.5 % is undecided on one of two kinds."""
     for shift in (0.100 + 0.0005 * step for step in range(60)):
@@ -74,6 +77,7 @@ def test_a_kind_of_text_fails_at_the_level_divided_by_their_number_alone() -> No
     pytest.fail("no shift lay between the two levels")
 
 
+@pytest.mark.slow
 def test_a_kind_of_text_with_too_few_documents_is_undecided() -> None:
     def few(evidence: Evidence) -> Evidence:
         rows = {
@@ -95,6 +99,7 @@ def test_a_kind_of_text_with_too_few_documents_is_undecided() -> None:
     assert certificate["verdict"]["status"] == "INCONCLUSIVE"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forged", ["slices", "decision", "rows", "figure"])
 def test_changing_what_stands_of_a_kind_of_text_is_found(forged: str) -> None:
     certificate = copy.deepcopy(compared({"code": 0.16}))
@@ -110,6 +115,7 @@ def test_changing_what_stands_of_a_kind_of_text_is_found(forged: str) -> None:
     assert not verify_certificate(certificate).intact
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [place for place in PROSE if place.startswith("slices.")])
 def test_words_on_a_kind_of_text_are_held_to_this_release_alone(place: str) -> None:
     certificate = copy.deepcopy(compared())
@@ -124,6 +130,7 @@ def test_words_on_a_kind_of_text_are_held_to_this_release_alone(place: str) -> N
     assert not any(last in problem for problem in problems)
 
 
+@pytest.mark.slow
 def test_rows_of_a_kind_of_text_that_the_data_do_not_have_are_refused() -> None:
     old, new = make_evidence(), make_evidence(kl=0.01, flips=0.02)
     with pytest.raises(CertificateError, match="the data have docs"):

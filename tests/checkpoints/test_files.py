@@ -143,6 +143,7 @@ def test_a_broken_checkpoint_is_refused_by_the_reader_and_by_the_loader(
     assert isinstance(caught.value, ModelLoadError) and "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_missing_shard_is_named(demo_model: Path, copy_model: Copy) -> None:
     folder = copy_model(demo_model, max_shard_size="500KB")
     shards = sorted(folder.glob("model-*.safetensors"))
@@ -154,6 +155,7 @@ def test_a_missing_shard_is_named(demo_model: Path, copy_model: Copy) -> None:
         HF_Causal_Adapter().load_model(str(folder), device="cpu")
 
 
+@pytest.mark.slow
 def test_a_missing_tensor_is_refused_and_never_made_up(llama_model: Path, rewrite_tensors: Copy) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     folder = rewrite_tensors(llama_model, lambda tensors: tensors.pop(name))
@@ -164,6 +166,7 @@ def test_a_missing_tensor_is_refused_and_never_made_up(llama_model: Path, rewrit
     assert [f["tensor"] for f in caught.value.findings] == [name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"ignore_mismatched_sizes": True}], ids=["default", "asked to ignore"])
 def test_a_tensor_of_another_shape_is_refused_by_name(
     llama_model: Path, rewrite_tensors: Copy, options: dict[str, Any]
@@ -181,6 +184,7 @@ def test_a_tensor_of_another_shape_is_refused_by_name(
     assert [f["tensor"] for f in caught.value.findings] == [name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_single_non_finite_value_is_found(llama_model: Path, rewrite_tensors: Copy, value: float) -> None:
     name = "model.norm.weight"
@@ -198,6 +202,7 @@ def test_a_tensor_of_the_largest_finite_values_is_finite(llama_model: Path, rewr
     assert baseline_damage(_structure(folder)) == []
 
 
+@pytest.mark.slow
 def test_an_extra_tensor_is_unexpected(llama_model: Path, rewrite_tensors: Copy) -> None:
     folder = rewrite_tensors(llama_model, lambda t: t.update({"model.layers.0.mlp.extra.weight": torch.ones(2)}))
     assert _findings(llama_model, folder) == [("tensor_unexpected", "model.layers.0.mlp.extra.weight")]
@@ -215,6 +220,7 @@ def test_a_saved_copy_is_the_same_checkpoint(demo_model: Path, llama_model: Path
             assert _structure(folder).weights_digest() == _structure(source).weights_digest()
 
 
+@pytest.mark.slow
 def test_a_hub_file_without_the_prefix_is_the_same(demo_model: Path, rewrite_tensors: Copy) -> None:
     """GPT-2's own files call `h.0.attn.c_attn.weight` what a re-save calls `transformer.h.0.attn.c_attn.weight`."""
 
@@ -227,12 +233,14 @@ def test_a_hub_file_without_the_prefix_is_the_same(demo_model: Path, rewrite_ten
     assert _findings(demo_model, folder) == _findings(folder, demo_model) == []
 
 
+@pytest.mark.slow
 def test_buffers_that_the_architecture_ignores_are_no_finding(demo_model: Path, rewrite_tensors: Copy) -> None:
     mask = torch.tril(torch.ones(1, 1, 8, 8, dtype=torch.uint8))
     folder = rewrite_tensors(demo_model, lambda t: t.update({"h.0.attn.bias": mask}))
     assert _findings(demo_model, folder) == []
 
 
+@pytest.mark.slow
 def test_a_tied_head_may_be_stored_when_it_is_bit_equal(llama_model: Path, rewrite_tensors: Copy) -> None:
     def store(tensors: dict[str, torch.Tensor]) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -240,6 +248,7 @@ def test_a_tied_head_may_be_stored_when_it_is_bit_equal(llama_model: Path, rewri
     assert _findings(llama_model, rewrite_tensors(llama_model, store)) == []
 
 
+@pytest.mark.slow
 def test_a_tied_head_stored_with_other_values_is_untied(llama_model: Path, rewrite_tensors: Copy) -> None:
     def store(tensors: dict[str, torch.Tensor]) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -315,6 +324,7 @@ def test_configuration_that_does_not_bear_on_behaviour_is_none(
     assert _findings(llama_model, folder) == []
 
 
+@pytest.mark.slow
 def test_a_single_file_of_any_name_is_read(llama_model: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(llama_model, tmp_path / "copy"))
     tensors = load_file(folder / "model.safetensors")
@@ -323,6 +333,7 @@ def test_a_single_file_of_any_name_is_read(llama_model: Path, tmp_path: Path) ->
     assert _findings(llama_model, folder) == []
 
 
+@pytest.mark.slow
 def test_a_tensor_stored_twice_with_other_values_is_a_finding_under_the_foreign_name(
     llama_model: Path, tmp_path: Path
 ) -> None:
@@ -352,6 +363,7 @@ def test_tensors_come_one_by_one_whether_in_one_file_or_in_shards(
     assert seen.keys() == stored.keys() and all(torch.equal(seen[name], stored[name]) for name in stored)
 
 
+@pytest.mark.slow
 def test_a_format_is_one_class_and_a_row(
     llama_model: Path, rewrite_tensors: Copy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -157,6 +157,7 @@ def told(change: Change) -> list[str]:
     return [operation.name for operation in change.operations]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edit_is_named_with_its_figures(name: str, dtype: torch.dtype) -> None:

@@ -38,6 +38,7 @@ def _findings(baseline: Path, subject: Path) -> list[tuple[str, str]]:
     return [(finding["code"], finding["message"]) for finding in guard.pair(*sides)["findings"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_1"])
 def test_a_file_is_read_under_dense_names_with_rotary_rows_in_their_order(
     kind: str, llama_model: Path, tmp_path: Path
@@ -54,16 +55,19 @@ def test_a_file_is_read_under_dense_names_with_rotary_rows_in_their_order(
         torch.testing.assert_close(read[name], torch.from_numpy(np.ascontiguousarray(values)), rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_same_values_are_the_same_checkpoint_with_the_same_tokenizer(llama_model: Path, tmp_path: Path) -> None:
     assert _findings(llama_model, write_gguf(llama_model, tmp_path / "m.gguf", "F16")) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", ["llama-bpe", "qwen2"])
 def test_another_pre_tokenizer_is_another_tokenizer(cut: str, llama_model: Path, tmp_path: Path) -> None:
     file = write_gguf(llama_model, tmp_path / "m.gguf", "F16", fields={"pre": cut})
     assert [code for code, _ in _findings(llama_model, file)] == ["E002"]
 
 
+@pytest.mark.slow
 def test_a_folder_with_one_file_is_that_file_and_of_several_one_must_be_named(
     llama_model: Path, tmp_path: Path
 ) -> None:
@@ -74,6 +78,7 @@ def test_a_folder_with_one_file_is_that_file_and_of_several_one_must_be_named(
         resolve_folder(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_numbered_shards_are_one_checkpoint_and_an_absent_one_is_named(llama_model: Path, tmp_path: Path) -> None:
     write_gguf(llama_model, tmp_path / "m.gguf", "F16", shards=3)
     assert set(_tensors(tmp_path)) == set(load_file(llama_model / "model.safetensors"))
@@ -83,6 +88,7 @@ def test_numbered_shards_are_one_checkpoint_and_an_absent_one_is_named(llama_mod
         resolve_folder(str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [3, 40, 5000, 1_000_000])
 def test_a_truncated_file_is_refused_by_name(keep: int, llama_model: Path, tmp_path: Path) -> None:
     file = write_gguf(llama_model, tmp_path / "m.gguf", "Q8_0")
@@ -110,6 +116,7 @@ def _stretch(factor: float) -> Arrays:
     return {"rope_freqs.weight": (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)}
 
 
+@pytest.mark.slow
 def test_stretched_positions_are_known_again(llama_model: Path, tmp_path: Path) -> None:
     file = write_gguf(llama_model, tmp_path / "m.gguf", "F16", change=lambda tensors: tensors.update(_stretch(8)))
     rope = _config(file)["rope_parameters"]
@@ -117,6 +124,7 @@ def test_stretched_positions_are_known_again(llama_model: Path, tmp_path: Path) 
     assert "rope_freqs.weight" not in _tensors(file)
 
 
+@pytest.mark.slow
 def test_positions_stretched_in_an_unknown_way_are_not_guessed(llama_model: Path, tmp_path: Path) -> None:
     odd = {"rope_freqs.weight": np.linspace(1, 5, 16, dtype=np.float32)}
     file = write_gguf(llama_model, tmp_path / "m.gguf", "F16", change=lambda tensors: tensors.update(odd))
@@ -125,6 +133,7 @@ def test_positions_stretched_in_an_unknown_way_are_not_guessed(llama_model: Path
     assert caught.value.code == "UNSUPPORTED-FORMAT"
 
 
+@pytest.mark.slow
 def test_a_tensor_that_the_file_lacks_is_missing_and_one_too_many_unexpected(llama_model: Path, tmp_path: Path) -> None:
     gone, odd = "model.layers.1.mlp.up_proj.weight", {"blk.0.odd.weight": np.ones((2, 2), dtype=np.float32)}
 

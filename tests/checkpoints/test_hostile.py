@@ -28,6 +28,7 @@ def _read(folder: Path) -> None:
     read_side(registry.adapters.create("auto"), str(folder), Loading())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -161,6 +161,7 @@ def test_an_edit_that_unties_a_head_shows(architecture: str, head: str, small: C
     assert _changed(files, live) == {head}
 
 
+@pytest.mark.slow
 def test_an_edit_that_ties_what_was_apart_shows(small: Callable[..., Path]) -> None:
     model, files = _load(small("mixtral"))
     model.lm_head.weight = model.model.embed_tokens.weight
@@ -169,6 +170,7 @@ def test_an_edit_that_ties_what_was_apart_shows(small: Callable[..., Path]) -> N
     assert _changed(files, live) == {"lm_head.weight"}
 
 
+@pytest.mark.slow
 def test_a_buffer_that_no_file_holds_is_listed_where_it_is_spoilt(small: Callable[..., Path]) -> None:
     model, files = _load(small("llama"))
     name = "model.rotary_emb.inv_freq"
@@ -179,6 +181,7 @@ def test_a_buffer_that_no_file_holds_is_listed_where_it_is_spoilt(small: Callabl
     assert [row.non_finite for row in live.tensors if row.name == name] == [1]
 
 
+@pytest.mark.slow
 def test_files_without_the_prefix_and_with_an_extra_tensor_are_those_of_the_model(
     small: Callable[..., Path], tmp_path: Path
 ) -> None:

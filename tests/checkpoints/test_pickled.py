@@ -25,6 +25,7 @@ def pickled(llama_model: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_same_weights_are_the_same_checkpoint_and_the_same_model(pickled: Path, llama_model: Path) -> None:
     assert read_structure(pickled, None).weights_digest() == read_structure(llama_model, None).weights_digest()
     ours, theirs = (HF_Causal_Adapter().load_model(str(path), "cpu").state_dict() for path in (pickled, llama_model))

@@ -167,6 +167,7 @@ def test_what_a_save_rewrites_is_no_finding(chat: Path) -> None:
     assert verdict["passed"] and not verdict["warnings"] and verdict["message"] == "1 tensors agree"
 
 
+@pytest.mark.slow
 def test_a_generation_config_made_from_the_configuration_is_no_finding(llama_model: Path, tmp_path: Path) -> None:
     from transformers import GenerationConfig
 
@@ -226,6 +227,7 @@ def test_a_changed_use_fails_by_name_and_warns_by_name_under_finetune(chat: Path
     assert soft["message"].startswith(soft["warnings"][0]["message"])
 
 
+@pytest.mark.slow
 def test_sampling_and_a_role_that_is_new_are_notes(chat: Path) -> None:
     subject = _copy(chat)
     changed = {"temperature": 1.5, "pad_token_id": 0, "sequence_bias": [[[3], -1.0]], "guidance_scale": 2.0}
@@ -234,6 +236,7 @@ def test_sampling_and_a_role_that_is_new_are_notes(chat: Path) -> None:
     assert verdict["passed"] and {f["key"] for f in verdict["warnings"]} == changed.keys()
 
 
+@pytest.mark.slow
 def test_a_template_is_the_one_that_the_tokenizer_loads(chat: Path) -> None:
     """A list of named ones, a file beside, a folder of further ones: what is loaded counts, and not where it stands."""
     subject = _copy(chat)
@@ -250,6 +253,7 @@ def test_a_template_is_the_one_that_the_tokenizer_loads(chat: Path) -> None:
     assert [f["code"] for f in _judge(_stats(chat), _stats(subject))["errors"]] == ["chat_template"]
 
 
+@pytest.mark.slow
 def test_a_subject_without_a_tokenizer_is_said_not_to_be_evaluated(chat: Path) -> None:
     verdict = _judge(_stats(chat), _stats(chat, tokenized=False))
     assert [f["code"] for f in verdict["warnings"]] == ["tokenizer_not_evaluated"]
@@ -273,6 +277,7 @@ def test_a_broken_generation_config_is_named(chat: Path) -> None:
         usage(chat, load_config(chat), None)
 
 
+@pytest.mark.slow
 def test_two_architectures_are_said_to_be_two_once(chat: Path, demo_model: Path) -> None:
     old, new = _stats(chat), _stats(demo_model)
     rows = [TensorFacts(name="v", shape=[1], dtype="F32", digest="d")]

@@ -101,6 +101,7 @@ def test_version_names_the_schema_of_the_certificate_models(cli) -> None:
     assert json.loads(cli("version", "--json").stdout)["schema_version"] in declared
 
 
+@pytest.mark.slow
 def test_network_is_closed_while_a_command_runs(tmp_path: Path) -> None:
     program = (
         "import socket, sys\n"

@@ -112,6 +112,7 @@ def test_json_is_one_line_and_follows_the_shipped_schema(script: Script, cases: 
     Draft202012Validator(_shipped()[case.envelope]).validate(json.loads(done.stdout))
 
 
+@pytest.mark.slow
 def test_every_envelope_takes_its_own_fields_and_no_others() -> None:
     for form, schema in _shipped().items():
         Draft202012Validator.check_schema(schema)
@@ -120,6 +121,7 @@ def test_every_envelope_takes_its_own_fields_and_no_others() -> None:
         assert "-" not in form or schema["properties"]["format_version"]["const"] == form
 
 
+@pytest.mark.slow
 def test_a_verdict_is_that_of_a_certificate() -> None:
     for form in ("certify-v1", "run-v1"):
         for part in ("Verdict", "Reason"):

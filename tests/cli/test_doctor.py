@@ -61,6 +61,7 @@ def test_an_unknown_profile_is_wrong_usage(cli) -> None:
     assert cli("doctor", "--profile", "nightly").exit_code == 2
 
 
+@pytest.mark.slow
 def test_the_command_line_of_certify_is_taken_as_it_is(cli, demo_model: Path, tmp_path: Path) -> None:
     certify = inspect.signature(certify_command).parameters
     assert set(certify) <= set(inspect.signature(doctor_command).parameters)

@@ -102,6 +102,7 @@ def test_a_gate_that_is_switched_off_is_a_warning(cli: Any, configure: Configure
     assert back.exit_code == 1 and "verdict      FAIL: " in back.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sections", "flags", "message"),
     [
@@ -137,6 +138,7 @@ def test_sides_that_cannot_be_paired_are_a_hard_stop_in_ci_alone(
     assert result.stderr.startswith("ERROR [INVARLOCK:E006] the baseline report's windows")
 
 
+@pytest.mark.slow
 def test_too_little_text_is_a_hard_stop_in_ci(cli: Any, configure: Configure, tmp_path: Path) -> None:
     result = cli("run", "-c", str(configure()), "--out", str(tmp_path), "--profile", "ci")
     assert result.exit_code == 3

@@ -42,6 +42,7 @@ def test_a_stream_that_is_closed_or_full_does_not_change_the_verdict(command: st
     assert done.stderr.startswith(error) and done.stderr.count("\n") == bool(error)
 
 
+@pytest.mark.slow
 def test_names_do_not_act_on_a_terminal(cli: Cli, tmp_path: Path) -> None:
     odd = tmp_path / "a\x1b[31m\u202ered"
     odd.write_text(FROZEN.read_text(encoding="utf-8"), encoding="utf-8")
@@ -75,6 +76,7 @@ def test_a_user_without_a_home_has_the_temporary_folder(monkeypatch: pytest.Monk
     assert files.home() == tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

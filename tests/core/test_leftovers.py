@@ -42,6 +42,7 @@ def killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_is_listed_and_swept(killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(killed)
     listed = [finding.message for finding in doctor._leftovers(doctor.Request())]

@@ -65,6 +65,7 @@ def test_every_way_out_is_refused_by_name(call: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_this_machine_stays_reachable() -> None:
     done = _run(
         """
@@ -87,6 +88,7 @@ def test_the_offline_switches_of_hugging_face_are_set() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [

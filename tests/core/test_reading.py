@@ -98,6 +98,7 @@ def test_json_is_held_to_depth_digits_and_values(tmp_path: Path, text: str, mess
         read_json(path, "a report")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -118,6 +119,7 @@ def test_yaml_is_held_to_depth_digits_and_size(tmp_path: Path, text: str, messag
         resolve_policy("balanced", "dev", overrides=load_config(path, require_model=False).policy_overrides())
 
 
+@pytest.mark.slow
 def test_included_files_count_together(tmp_path: Path) -> None:
     (tmp_path / "big.yaml").write_text("# comment\n" * 10_000)
     (tmp_path / "p.yaml").write_text("".join(f"k{number}: !include big.yaml\n" for number in range(4)))
@@ -142,6 +144,7 @@ def test_documents_are_read_line_by_line_within_limits(
     _documents(path) if what != "line" else path.read_text()
 
 
+@pytest.mark.slow
 def test_limits_are_raised_by_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = b"[" + b"0," * LIMITS["report"].values + b"0]"
     with pytest.raises(ConfigError, match="INVARLOCK_READ_LIMITS=4"):

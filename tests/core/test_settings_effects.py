@@ -141,6 +141,7 @@ def test_tiers_may_come_from_a_folder(monkeypatch: Environment, tmp_path: Path) 
     assert (policy.values["metrics"]["pm_ratio"]["limit"], policy.tiers_version) == (1.01, 9)
 
 
+@pytest.mark.slow
 def test_reading_stops_early_where_speed_is_asked_for(
     monkeypatch: Environment, text_file: Path, demo_tokenizer: Any
 ) -> None:
@@ -222,6 +223,7 @@ def test_a_run_obeys_what_concerns_its_folder(
     assert caught.value.code == "E001"
 
 
+@pytest.mark.slow
 def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(
     monkeypatch: Environment, demo_model: Path, tmp_path: Path
 ) -> None:

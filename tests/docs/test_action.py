@@ -137,6 +137,7 @@ def test_every_expression_names_something_that_exists() -> None:
             assert used in ids
 
 
+@pytest.mark.slow
 def test_pass_is_a_notice_and_exit_code_0(start: Start) -> None:
     job = start(0, certificate("PASS", warned="primary_metric_tail"))
     lines, code = whole(job)
@@ -150,6 +151,7 @@ def test_pass_is_a_notice_and_exit_code_0(start: Start) -> None:
     assert (job.folder / "GITHUB_STEP_SUMMARY").read_text() == "# InvarLock certificate\n\n"
 
 
+@pytest.mark.slow
 def test_fail_annotates_each_reason_with_its_tensor_and_fails(start: Start) -> None:
     reasons = (("NON_FINITE", "3 values\nare NaN, 100%", "h.0.mlp"), ("DIVERGENCE_KL", "0.4 nats, limit 0.1", None))
     lines, code = whole(start(1, certificate("FAIL", *reasons)))
@@ -160,6 +162,7 @@ def test_fail_annotates_each_reason_with_its_tensor_and_fails(start: Start) -> N
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("allowed", "expected"), [("false", 4), ("true", 0)])
 def test_inconclusive_fails_unless_it_is_allowed(start: Start, allowed: str, expected: int) -> None:
     reasons = (("PRIMARY_METRIC", "the interval straddles the limit", None),)
@@ -168,6 +171,7 @@ def test_inconclusive_fails_unless_it_is_allowed(start: Start, allowed: str, exp
     assert lines == ["::warning title=InvarLock INCONCLUSIVE%3A PRIMARY_METRIC::the interval straddles the limit"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [1, 2, 3])
 def test_an_error_without_a_certificate_shows_its_line_and_fails(start: Start, code: int) -> None:
     job = start(code, None, **{"allow-inconclusive": "true"})
@@ -179,6 +183,7 @@ def test_an_error_without_a_certificate_shows_its_line_and_fails(start: Start, c
     assert job.outputs["report"] == {"verdict": "ERROR", "certificate": ""}
 
 
+@pytest.mark.slow
 def test_the_arguments_reach_the_command_unharmed(start: Start) -> None:
     job = start(
         0, certificate("PASS"), subject="a b; $(touch hacked)", preset="p.yaml", **{"extra-args": "--intent finetune"}
@@ -190,6 +195,7 @@ def test_the_arguments_reach_the_command_unharmed(start: Start) -> None:
     assert not (job.folder / "hacked").exists()
 
 
+@pytest.mark.slow
 def test_without_a_baseline_none_is_passed(start: Start) -> None:
     job = start(0, certificate("PASS"), baseline="", **{"extra-args": "--baseline-report runs/source"})
     whole(job)

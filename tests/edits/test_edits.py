@@ -35,6 +35,7 @@ def test_noop_changes_nothing(demo_model: Path, load_model: Callable[[Path], Any
     assert report["deltas"] == {"params_changed": 0, "layers_modified": 0}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_brings_its_weights_and_keeps_the_tie(
     demo_model: Path, copy_model: Copy, load_model: Callable[[Path], Any]
 ) -> None:
@@ -48,11 +49,13 @@ def test_a_checkpoint_brings_its_weights_and_keeps_the_tie(
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
+@pytest.mark.slow
 def test_the_same_checkpoint_changes_nothing(demo_model: Path, load_model: Callable[[Path], Any]) -> None:
     report = CheckpointEdit(str(demo_model)).apply(load_model(demo_model), HF_Causal_Adapter())
     assert report["modules"] == []
 
 
+@pytest.mark.slow
 def test_a_tied_tensor_counts_once(demo_model: Path, copy_model: Copy, load_model: Callable[[Path], Any]) -> None:
     folder = copy_model(demo_model, lambda m: m.lm_head.weight.mul_(1.5))
     model = load_model(demo_model)
@@ -60,6 +63,7 @@ def test_a_tied_tensor_counts_once(demo_model: Path, copy_model: Copy, load_mode
     assert report["deltas"] == {"params_changed": model.lm_head.weight.numel(), "layers_modified": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edit", [NoopEdit(), RTNQuantEdit(), CheckpointEdit("here")], ids=lambda edit: edit.name)
 def test_every_edit_reports_its_name_plan_and_deltas_as_plain_data(
     edit: Any, demo_model: Path, load_model: Callable[[Path], Any]
@@ -78,6 +82,7 @@ def test_another_architecture_is_refused(
         CheckpointEdit(str(llama_model)).apply(load_model(demo_model), HF_Causal_Adapter())
 
 
+@pytest.mark.slow
 def test_weights_for_another_configuration_are_refused(
     llama_model: Path, copy_model: Copy, load_model: Callable[[Path], Any]
 ) -> None:

@@ -147,6 +147,7 @@ def test_the_report_says_how_much_moved_and_config_overrides_the_constructor() -
         assert row["weights_changed"] == int((after != before).sum())
 
 
+@pytest.mark.slow
 def test_eight_bits_are_harmless_on_a_trained_model_and_two_are_not(
     demo_model: Path, load_model: Callable[[Path], Any]
 ) -> None:

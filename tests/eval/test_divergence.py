@@ -141,6 +141,7 @@ def _theory(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("vocabulary", "more"), [(5, 0), (TOP, 0), (TOP + 1, 0), (500, 0), (700, 9)])
 def test_random_logits_against_theory(vocabulary: int, more: int) -> None:
     """Over every place that a draw may have, the mean is the exact KL; with few ids there is no tail at all."""
@@ -172,6 +173,7 @@ def test_without_draws_the_figure_is_a_lower_bound() -> None:
     assert float(bound.mean()) < 0.95 * float(exact.mean())
 
 
+@pytest.mark.slow
 def test_ids_are_drawn_from_the_tail_alone_in_proportion_to_their_probability() -> None:
     before, _, labels = _pair(600, spread=1.0)
     counts = torch.zeros(40, 600)

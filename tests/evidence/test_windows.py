@@ -146,6 +146,7 @@ def test_the_digest_covers_everything(field: str) -> None:
     assert len(digests) == 2
 
 
+@pytest.mark.slow
 def test_provider_windows_keep_ids_and_documents(demo_tokenizer: Any) -> None:
     from invarlock.eval.data import get_provider
 

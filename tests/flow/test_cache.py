@@ -105,6 +105,7 @@ def _key(model: Path, data: dict[str, Any], **overrides: Any) -> str | None:
     return cache.key_of(job, side)
 
 
+@pytest.mark.slow
 def test_another_file_text_policy_or_version_is_another_entry(
     demo_model: Path, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +180,7 @@ def test_a_pack_is_not_written_over(demo_model: Path, tmp_path: Path) -> None:
         make_pack(CertifyRequest(subject="", baseline=str(demo_model)), tmp_path / "there")
 
 
+@pytest.mark.slow
 def test_a_file_that_is_no_whole_pack_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pack"
     address = write_pack(path, {"model": "m"}, {"report.json": b"{}", "evidence.safetensors": b"\0" * 5000})
@@ -232,6 +234,7 @@ def command(folder: Path) -> Iterator[Callable[..., str]]:
     yield run
 
 
+@pytest.mark.slow
 def test_the_cache_is_listed_and_cleared(folder: Path, command: Callable[..., str]) -> None:
     assert json.loads(command("cache", "list", "--json"))["entries"] == []
     write_pack(folder / f"{'a' * 64}.pack", {"key": "a" * 64, "model": "m", "text": "t"}, {"evidence.json": b"{}"})

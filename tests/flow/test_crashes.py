@@ -97,6 +97,7 @@ def _side(tokenizer: Any) -> Any:
     return SimpleNamespace(id="a model", tokenizer=tokenizer, max_length=64)
 
 
+@pytest.mark.slow
 def test_a_masked_model_without_a_mask_token_is_refused(demo_tokenizer: Any) -> None:
     assert demo_tokenizer.mask_token_id is None
     with pytest.raises(ConfigError, match="the tokenizer of a model has no mask token"):
@@ -117,6 +118,7 @@ def test_text_where_pairs_are_needed_and_pairs_where_text_is_are_refused(
         cut_windows(_job(adapter(), kind), _side(demo_tokenizer), data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ppl_causal", "accuracy", "vqa_accuracy"])
 def test_pairs_are_measured_with_a_causal_model(
     demo_tokenizer: Any, kind: str, demo_model: Path, load_model: Any

@@ -59,6 +59,7 @@ EDITS: dict[str, tuple[Callable[[str], Callable[[Tensors], None]], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("edit", EDITS)
 def test_an_edit_of_one_role_is_told_in_a_line(
@@ -111,6 +112,7 @@ def test_settings_beside_the_weights_are_told(llama_model: Path, tmp_path: Path)
     assert "chat template: added" in found.settings
 
 
+@pytest.mark.slow
 def test_an_expectation_is_a_gate(rewrite_tensors: Rewrite, llama_model: Path) -> None:
     def change(tensors: Tensors) -> None:
         each("mlp.", rounded)(tensors)
@@ -126,6 +128,7 @@ def test_an_expectation_is_a_gate(rewrite_tensors: Rewrite, llama_model: Path) -
         Expectation.parse("round:4", None)
 
 
+@pytest.mark.slow
 def test_the_command_ends_as_diff_does(
     rewrite_tensors: Rewrite, llama_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

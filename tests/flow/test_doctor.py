@@ -66,6 +66,7 @@ def test_findings_come_gravest_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert levels[:2] == ["ERROR", "WARNING"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value", "code", "message"),
     [
@@ -139,6 +140,7 @@ def test_a_configuration_is_judged(tmp_path: Path, text: str, code: str, message
     assert [message in finding.message for finding in found] == [True]
 
 
+@pytest.mark.slow
 def test_the_profile_decides_what_is_enough(tmp_path: Path) -> None:
     path = _config(tmp_path, "dataset: {preview_n: 8, seq_len: 64}")
     assert "D025" not in _codes(examine(Request(config=path, profile="dev")))

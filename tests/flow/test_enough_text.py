@@ -33,6 +33,7 @@ def _cut(
     return windows, scored(job, windows), "; ".join(job.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("counts", "tokens"), [((2000, 2000), 3000), ((2000, 1000), 3000), ((10, 10), 3000), ((30, 10), 3000)]
 )
@@ -49,6 +50,7 @@ def test_the_counts_that_are_named_fit_and_reach_the_floor_of_tokens(
     assert (len(windows.preview), len(windows.final)) == fitting and held >= tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counts", [(2000, 2000), (10, 10)])
 def test_where_no_counts_fit_the_line_says_how_much_more_text_would(
     demo_model: Path, text_file: Path, counts: tuple[int, int]
@@ -58,6 +60,7 @@ def test_where_no_counts_fit_the_line_says_how_much_more_text_would(
     assert "expects 1,000,000" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_text_that_is_one_document_is_said_to_be(demo_model: Path, text_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text(text_file.read_text(encoding="utf-8"), encoding="utf-8")

@@ -72,6 +72,7 @@ def _wreck(model: Any) -> None:
 # -- outcomes ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_kept_edit_stays_in_the_model(execute: Execute, tiny_model: Any, state_of: State, same_state: Same) -> None:
     model = tiny_model()
     before = state_of(model)
@@ -84,6 +85,7 @@ def test_a_kept_edit_stays_in_the_model(execute: Execute, tiny_model: Any, state
     assert (metric["source"], metric["mock"]) == ("calibration_data", False)
 
 
+@pytest.mark.slow
 def test_a_model_against_itself_is_exactly_one_without_findings(execute: Execute, tiny_model: Any) -> None:
     for kind in ("gpt2", "llama"):
         report = execute(guards=[InvariantsGuard(), SpectralGuard()], model=tiny_model(kind))
@@ -126,6 +128,7 @@ def test_the_action_of_a_guard_decides(
     assert report.metrics["primary_metric"]["ratio_vs_baseline"] is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
@@ -164,6 +167,7 @@ def test_an_edit_that_raises_fails_the_run_and_is_undone(
     assert same_state(before, state_of(model))
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_restored_is_reported_and_not_hidden(execute: Execute) -> None:
     class Forgetful(HF_Causal_Adapter):
         def restore(self, model: Any, snapshot: bytes) -> None:
@@ -191,6 +195,7 @@ def test_a_wrecked_model_is_a_spike(
     assert ("guard_validate" in report.meta["timings"]) == (probes == 0)
 
 
+@pytest.mark.slow
 def test_a_metric_that_is_nan_is_recorded_as_missing_and_never_acceptable(execute: Execute) -> None:
     report = execute(_nan, auto_config={"probes": 0}, max_pm_ratio=1e9, spike_threshold=float("inf"))
     metric = report.metrics["primary_metric"]
@@ -198,6 +203,7 @@ def test_a_metric_that_is_nan_is_recorded_as_missing_and_never_acceptable(execut
     assert (metric["ratio_vs_baseline"], metric["final"], metric["decision"]) == (None, None, "fail")
 
 
+@pytest.mark.slow
 def test_a_ratio_above_the_limit_rolls_back(execute: Execute, tiny_model: Any) -> None:
     def worse(model: Any) -> None:
         model.lm_head.weight.mul_(2.0)
@@ -245,6 +251,7 @@ def test_accuracy_that_rises_is_no_spike_and_accuracy_that_falls_is(execute: Exe
 # -- prepare ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_context_comes_before_prepare_and_prepare_before_validate(execute: Execute) -> None:
     diary: list[str] = []
     guards = [PreparedProbe(name="a", diary=diary), Probe(name="b", diary=diary)]
@@ -257,6 +264,7 @@ def test_context_comes_before_prepare_and_prepare_before_validate(execute: Execu
     assert np.shape(batch["input_ids"]) == np.shape(batch["attention_mask"]) == (1, 20)
 
 
+@pytest.mark.slow
 def test_guards_see_the_unedited_model_in_prepare(execute: Execute, tiny_model: Any) -> None:
     model = tiny_model()
     first = model.transformer.h[0].mlp.c_fc.weight.detach().clone()
@@ -267,12 +275,14 @@ def test_guards_see_the_unedited_model_in_prepare(execute: Execute, tiny_model: 
     assert not torch.equal(model.transformer.h[0].mlp.c_fc.weight, first)
 
 
+@pytest.mark.slow
 def test_prepare_that_raises_fails_the_run(execute: Execute, monkeypatch: pytest.MonkeyPatch) -> None:
     report = execute(_small, [PreparedProbe(prepare=KeyError("rows"))])
     assert report.status == "failed"
     assert report.error == "guard 'probe' failed in prepare: KeyError: 'rows'"
 
 
+@pytest.mark.slow
 def test_lenient_prepare_marks_the_guard_not_evaluated(execute: Execute, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INVARLOCK_GUARD_PREPARE_STRICT", "0")
     broken = PreparedProbe(prepare=KeyError("rows"))
@@ -285,6 +295,7 @@ def test_lenient_prepare_marks_the_guard_not_evaluated(execute: Execute, monkeyp
     assert report.meta["env_flags"]["INVARLOCK_GUARD_PREPARE_STRICT"] == "0"
 
 
+@pytest.mark.slow
 def test_a_guard_that_runs_twice_keeps_both_results_and_its_worst(execute: Execute) -> None:
     guard = Probe({"passed": True, "message": "fine"}, {"passed": False, "message": "bad"})
     report = execute(_small, [guard, Probe(name="between"), guard])
@@ -296,6 +307,7 @@ def test_a_guard_that_runs_twice_keeps_both_results_and_its_worst(execute: Execu
     assert (twice.status, len(twice.guards["invariants"]["runs"])) == ("success", 2)
 
 
+@pytest.mark.slow
 def test_finetune_intent_lets_a_changed_configuration_warn(execute: Execute, tiny_model: Any) -> None:
     def edit(model: Any) -> None:
         model.config.layer_norm_epsilon = 2e-5
@@ -386,6 +398,7 @@ def test_an_interrupted_run_restores_the_model_and_leaves_no_files(
 # -- reports ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dry_run_changes_nothing_and_reports_all(
     execute: Execute, tiny_model: Any, state_of: State, same_state: Same
 ) -> None:
@@ -403,6 +416,7 @@ def test_dry_run_changes_nothing_and_reports_all(
     assert same_state(before, state_of(model))
 
 
+@pytest.mark.slow
 def test_the_event_log_tells_the_phases_in_order(execute: Execute, tmp_path: Path) -> None:
     path = tmp_path / "log" / "events.jsonl"
     returned = {"deltas": {"params_changed": 1}, "note": "x"}
@@ -437,6 +451,7 @@ def test_the_event_log_tells_the_phases_in_order(execute: Execute, tmp_path: Pat
     assert list(report.meta["timings"]) == ["prepare", "guard_prepare", "edit", "guard_validate", "eval", "finalize"]
 
 
+@pytest.mark.slow
 def test_a_failed_run_closes_its_log_with_the_error(execute: Execute, tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     execute(_raise, event_path=path)
@@ -445,6 +460,7 @@ def test_a_failed_run_closes_its_log_with_the_error(execute: Execute, tmp_path: 
     assert last[1]["error"] == "RuntimeError: half way"
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_the_report_after_every_nth_phase(execute: Execute, tmp_path: Path) -> None:
     odd = {"deltas": {}, "worst": float("nan"), "when": np.float32(1.5), "model": object()}
     report = execute(
@@ -462,6 +478,7 @@ def test_checkpoints_hold_the_report_after_every_nth_phase(execute: Execute, tmp
     assert RunReport.from_dict(stored[2]).metrics == report.to_dict()["metrics"]
 
 
+@pytest.mark.slow
 def test_checkpoints_without_a_place_for_them_are_said_to_be_missing(execute: Execute) -> None:
     report = execute(checkpoint_interval=1)
     assert any("no checkpoints" in warning for warning in report.meta["warnings"])
@@ -480,6 +497,7 @@ def test_two_runs_give_the_same_report_but_for_ids_and_timings(execute: Execute)
     assert _stable(first) == _stable(second)
 
 
+@pytest.mark.slow
 def test_the_report_records_what_a_reader_needs(execute: Execute, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INVARLOCK_OMP_THREADS", str(torch.get_num_threads()))
     monkeypatch.delenv("INVARLOCK_CACHE")  # set for all tests
@@ -497,6 +515,7 @@ def test_the_report_records_what_a_reader_needs(execute: Execute, monkeypatch: p
     assert execute(_small).evaluation_windows == {}
 
 
+@pytest.mark.slow
 def test_the_same_text_in_preview_and_final_counts_as_overlap(execute: Execute, tiny_data: list[Any]) -> None:
     report = execute(data=tiny_data[:4] + tiny_data[:1] + tiny_data[5:8])
     assert report.dataset["windows"]["stats"]["window_overlap_fraction"] == 0.25
@@ -563,6 +582,7 @@ def test_run_config_refuses_what_makes_no_sense(fields: dict[str, Any]) -> None:
         RunConfig(**fields)
 
 
+@pytest.mark.slow
 def test_iterators_are_materialized_when_that_is_allowed(
     execute: Execute, tiny_data: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -584,6 +604,7 @@ def test_an_unusable_edit_is_refused(execute: Execute) -> None:
         CoreRunner().execute(None, HF_Causal_Adapter(), object(), [], RunConfig())  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_edit_config_reaches_the_edit(execute: Execute) -> None:
     class Recorder(Edit):
         def apply(self, model: Any, adapter: Any, **config: Any) -> dict[str, Any]:
@@ -595,6 +616,7 @@ def test_edit_config_reaches_the_edit(execute: Execute) -> None:
 # -- without data, and with strange models ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_without_data_the_metric_is_marked_synthetic_and_decides_nothing(execute: Execute) -> None:
     report = execute(_wreck, data=None, max_pm_ratio=0.001)
     metric = report.metrics["primary_metric"]
@@ -637,6 +659,7 @@ def test_an_adapter_and_a_model_that_offer_nothing_more_still_work(execute: Exec
     assert "vocabulary" in report.metrics["primary_metric"]["reason"]
 
 
+@pytest.mark.slow
 def test_measuring_leaves_training_mode_as_it_was(execute: Execute, tiny_model: Any) -> None:
     model = tiny_model()
     model.train()
@@ -647,6 +670,7 @@ def test_measuring_leaves_training_mode_as_it_was(execute: Execute, tiny_model: 
     assert {name: module.training for name, module in model.named_modules()} == before
 
 
+@pytest.mark.slow
 def test_guard_errors_are_ours(execute: Execute) -> None:
     report = execute(guards=[Probe(GuardError("no baseline"))])
     assert report.error == "no baseline"

@@ -244,6 +244,7 @@ def test_an_adapter_is_merged_and_what_it_touched_is_listed(
     assert certify_models(folder, folder).certificate["primary_metric"]["ratio_vs_baseline"] == 1.0
 
 
+@pytest.mark.slow
 def test_a_merge_that_changed_nothing_is_said(llama_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     adapter = HF_Causal_Adapter()
@@ -252,6 +253,7 @@ def test_a_merge_that_changed_nothing_is_said(llama_model: Path, tmp_path: Path)
     assert "changed no tensor" in facts["notes"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "scale"),
     [
@@ -272,6 +274,7 @@ def test_an_adapter_is_merged_with_the_scale_that_its_configuration_says(
     torch.testing.assert_close(merged[f"{MATRIX}.weight"], base.float() + scale * delta)
 
 
+@pytest.mark.slow
 def test_a_merge_with_another_scale_than_the_adapters_is_refused(
     llama_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,6 +285,7 @@ def test_a_merge_with_another_scale_than_the_adapters_is_refused(
         resolve_folder(str(_adapter(llama_model, tmp_path / "lora", use_rslora=True)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "told"),
     [

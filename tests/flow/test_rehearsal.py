@@ -31,6 +31,7 @@ def _rehearsed(subject: Path | str, baseline: Path | str | None, output: Path | 
     return found
 
 
+@pytest.mark.slow
 def test_a_sound_certification_is_described_and_nothing_is_read_or_written(
     demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -46,6 +47,7 @@ def test_a_sound_certification_is_described_and_nothing_is_read_or_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_every_fault_of_the_request_is_a_finding(demo_model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
@@ -59,6 +61,7 @@ def test_every_fault_of_the_request_is_a_finding(demo_model: Path, tmp_path: Pat
     assert _rehearsed(demo_model, None)["D020"][0].startswith("got neither of baseline and baseline report")
 
 
+@pytest.mark.slow
 def test_two_architectures_and_two_tokenizers_are_named(
     demo_model: Path, model_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -74,11 +77,13 @@ def test_two_architectures_and_two_tokenizers_are_named(
     assert "has no tokenizer" in _rehearsed(tmp_path / "m", demo_model)["D042"][0]
 
 
+@pytest.mark.slow
 def test_too_little_room_is_a_warning(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearsal, "_free_memory", lambda: 1e6)
     assert "of 1.0 MB that are free, which may not be enough" in _rehearsed(demo_model, demo_model)["D045"][0]
 
 
+@pytest.mark.slow
 def test_an_engine_that_does_not_answer_is_named(demo_model: Path) -> None:
     found = _rehearsed(demo_model, demo_model, engine="vllm=http://127.0.0.1:9", intent="engine")
     assert found["D048"][0].startswith("the engine of the subject: vllm at 127.0.0.1:9")

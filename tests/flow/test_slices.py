@@ -72,6 +72,7 @@ def _windows(dataset: dict[str, Any], demo_model: Path, **sample: int) -> Any:
     return cut_windows(job, steps.read(job, str(demo_model)), dataset)
 
 
+@pytest.mark.slow
 def test_windows_are_dealt_by_share_and_mixed_so_that_any_first_part_holds_all_kinds(
     demo_model: Path, two_files: dict[str, Any]
 ) -> None:
@@ -89,12 +90,14 @@ def test_windows_are_dealt_by_share_and_mixed_so_that_any_first_part_holds_all_k
     assert again == windows
 
 
+@pytest.mark.slow
 def test_two_slices_of_the_same_text_are_refused(demo_model: Path, two_files: dict[str, Any]) -> None:
     same = {"a": two_files["slices"]["words"], "b": two_files["slices"]["words"]}
     with pytest.raises(DataError, match="share text"):
         _windows({"slices": same, "seq_len": 48}, demo_model)
 
 
+@pytest.mark.slow
 def test_fewer_windows_than_slices_are_refused(demo_model: Path, two_files: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="for 2 slices"):
         _windows(two_files, demo_model, preview=1, final=1)

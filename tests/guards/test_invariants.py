@@ -123,6 +123,7 @@ def test_tying_what_was_apart_is_damage() -> None:
     assert [(f["code"], f["tensor"]) for f in verdict["errors"]] == [("tied", "lm_head.weight")]
 
 
+@pytest.mark.slow
 def test_non_finite_values_count_only_where_the_baseline_is_finite() -> None:
     model, guard = _llama(), InvariantsGuard()
     with torch.no_grad():
@@ -138,6 +139,7 @@ def _one_layer_half(model: Any) -> None:
     model.model.layers[0].mlp.half()
 
 
+@pytest.mark.slow
 def test_mixed_types_warn_and_fail_under_strict_mode() -> None:
     loose = _judge(_one_layer_half)
     assert loose["passed"] and [f["code"] for f in loose["warnings"]] == ["dtype_mixed"]
@@ -150,6 +152,7 @@ def test_on_fail_is_the_action_and_never_makes_it_pass(action: str) -> None:
     assert (verdict["passed"], verdict["action"]) == (False, action)
 
 
+@pytest.mark.slow
 def test_finetune_intent_softens_the_configuration_and_nothing_else() -> None:
     soft = _judge(_config, policy={"intent": "finetune"})
     assert soft["passed"] and [f["key"] for f in soft["warnings"]] == ["rms_norm_eps"]

@@ -63,6 +63,7 @@ def test_without_activations_it_fails_closed(make_model) -> None:
         assert "no activations" in result["message"]
 
 
+@pytest.mark.slow
 def test_a_module_whose_output_died_is_named(make_model) -> None:
     model = make_model("llama")
     guard = RMTGuard()
@@ -74,6 +75,7 @@ def test_a_module_whose_output_died_is_named(make_model) -> None:
     assert "constant" in result["errors"][0]["message"]
 
 
+@pytest.mark.slow
 def test_activations_that_are_not_finite_are_named_where_they_began(make_model) -> None:
     model = make_model("llama")
     guard = RMTGuard()
@@ -133,6 +135,7 @@ def test_sides_that_saw_different_things_do_not_pass(change: str) -> None:
     assert not guard.judge(broken, guard.policy)["passed"]
 
 
+@pytest.mark.slow
 def test_the_batch_size_does_not_matter(make_model) -> None:
     model = make_model("gpt2")
     guard = RMTGuard()
@@ -179,6 +182,7 @@ def test_the_output_layer_is_not_watched_and_stacked_experts_are(make_model) -> 
     assert watched["model.embed_tokens"] == "embed"
 
 
+@pytest.mark.slow
 def test_padding_of_a_batch_is_not_seen(make_model) -> None:
     model = make_model("bert")
     guard = RMTGuard()

@@ -59,6 +59,7 @@ def _scaled_by_column(matrix: torch.Tensor) -> torch.Tensor:
 HARMLESS = [(f"{b} bits, group {g}", _rounded(b, g)) for b in (8, 4, 3) for g in (None, 32, 0) if (b, g) != (3, 0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change", [change for _, change in HARMLESS] + [_rotated, _scaled_by_column, torch.Tensor.half],
     ids=[name for name, _ in HARMLESS] + ["rotated", "scaled by column", "float16"],
@@ -85,6 +86,7 @@ def test_rows_that_were_swapped_zeroed_overwritten_or_scaled_are_told_apart(
     assert told == moved | {1000: ("zeroed", None), 1001: ("scaled", None), 1002: ("overwritten", None)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.05, 0.6, 1.0])
 def test_many_permuted_rows_hide_in_no_median(table: torch.Tensor, share: float) -> None:
     """Of a large vocabulary a text touches a small part; the rest may be permuted as a whole."""

@@ -126,6 +126,7 @@ def test_an_edit_of_everything_is_called_uniform(model, edit: str) -> None:
     assert found.text.startswith("uniform")
 
 
+@pytest.mark.slow
 def test_nothing_changed_is_said(model) -> None:
     sketches = sketch_model(model)
     found = culprits(compare_all(sketches, sketch_model(copy.deepcopy(model))))

@@ -25,6 +25,7 @@ def compare(model: Any, edit: Any, **policy: Any) -> tuple[dict[str, Any], Any]:
     return guard.judge(json.loads(json.dumps(facts, allow_nan=False)), guard.policy), expected
 
 
+@pytest.mark.slow
 def test_a_model_against_itself_has_no_findings(model) -> None:
     result, _ = compare(model, lambda m: None)
     assert result["passed"] and result["evaluated"]
@@ -146,6 +147,7 @@ def test_more_violations_than_max_caps_fail(make_model, count: int, passed: bool
     assert result["metrics"]["violations"] == count
 
 
+@pytest.mark.slow
 def test_growth_within_the_deadband_or_kappa_or_outside_scope_is_no_violation(make_model) -> None:
     model = make_model("llama")
     for policy in ({"deadband": 0.31}, {"kappa": {"ffn": 56.0}}, {"scope": ["attn"]}, {"tau": {"ffn": 5.0}}):
@@ -190,6 +192,7 @@ def test_a_model_without_weights_is_not_evaluated() -> None:
     assert not guard.judge(guard.pair(stats, stats), guard.policy)["evaluated"]
 
 
+@pytest.mark.slow
 def test_a_dead_row_may_stay_dead_or_wake_but_not_explode(make_model) -> None:
     def wake(scale: float):
         def edit(model: Any) -> None:

@@ -277,6 +277,7 @@ def test_several_errors_are_counted(write: Write) -> None:
     assert _refused(write("modle: {}\nauto: {probes: 11}")).endswith("(and 1 more)")
 
 
+@pytest.mark.slow
 def test_aliases_that_multiply_are_stopped(write: Write) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
@@ -355,6 +356,7 @@ def test_an_edit_configuration_that_is_wrong_says_so(write: Write, text: str, me
     assert str(caught.value).startswith(message)
 
 
+@pytest.mark.slow
 def test_the_shipped_schema_is_current_and_valid() -> None:
     shipped = json.loads(resources.files("invarlock.data").joinpath("config.schema.json").read_text(encoding="utf-8"))
     assert shipped == config_schema(), "write json.dumps(config_schema(), indent=2) to data/config.schema.json"

@@ -134,6 +134,7 @@ def test_print_shows_all_and_parts_no_heading_from_its_section(
     assert not set(lasts) & set(headings)
 
 
+@pytest.mark.slow
 def test_the_page_asks_nothing_of_a_network(each: dict[str, Any]) -> None:
     page = render_html(each)
     assert not re.search(r"(?:src|href)=[\"'](?!#)", page) and "@import" not in page and "<script" not in page

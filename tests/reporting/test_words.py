@@ -36,6 +36,7 @@ def _by_gate(certificate: dict[str, Any]) -> dict[str, Any]:
     return {item.gate: item for item in explanations(certificate)}
 
 
+@pytest.mark.slow
 def test_every_gate_has_words_and_every_bad_one_a_next_step(each: dict[str, Any]) -> None:
     found = explanations(each)
     assert len(found) == len(each["gates"])

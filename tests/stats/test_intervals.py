@@ -63,6 +63,7 @@ def test_bca_from_other_draws_matches_scipy_within_monte_carlo_error() -> None:
     assert (ours.lo, ours.hi) == pytest.approx((theirs.low, theirs.high), abs=0.12 * ours.std_error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clusters", [2, 10, 99, 150])
 def test_standard_error_matches_statsmodels_cluster_robust_regression(clusters: int) -> None:
     from scipy.stats import t
@@ -102,6 +103,7 @@ def test_bca_needs_clusters_of_weight_not_just_many(longest: int, method: str) -
     assert weighted_mean_interval(values, np.ones(len(labels)), labels).method == method
 
 
+@pytest.mark.slow
 def test_ci_covers_where_one_document_holds_most_tokens() -> None:
     """The document is one draw; G - 1 degrees of freedom would cover 0.04 here. Too wide is the safe side."""
     rng = np.random.default_rng(0)

@@ -89,6 +89,7 @@ def test_bounded_sigma_holds_its_bound_on_any_spectrum(spectrum: str) -> None:
     assert sigma_max_bounded(matrix.T) == pytest.approx(exact, rel=3e-4)
 
 
+@pytest.mark.slow
 def test_the_first_contract_misses_what_stands_above_a_flat_spectrum() -> None:
     """Why there is a second one: the values of the first, wrong as they are, stay as they were recorded."""
     matrix = with_spectrum(1024, 1024, FLAT["8 % above equal values"])
@@ -106,6 +107,7 @@ def test_bounded_sigma_holds_for_every_start() -> None:
     assert max(found) <= 1.004 * (1 + 1e-5)
 
 
+@pytest.mark.slow
 def test_the_bound_costs_less_than_twice_the_steps(monkeypatch: pytest.MonkeyPatch, demo_model: Path) -> None:
     """Counted on every matrix of the demo model that is not solved exactly."""
     from safetensors import safe_open

@@ -18,6 +18,7 @@ def p_values(seed: int) -> np.ndarray:
     return np.round(p, 3) if seed % 2 else p  # rounding makes ties and zeros
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [0.05, 6.25e-4, 0.5])
 def test_rejections_match_statsmodels_and_scipy(level: float) -> None:
     from scipy.stats import false_discovery_control
@@ -43,6 +44,7 @@ def test_tests_that_were_left_out_count_as_not_rejected(method: Callable[..., np
         assert (method(p, 0.05, m=p.size + 30) == method(padded, 0.05)[: p.size]).all()
 
 
+@pytest.mark.slow
 def test_bonferroni_holds_the_family_wise_rate_and_bh_the_discovery_rate_on_null_data() -> None:
     null = np.random.default_rng(0).random((4000, 50))
     for method in (bh, bonferroni):  # on null data the two rates are the same thing

@@ -188,6 +188,7 @@ def test_windows_needed_decide_with_the_promised_power(true_ratio: float) -> Non
     assert outcomes.count(wrong) == 0
 
 
+@pytest.mark.slow
 def test_false_pass_is_rarer_than_one_in_forty_at_the_limit() -> None:
     """A subject exactly at the limit passes with probability about 2.5 %."""
     rng = np.random.default_rng(5)
@@ -247,6 +248,7 @@ def test_soft_scores_move_the_difference_and_flip_at_one_half() -> None:
     assert (found.right_to_wrong, found.wrong_to_right) == (1, 1)
 
 
+@pytest.mark.slow
 def test_drift_is_the_ratio_of_perplexity_ratios_with_a_regression_standard_error() -> None:
     """The authority: the coefficient of `final` in a weighted regression with document-robust covariance."""
     import statsmodels.api as sm

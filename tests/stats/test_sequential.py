@@ -19,6 +19,7 @@ def test_levels_are_the_constants_of_the_contract() -> None:
     assert [round(-float(ndtri(x)), 4) for x in levels] == [3.0902, 2.7141, 2.3301, 2.0741]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fractions", [FRACTIONS, (0.5, 1.0), (0.3, 0.35, 0.9), (0.1, 0.25, 0.5, 0.75, 1.0)])
 def test_the_error_spent_by_each_look_matches_the_multivariate_normal(fractions: tuple[float, ...]) -> None:
     """The statistics of the looks are jointly normal with correlations sqrt(t_i / t_j)."""

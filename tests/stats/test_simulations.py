@@ -56,6 +56,7 @@ def test_many_samples_at_once_are_judged_as_the_library_judges_one(tables: Modul
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("documents", "each"), [(200, 1), (20, 10)])
 def test_answers_of_many_samples_are_judged_as_the_library_judges_one(
     tables: ModuleType, documents: int, each: int
@@ -96,6 +97,7 @@ def test_the_effect_claimed_is_decided_with_its_power(tables: ModuleType) -> Non
             assert row["new power"] == pytest.approx(0.8, abs=0.03 + margin(0.8, tables.FAST.simulations))
 
 
+@pytest.mark.slow
 def test_documents_decide_where_windows_of_the_same_ones_do_not(tables: ModuleType) -> None:
     for row in tables.advice(tables.FAST):
         assert row["new decided"] > row["old decided"] + 0.1
@@ -118,6 +120,7 @@ def test_the_plan_simulated_is_that_of_the_tiers(looks: ModuleType) -> None:
         assert resolve_policy(tier).limits.sample.early_documents == looks.CURRENT
 
 
+@pytest.mark.slow
 def test_answers_at_the_floor_seldom_pass(tables: ModuleType) -> None:
     samples = tables.FAST.simulations
     rows = tables.accuracy(tables.FAST)
@@ -125,6 +128,7 @@ def test_answers_at_the_floor_seldom_pass(tables: ModuleType) -> None:
     assert all(row["new passes"] <= tables.BOUND + margin(tables.BOUND, samples) for row in rows)
 
 
+@pytest.mark.slow
 def test_divergence_beyond_the_limit_seldom_passes(tables: ModuleType) -> None:
     samples = tables.FAST.simulations
     rows = tables.divergence(tables.FAST)

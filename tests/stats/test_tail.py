@@ -26,6 +26,7 @@ def test_quantiles_are_numpys_linear_ones() -> None:
     assert (found.windows, found.clusters, found.non_finite) == (217, 217, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantile", [0.5, 0.9, 0.95])
 def test_interval_matches_resampling_spelled_out(quantile: float) -> None:
     """The multiplicities give what concatenating the drawn documents and calling numpy gives."""

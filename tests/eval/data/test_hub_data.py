@@ -40,6 +40,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_local_folder_is_read_whatever_its_format(folder: str) -> None:
     provider = get_provider("hf_text", dataset_name=folder, text_field="body", split="test")
     assert provider.documents() == [(f"corpus:test:{i}", text) for i, text in enumerate(ROWS["body"])]

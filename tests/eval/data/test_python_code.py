@@ -6,6 +6,7 @@ from invarlock.core.exceptions import DataError
 from invarlock.eval.data import get_provider, python_docs
 
 
+@pytest.mark.slow
 def test_documents_are_sources_without_docstrings_under_the_names_of_their_documentation() -> None:
     code = {document.document_id: document.text for document in get_provider("python_code", split="all").documents()}
     assert "def fill(text, width=70" in code["module:textwrap"]

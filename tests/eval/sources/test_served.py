@@ -60,6 +60,7 @@ def _score(server: Server, kind: str = "vllm", folder: Path | None = None, **opt
     return score_all(source.score(_windows(), **options), 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vllm", "openai"])
 @pytest.mark.parametrize("most", [256, 20])
 def test_an_honest_engine_gives_the_figures_of_the_model(model: Any, kind: str, most: int) -> None:
@@ -78,6 +79,7 @@ def test_an_honest_engine_gives_the_figures_of_the_model(model: Any, kind: str, 
         assert all(0 < (told or 0) < (whole or 0) for told, whole in pairs), "it is a lower bound"
 
 
+@pytest.mark.slow
 def test_a_served_baseline_serves_a_model_in_torch(model: Any) -> None:
     with serve(Server(model, most=64)) as server:
         old = _score(server, keep_reference=True)
@@ -85,6 +87,7 @@ def test_a_served_baseline_serves_a_model_in_torch(model: Any) -> None:
     assert sum(subject["flips"]) == 0 and max(subject["kl_sum"]) < 1e-4  # type: ignore[type-var,arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "code"),
     [
@@ -115,6 +118,7 @@ def test_an_engine_that_misleads_is_refused_by_name(
     assert server.url.removeprefix("http://") in str(error.value)
 
 
+@pytest.mark.slow
 def test_an_engine_that_is_busy_or_breaks_off_is_asked_again(model: Any) -> None:
     with serve(Server(model, busy=3)) as server:
         assert len(_score(server).loss) == 6
@@ -126,6 +130,7 @@ def test_an_engine_that_is_busy_or_breaks_off_is_asked_again(model: Any) -> None
     assert error.value.code == "ENGINE-UNREACHABLE"
 
 
+@pytest.mark.slow
 def test_the_key_comes_from_the_environment_and_is_told_to_nobody(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with serve(Server(model, key=KEY)) as server:
         monkeypatch.setenv("INVARLOCK_ENGINE_KEY", KEY + "-wrong")
@@ -138,6 +143,7 @@ def test_the_key_comes_from_the_environment_and_is_told_to_nobody(model: Any, mo
     assert environment_flags()["INVARLOCK_ENGINE_KEY"] == "set"
 
 
+@pytest.mark.slow
 def test_what_was_answered_is_kept_until_all_is_there(model: Any, tmp_path: Path) -> None:
     with serve(Server(model)) as server:
         whole = _score(server)
@@ -155,6 +161,7 @@ def test_what_was_answered_is_kept_until_all_is_there(model: Any, tmp_path: Path
         assert _score(server, folder=tmp_path).loss == fresh != whole.loss
 
 
+@pytest.mark.slow
 def test_what_an_engine_cannot_do_is_refused(model: Any) -> None:
     with serve(Server(model)) as server:
         source = ServedSource(Engine.open(f"vllm={server.url}", None))
@@ -167,6 +174,7 @@ def test_what_an_engine_cannot_do_is_refused(model: Any) -> None:
             Engine.open(f"vllm={server.url}#other", None)
 
 
+@pytest.mark.slow
 def test_padding_and_labels_choose_what_is_scored(model: Any) -> None:
     plain = _windows(2)
     padded = [

@@ -73,6 +73,7 @@ def test_losses_equal_the_models_own_on_trained_models(trained: dict[str, Any], 
         assert tokens == len(window.input_ids) - 1 == scored_tokens(window, "causal")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "Llama", "Gemma2", "Cohere", "Granite", "Phi", "GPTNeoX"])
 def test_losses_equal_the_models_own_whatever_follows_the_output_layer(name: str) -> None:
     options = {"Granite": {"logits_scaling": 8.0}, "Gemma2": {"head_dim": 8}}.get(name, {})
@@ -95,6 +96,7 @@ def test_a_soft_cap_is_never_skipped_however_small_the_logits_are() -> None:
     assert not source.used_shortcut
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "Llama", "Gemma2", "Bert", "T5"])
 def test_the_batch_size_moves_no_number(name: str) -> None:
     model = _tiny(name, **({"head_dim": 8} if name == "Gemma2" else {}))
