@@ -12,7 +12,7 @@ from invarlock.core.exceptions import PairingError
 from invarlock.evidence.windows import Windows
 from invarlock.flow.certify import CertifyRequest, open_request
 from invarlock.flow.job import resolved_metric
-from invarlock.flow.sampling import cut_windows, scored
+from invarlock.flow.sampling import cut_windows
 
 _FITS = re.compile(r"dataset\.preview_n: (\d+) and dataset\.final_n: (\d+) fit")
 
@@ -30,7 +30,7 @@ def _cut(
     side = read_side(job.adapter, str(model), Loading(), tensors=False)
     job.metric = resolved_metric("auto", job.adapter)
     windows = cut_windows(job, side, request.dataset)
-    return windows, scored(job, windows), "; ".join(job.notes)
+    return windows, job.scored(windows), "; ".join(job.notes)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from invarlock.core import settings
 from invarlock.core.exceptions import RankError
+from invarlock.core.files import first_line
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -44,7 +45,7 @@ class Ranks(NamedTuple):
         try:
             dist.all_gather_object(everyone, own, group=_groups[0])
         except RuntimeError as error:
-            first = str(error).strip().splitlines()[0][:200]
+            first = first_line(error)[:200]
             raise RankError(
                 f"rank {self.rank} of {self.world} waited for the others in {what} and one is gone ({first}); start "
                 "again with the same --out: what was measured is kept"

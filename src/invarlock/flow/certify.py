@@ -126,6 +126,13 @@ class CertifyRequest:
         return self.engine is not None or self.baseline_engine is not None
 
     @property
+    def stored(self) -> Path | None:
+        """The baseline report or the pack, where the baseline was measured before."""
+        if self.baseline is not None and is_pack(Path(self.baseline)):
+            return Path(self.baseline)
+        return self.baseline_report
+
+    @property
     def edit_facts(self) -> dict[str, Any]:
         """What a report says of the edit before it was made; a checkpoint that was edited elsewhere is called by its name."""
         given = self.edit or {}
@@ -308,11 +315,8 @@ def _find(job: Job, request: CertifyRequest, source: Source) -> None:
 
 def _read_baseline(job: Job, request: CertifyRequest) -> Source:
     """Read the baseline's files, or take a stored baseline report or a pack."""
-    stored = request.baseline_report
-    if stored is None and is_pack(Path(str(request.baseline))):
-        stored = Path(str(request.baseline))
-    if stored is not None:
-        report, evidence, path = steps.stored_baseline(stored)
+    if request.stored is not None:
+        report, evidence, path = steps.stored_baseline(request.stored)
         if is_pack(path):  # what was said when its text was cut
             job.notes += map(str, report["meta"].get("warnings") or ())
         model, measured = evidence.model, steps.stored_measurement(evidence, path)
@@ -454,10 +458,11 @@ def _measure_baseline(job: Job, request: CertifyRequest, source: Source, cut: Cu
 def _noise(job: Job, request: CertifyRequest, source: Source) -> list[dict[str, Any]] | None:
     """Measure the baseline against itself where that is asked for and its weights are at hand."""
     assert source.measured is not None
-    if not request.noise_floor or job.metric.is_accuracy or not _at_hand(job, source):
-        if request.noise_floor:
-            why = "it is of the ratio" if job.metric.is_accuracy else "the baseline's weights are not at hand"
-            job.notes.append(f"the noise floor is not measured: {why}")
+    if not request.noise_floor:
+        return None
+    if job.metric.is_accuracy or not _at_hand(job, source):
+        why = "it is of the ratio" if job.metric.is_accuracy else "the baseline's weights are not at hand"
+        job.notes.append(f"the noise floor is not measured: {why}")
         return None
     return noise_floor(job, steps.load(job, source.side, "the baseline again"), source.measured)
 

@@ -19,7 +19,7 @@ from invarlock.core.device import make_deterministic, resolve_device
 from invarlock.core.exceptions import ConfigError
 from invarlock.core.ranks import Ranks
 from invarlock.eval.metrics import Metric, metric_of
-from invarlock.eval.sources.base import Scores, score_all
+from invarlock.eval.sources.base import Scores, score_all, scored_tokens
 from invarlock.eval.sources.engines import Engine
 from invarlock.eval.sources.ranked import RankedSource
 from invarlock.eval.sources.served import ServedSource
@@ -72,6 +72,10 @@ class Job:
         """How many windows of preview and final each look reaches; the last one reaches all."""
         assert self.windows is not None
         return cuts(self.windows, self.policy.limits.sample.early_documents)
+
+    def scored(self, windows: Windows) -> int:
+        """Return how many tokens of the windows the metric scores."""
+        return sum(scored_tokens(window, self.metric.task) for window in windows.all)
 
     @property
     def plugins(self) -> list[Guard]:

@@ -14,7 +14,7 @@ from invarlock.core.device import library_versions, thread_count
 from invarlock.core.files import plain
 from invarlock.eval import divergence
 from invarlock.eval.metrics import Task
-from invarlock.eval.sources.base import Scores, Watch, score_all, scored_tokens
+from invarlock.eval.sources.base import Scores, Watch, score_all
 from invarlock.eval.sources.engines import Engine
 from invarlock.eval.sources.served import ServedSource
 from invarlock.eval.sources.torch_model import TorchSource
@@ -208,7 +208,7 @@ def _score(
     scored = job.source(model, key).score(
         windows.all, reference=reference, keep_reference=keep, correct=job.metric.is_accuracy, watch=watch
     )
-    total = sum(scored_tokens(window, job.metric.task) for window in windows.all)
+    total = job.scored(windows)
     return score_all(scored, len(windows.all), lambda tokens: job.tick(f"measuring {what}", tokens, total))
 
 
@@ -230,7 +230,7 @@ def _plan(job: Job, cut: Cut | None, earlier: Plan | None = None) -> Plan | None
         return None
     whole = job.windows
     reached = [*(earlier.reached if earlier else []), cut]
-    tokens = sum(scored_tokens(window, job.metric.task) for window in whole.all)
+    tokens = job.scored(whole)
     documents = len({window.document for window in whole.all})
     return Plan(documents=documents, windows=(len(whole.preview), len(whole.final)), tokens=tokens, reached=reached)
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from invarlock.core.api import ModelLike
 from invarlock.core.exceptions import DataError
-from invarlock.eval.sources.base import Source, score_all, scored_tokens
+from invarlock.core.files import first_line
+from invarlock.eval.sources.base import Source, score_all
 from invarlock.eval.sources.torch_model import TorchSource
 from invarlock.evidence.model import finite_or_none
 from invarlock.evidence.plan import Cut
@@ -23,9 +24,8 @@ from invarlock.stats.intervals import weighted_mean_interval
 
 __all__ = ["noise_floor"]
 
-_TOKENS = (
-    4096  # that are scored again in each way, at most: windows from the beginning on, a quarter of the others at least
-)
+#: tokens that are scored again in each way: windows from the beginning on that hold about so many
+_TOKENS = 4096
 
 
 def noise_floor(job: Job, model: ModelLike, measured: Measurement) -> list[dict[str, Any]]:
@@ -37,13 +37,13 @@ def noise_floor(job: Job, model: ModelLike, measured: Measurement) -> list[dict[
     old = [getattr(measured.evidence, split).loss[:n] for split, n in zip(("preview", "final"), cut, strict=True)]
     reference = measured.reference_of((0, 0), cut)
     found = []
-    for name, usual, other in _ways(model, windows):
+    for name, usual, other in _ways(model):
         with _changed(job, model, name, other) as source:
             job.tick(f"noise floor: {name}", 0, 1)
             try:
                 scores = score_all(source.score(windows.all, reference=reference), len(windows.all))
             except (DataError, RuntimeError, ValueError) as error:  # what a model cannot do is no noise
-                job.notes.append(f"noise floor: {name} {other} could not be measured: {str(error).splitlines()[0]}")
+                job.notes.append(f"noise floor: {name} {other} could not be measured: {first_line(error)}")
                 continue
         found.append({"name": name, "usual": usual, "other": other, **_figures(scores.columns, sum(old, []), windows)})
     return found
@@ -54,7 +54,7 @@ def _few(job: Job, reach: Cut) -> Cut:
     assert job.windows is not None
     cut = reach
     while min(cut) > 1:
-        tokens = sum(scored_tokens(window, job.metric.task) for window in job.windows.between((0, 0), cut).all)
+        tokens = job.scored(job.windows.between((0, 0), cut))
         if tokens <= _TOKENS:
             break
         share = max(_TOKENS / tokens, 0.5)
@@ -62,7 +62,7 @@ def _few(job: Job, reach: Cut) -> Cut:
     return cut
 
 
-def _ways(model: Any, windows: Windows) -> Iterator[tuple[str, str, str]]:
+def _ways(model: Any) -> Iterator[tuple[str, str, str]]:
     """Yield what can be changed, how it is, and how it can be too; the type last, which rounds the weights."""
     import torch
 

@@ -22,14 +22,13 @@ from invarlock.checkpoints.side import Side, read_side
 from invarlock.checkpoints.structure import layout_of
 from invarlock.core.exceptions import ConfigError, DependencyError, InvarlockError
 from invarlock.eval.sources.engines import Engine
-from invarlock.evidence.pack import is_pack
 from invarlock.evidence.windows import Windows
 from invarlock.flow import steps
 from invarlock.flow.cache import cache_folder
 from invarlock.flow.certify import CertifyRequest, Source, encode_both, open_request
 from invarlock.flow.job import Job, resolved_metric
 from invarlock.flow.run_folder import require_writable
-from invarlock.flow.sampling import check_same_data, cut_windows, reuse_windows, scored
+from invarlock.flow.sampling import check_same_data, cut_windows, reuse_windows
 
 __all__ = ["rehearse"]
 
@@ -81,11 +80,8 @@ def _side(found: _Rehearsal, name: str, model: str | None, engine: str | None) -
     """Look at the files of one side: what they are, and whether they can be read."""
     request, job = found.request, found.job
     try:
-        stored = request.baseline_report if name == "baseline" else None
-        if stored is None and name == "baseline" and is_pack(Path(str(model))):
-            stored = Path(str(model))
-        if stored is not None:
-            yield _stored(found, stored)
+        if name == "baseline" and request.stored is not None:
+            yield _stored(found, request.stored)
             return
         side = read_side(job.adapter, str(model), job.loading, tensors=False)
         job.metric = resolved_metric(request.metric_kind, job.adapter)
@@ -143,7 +139,7 @@ def _text(found: _Rehearsal) -> Iterator[_Told]:
         yield "D043", f"[{getattr(error, 'code', 'DATA')}] {error}"
     if found.windows is None:
         return
-    sample, windows, tokens = job.policy.limits.sample, found.windows, scored(job, found.windows)
+    sample, windows, tokens = job.policy.limits.sample, found.windows, job.scored(found.windows)
     documents = len({window.document for window in windows.all})
     asked = f"profile {job.policy.profile} and tier {job.policy.tier} ask for {sample.preview} + {sample.final}"
     held = f"{len(windows.preview)} + {len(windows.final)} windows of {documents:,} documents, {tokens:,} scored tokens"

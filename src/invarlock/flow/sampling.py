@@ -18,7 +18,6 @@ from invarlock.core.network import network_allowed
 from invarlock.eval.data import get_provider
 from invarlock.eval.data.base import Tokenizer
 from invarlock.eval.data.wikitext2 import Wikitext2Provider
-from invarlock.eval.sources.base import scored_tokens
 from invarlock.evidence.model import DataFacts
 from invarlock.evidence.windows import TextOrigin, Windows, mask_tokens, windows_from_provider
 from invarlock.flow.job import Job
@@ -32,7 +31,6 @@ __all__ = [
     "dataset_options",
     "read_again",
     "reuse_windows",
-    "scored",
 ]
 
 MOST_SEQ_LEN = 512
@@ -330,7 +328,7 @@ def _alone(job: Job, windows: Windows) -> str | None:
 def _too_little(job: Job, side: Side, dataset: Mapping[str, Any], windows: Windows, short: Sequence[str]) -> str | None:
     """Say in one line why the text cannot decide and which counts would fit, before any model is loaded; None: it can."""
     policy, sample = job.policy, job.policy.limits.sample
-    tokens = scored(job, windows)
+    tokens = job.scored(windows)
     if not short and tokens >= sample.min_tokens:
         return None
     found = "; ".join(short) or f"{len(windows.all)} windows"
@@ -351,9 +349,4 @@ def _too_little(job: Job, side: Side, dataset: Mapping[str, Any], windows: Windo
 def _tried(job: Job, side: Side, dataset: Mapping[str, Any], counts: tuple[int, int]) -> tuple[Windows, int]:
     """Return the windows that there are of so many, and their scored tokens."""
     windows = _cut_all(replace(job, notes=[], texts={}), side, dataset, counts, [])
-    return windows, scored(job, windows)
-
-
-def scored(job: Job, windows: Windows) -> int:
-    """Return how many tokens of the windows are scored."""
-    return sum(scored_tokens(window, job.metric.task) for window in windows.all)
+    return windows, job.scored(windows)

@@ -17,7 +17,7 @@ from invarlock.core.api import (
     RunReport,
 )
 from invarlock.core.exceptions import GuardError, InvarlockError
-from invarlock.core.files import plain
+from invarlock.core.files import first_line, plain
 
 __all__ = [
     "BUILT_IN_GUARDS",
@@ -75,7 +75,7 @@ _TYPES = {key: type(value) for key, value in result(True, "").items()}
 
 def oneline(error: BaseException) -> str:
     """Return `Type: first line`; our own errors without the type."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = first_line(error)
     return text if isinstance(error, InvarlockError) else f"{type(error).__name__}: {text}"
 
 
