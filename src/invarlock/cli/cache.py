@@ -10,7 +10,8 @@ from typer import Option
 
 from invarlock.cli.console import emit_json, say
 from invarlock.cli.options import JsonOption, plain_typer
-from invarlock.flow.cache import cache_folder, clear, entries
+from invarlock.core.files import cache_folder
+from invarlock.flow.cache import clear, entries
 from invarlock.flow.run_folder import clear_runs
 
 __all__ = ["app"]

@@ -9,16 +9,19 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from invarlock.core import settings
 from invarlock.core.exceptions import ConfigError, InvarlockError
 from invarlock.core.leftovers import SNAPSHOTS, owned_folder, owned_name
 from invarlock.core.reading import parse_json, read_regular
 
 __all__ = [
+    "cache_folder",
     "first_line",
     "home",
     "kept_folder",
@@ -72,6 +75,16 @@ def home() -> Path:
     """Return the user's folder; where nothing says which it is (no HOME, no entry for the user), the temporary one."""
     found = os.path.expanduser("~")
     return Path(tempfile.gettempdir() if found == "~" else found)
+
+
+def cache_folder() -> Path | None:
+    """Return the folder of what is kept from one command to the next, None where `INVARLOCK_CACHE=off`."""
+    named = settings.get("INVARLOCK_CACHE")
+    if named is not None:
+        return None if str(named).strip().lower() in ("", "0", "off", "no", "false") else Path(str(named))
+    if sys.platform == "darwin":
+        return home() / "Library" / "Caches" / "invarlock"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home() / ".cache") / "invarlock"
 
 
 def size_of(folder: Path) -> int:

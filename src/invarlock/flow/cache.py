@@ -23,7 +23,8 @@ from invarlock.checkpoints.side import Side
 from invarlock.core import registry, settings
 from invarlock.core.device import library_versions, thread_count
 from invarlock.core.exceptions import ModelLoadError
-from invarlock.core.files import home
+from invarlock.core.files import cache_folder
+from invarlock.eval.data.python_docs import TEXTS
 from invarlock.evidence.model import Evidence
 from invarlock.evidence.pack import read_pack, write_pack
 from invarlock.evidence.plain import canonical, canonical_digest
@@ -31,7 +32,7 @@ from invarlock.flow.job import Job
 from invarlock.flow.measure import Measurement
 from invarlock.flow.steps import measured_members, members_measured
 
-__all__ = ["Entry", "cache_folder", "clear", "entries", "find", "key_of", "keep"]
+__all__ = ["Entry", "clear", "entries", "find", "key_of", "keep"]
 
 _SUFFIX = ".pack"
 _LARGEST = 4 * 1024**3  # bytes of all entries; the ones used least recently give way
@@ -40,16 +41,6 @@ _SMALL = 16 * 1024**2  # files beside the weights that are digested whole; the w
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 #: variables that change nothing that is measured
 _SHOW = ("INVARLOCK_CACHE", "INVARLOCK_MINIMAL", "INVARLOCK_TELEMETRY", "INVARLOCK_DEBUG_TRACE", "HF_HOME")
-
-
-def cache_folder() -> Path | None:
-    """Return the folder of the cache, None where it is switched off (`INVARLOCK_CACHE=off`)."""
-    named = settings.get("INVARLOCK_CACHE")
-    if named is not None:
-        return None if str(named).strip().lower() in ("", "0", "off", "no", "false") else Path(str(named))
-    if sys.platform == "darwin":
-        return home() / "Library" / "Caches" / "invarlock"
-    return Path(os.environ.get("XDG_CACHE_HOME") or home() / ".cache") / "invarlock"
 
 
 def key_of(job: Job, side: Side) -> str | None:
@@ -176,7 +167,7 @@ def clear() -> tuple[int, int]:
     folder, count, size = cache_folder(), 0, 0
     paths = [] if folder is None or not folder.is_dir() else list(folder.iterdir())
     for path in paths:
-        if path.is_file() and (path.suffix == _SUFFIX or path.name.endswith(".part")):
+        if path.is_file() and (path.suffix == _SUFFIX or path.name.endswith((".part", TEXTS))):
             count, size = count + (path.suffix == _SUFFIX), size + path.stat().st_size
             path.unlink(missing_ok=True)
     return count, size

@@ -21,10 +21,10 @@ from invarlock.checkpoints.shards import SafetensorsFolder
 from invarlock.checkpoints.side import Side, read_side
 from invarlock.checkpoints.structure import layout_of
 from invarlock.core.exceptions import ConfigError, DependencyError, InvarlockError
+from invarlock.core.files import cache_folder
 from invarlock.eval.sources.engines import Engine
 from invarlock.evidence.windows import Windows
 from invarlock.flow import steps
-from invarlock.flow.cache import cache_folder
 from invarlock.flow.certify import CertifyRequest, Source, encode_both, open_request
 from invarlock.flow.job import Job, resolved_metric
 from invarlock.flow.run_folder import require_writable

@@ -71,3 +71,45 @@ def test_the_split_of_the_request_wins(byte_tokenizer) -> None:
     assert {split_of(name) for name in preview.document_ids + final.document_ids} == {"train"}
     preview, final = provider.windows(byte_tokenizer, preview_n=20, final_n=20, seq_len=64)
     assert {split_of(name) for name in preview.document_ids + final.document_ids} == {"test"}
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """A standard library of two modules, and a cache folder of its own."""
+    library = tmp_path / "lib"
+    for name in ("one", "two"):
+        (library / "tests").mkdir(parents=True, exist_ok=True)
+        (library / f"{name}.py").write_text(f'"""What {name} does."""')
+        (library / "tests" / f"{name}.py").write_text('"""A test."""')
+    monkeypatch.setattr(python_docs.sysconfig, "get_path", lambda key: str(library))
+    monkeypatch.setenv("INVARLOCK_CACHE", str(tmp_path / "cache"))
+    return library
+
+
+def _modules() -> dict[str, str]:
+    return python_docs._modules("all")
+
+
+def test_texts_are_parsed_once_and_found_again_until_a_source_changes(library, monkeypatch) -> None:
+    first = _modules()
+    assert first == {"module:one": "What one does.", "module:two": "What two does."}
+    with monkeypatch.context() as patch:
+        patch.setattr(python_docs.ast, "parse", lambda source: pytest.fail("parsed again"))
+        assert _modules() == first
+    (library / "two.py").write_text('"""Something else altogether."""')
+    assert _modules()["module:two"] == "Something else altogether."
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"key": 1}', '{"texts": {}}', "\x00"])
+def test_kept_texts_that_are_damaged_are_parsed_again(library, tmp_path, content) -> None:
+    first = _modules()
+    (kept,) = (tmp_path / "cache").iterdir()
+    kept.write_text(content)
+    assert _modules() == first
+
+
+def test_texts_are_read_where_nothing_can_be_kept(library, tmp_path, monkeypatch) -> None:
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    assert len(_modules()) == 2
+    monkeypatch.setenv("INVARLOCK_CACHE", "off")
+    assert len(_modules()) == 2

@@ -7,9 +7,12 @@ are parsed, never imported; of modules that have no source only those compiled i
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import importlib
 import inspect
+import json
+import os
 import re
 import sys
 import sysconfig
@@ -19,11 +22,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
 
-from invarlock.core.exceptions import DataError
+from invarlock.core.exceptions import ConfigError, DataError, InvarlockError
+from invarlock.core.files import cache_folder, read_json, write_whole
 from invarlock.eval.data.base import Document, TextProvider
 
-__all__ = ["PythonDocsProvider", "chosen_split", "module_sources", "split_of"]
+__all__ = ["TEXTS", "PythonDocsProvider", "chosen_split", "module_sources", "split_of"]
 
+TEXTS = "-python-docs.json"  # how the names of the files end that hold parsed texts
 _TEST_SHARE = 0.4
 _SPLITS = ("train", "test", "all")
 # Tests are no documentation; codecs are a hundred generated files of one sentence, which would count as a hundred
@@ -68,8 +73,27 @@ def chosen_split(provider: TextProvider, split: str | None) -> str:
 @lru_cache(maxsize=len(_SPLITS))
 def _read(split: str) -> tuple[Document, ...]:
     ready = [d for d in (*_topics(), *_builtin_modules()) if split in ("all", split_of(d.document_id))]
-    read = (Document(document_id, _docstrings(path)) for document_id, path in module_sources(split))
-    return (*ready, *(document for document in read if document.text))
+    return (*ready, *(Document(name, text) for name, text in _modules(split).items() if text))
+
+
+def _modules(split: str) -> dict[str, str]:
+    """The docstrings of every module of a split: parsing takes seconds, so they are kept until a source changes."""
+    sources, folder = dict(module_sources(split)), cache_folder()
+    stats = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in sources.items()]
+    parser = [work.__code__.co_code for work in (_docstrings, _walk)]
+    key = hashlib.sha256(repr((sys.version, parser, stats)).encode()).hexdigest()
+    kept = None if folder is None else folder / f"{split}{TEXTS}"
+    with contextlib.suppress(InvarlockError, LookupError, TypeError):
+        found = read_json(kept, "the kept texts") if kept and kept.exists() else {}
+        if found["key"] == key:
+            return dict(found["texts"])
+    texts = {name: _docstrings(path) for name, path in sources.items()}
+    if kept:
+        with contextlib.suppress(
+            ConfigError, OSError
+        ):  # a folder that cannot be written to: the next command parses again
+            write_whole(kept, json.dumps({"key": key, "texts": texts}))
+    return texts
 
 
 def _topics() -> Iterator[Document]:
@@ -103,12 +127,18 @@ def _members_docs(holder: object) -> Iterator[str]:
 def module_sources(split: str) -> Iterator[tuple[str, Path]]:
     """Yield the document and the source file of every module of a split."""
     root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(_files(root)):
         parts = path.relative_to(root).with_suffix("").parts
-        if not _LEFT_OUT.intersection(parts[:-1]) and all(part.isidentifier() for part in parts):
+        if all(part.isidentifier() for part in parts):
             document = "module:" + ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
             if split in ("all", split_of(document)):
                 yield document, path
+
+
+def _files(root: Path) -> Iterator[Path]:
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in _LEFT_OUT]
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
 def _docstrings(path: Path) -> str:
