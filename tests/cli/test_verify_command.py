@@ -63,6 +63,14 @@ def test_each_outcome_has_its_exit_code(name: str, code: int, words: str, cli: C
     assert (result.exit_code, words in result.stdout) == (code, True), result.output
 
 
+def test_people_read_sentences_and_scripts_the_recorded_reasons(cli: Cli, shelf: Path) -> None:
+    shown = cli("verify", str(shelf / "fail")).stdout
+    assert "worse than the baseline (10% worse is allowed)." in shown
+    assert not [word for word in ("hysteresis", "z = ", "interval [") if word in shown]
+    (result,) = json.loads(cli("verify", "--json", str(shelf / "fail")).stdout)["results"]
+    assert any("hysteresis" in reason for reason in result["reasons"])
+
+
 def test_the_installed_command_verifies_without_torch(script: Script, shelf: Path) -> None:
     result = script("verify", str(shelf / "pass"), INVARLOCK_LIGHT_IMPORT="1")
     assert (result.returncode, result.stderr) == (0, "")

@@ -18,6 +18,8 @@ from invarlock.core import registry
 from invarlock.core.exceptions import InvarlockError
 from invarlock.flow.run_folder import read_report
 from invarlock.reporting.bundle import find_certificate, read_certificate
+from invarlock.reporting.story import points
+from invarlock.reporting.view import parse
 
 __all__ = ["verify"]
 
@@ -101,6 +103,7 @@ def _check(
         "steps": outcome.steps,
         "not_checked": list(outcome.not_checked),
         "notes": outcome.notes,
+        "points": [text for _, text in points(parse(certificate))] if intact else [],
         "reasons": [reason["message"] for reason in certificate["verdict"]["reasons"]],
         "exit_code": VERDICT_CODES.get(outcome.verdict, 1) if intact else 1,
     }
@@ -117,5 +120,5 @@ def _lines(result: Mapping[str, Any]) -> list[str]:
         rest = result["problems"]
     else:
         head = f"{start}: {len(result['steps'])} steps hold; verdict {result['verdict']}"
-        rest = [*result["reasons"], *(f"note: {text}" for text in result["notes"]), *_PROVEN]
+        rest = [*result["points"], *(f"note: {text}" for text in result["notes"]), *_PROVEN]
     return [head, *(f"  {line}" for line in rest)]
