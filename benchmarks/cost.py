@@ -1,7 +1,7 @@
 """What certification costs, as ratios in one run (SPEC §11).
 
     python -m benchmarks.cost            the contract's conditions: 124M parameters, over 50,000 tokens (about 15 minutes)
-    python -m benchmarks.cost --small    27M parameters and 13,000 tokens, about two minutes
+    python -m benchmarks.cost --small    34M parameters and 13,000 tokens, about two minutes
 
 Prints a table and exits 0 whether or not a goal is met: it measures, it does not judge. Each figure is a ratio of two
 measurements on the same machine, taken in turn, each job in a process of its own and without its imports; absolute
@@ -40,8 +40,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-SMALL = {"n_embd": 512, "n_layer": 8, "n_head": 8, "vocab_size": 4096, "windows": 30, "seq_len": 256}
-FULL = {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "windows": 85, "seq_len": 512}
+SMALL = {"hidden": 512, "layers": 8, "vocabulary": 8192, "windows": 30, "seq_len": 256}
+FULL = {"hidden": 768, "layers": 12, "vocabulary": 50257, "windows": 100, "seq_len": 256}
 SHORT_TOKENS = 8_000  # on which the fixed cost is taken
 #: what a run does beyond loading, forward passes and log-loss: module, attribute
 EXTRAS = (
@@ -60,17 +60,14 @@ WITHOUT = {"guards": {"order": ["invariants"]}, "metrics": {"divergence": {"mode
 
 
 def make_model(folder: Path, size: dict[str, int]) -> None:
-    """Write a GPT-2-shaped model with seeded random weights: cost does not depend on what it has learned. Beside it lie
-    `rounded`, to 8 bits, and `wrecked`, whose layers' matrices are shifted by one input."""
+    """Write a trained model in a body of this size. Beside it lie `rounded`, to 8 bits, and `wrecked`, whose layers'
+    matrices are shifted by one input."""
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from benchmarks.widened import SMALL_MODEL, widened
 
     from invarlock.edits import RTNQuantEdit
 
-    torch.manual_seed(0)
-    shape = {key: size[key] for key in ("n_embd", "n_layer", "n_head", "vocab_size")}
-    config = GPT2Config(**shape, n_positions=size["seq_len"], bos_token_id=0, eos_token_id=0)
-    model = GPT2LMHeadModel(config)
+    model = widened(size["hidden"], size["layers"], size["vocabulary"], size["seq_len"])
     model.save_pretrained(folder)
     with torch.no_grad():
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -78,13 +75,12 @@ def make_model(folder: Path, size: dict[str, int]) -> None:
         model.save_pretrained(folder.with_name("rounded"))
         model.load_state_dict(state)
         for name, parameter in model.named_parameters():
-            if ".h." in name and parameter.ndim == 2:
-                parameter.copy_(parameter.roll(1, 0))
+            if ".layers." in name and parameter.ndim == 2:
+                parameter.copy_(parameter.roll(1, 1))
         model.save_pretrained(folder.with_name("wrecked"))
-    demo = Path(__file__).parents[1] / "src/invarlock/data/demo_model"
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for path in SMALL_MODEL.glob("tokenizer*.json"):
         for side in (folder.name, "rounded", "wrecked"):
-            shutil.copy(demo / name, folder.with_name(side))
+            shutil.copy(path, folder.with_name(side))
 
 
 @contextlib.contextmanager
@@ -199,16 +195,16 @@ def plain_job(folder: Path, report: str) -> dict[str, Any]:
 def in_child(job: str, *arguments: Any) -> dict[str, Any]:
     """Run one job in a process of its own; adds the peak of its resident memory above the imports, in bytes, and the
     seconds from the start of the process to its end."""
-    command = [sys.executable, "-P", __file__, "--child", json.dumps([job, *arguments])]
+    command = [sys.executable, "-m", "benchmarks.cost", "--child", json.dumps([job, *arguments])]
     started = time.perf_counter()
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
     wall = time.perf_counter() - started
     return {**json.loads(done.stdout.strip().splitlines()[-1]), "wall": wall}
 
 
 def child(job: str, *arguments: Any) -> None:
     import torch  # noqa: F401 - the imports are what time and peak are measured above
-    import transformers.models.gpt2.modeling_gpt2
+    import transformers.models.llama.modeling_llama
     import transformers.tokenization_utils_tokenizers  # noqa: F401
 
     import invarlock.eval.data
@@ -335,7 +331,7 @@ def measure(size: dict[str, int], rounds: int, without: bool) -> list[tuple[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="27M parameters and 13,000 tokens, two rounds")
+    parser.add_argument("--small", action="store_true", help="34M parameters and 13,000 tokens, two rounds")
     parser.add_argument("--without", action="store_true", help="also certify with all extras switched off")
     parser.add_argument("--rounds", type=int, help="default: 1, or 2 with --small")
     parser.add_argument("--child", help=argparse.SUPPRESS)

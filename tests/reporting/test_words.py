@@ -224,3 +224,11 @@ def test_what_a_gate_found_and_a_guard_counted_is_said_in_words(cert: Cert, kind
     assert told and not re.search(r"hysteresis|\bz = |\bq95\b", " ".join(told))
     labels = {fact.label for section in shown.sections for fact in section.facts}
     assert "Largest change of a singular value" in labels and not any("max growth" in label for label in labels)
+
+
+def test_a_check_that_passed_is_told_in_words_and_not_as_it_is_recorded(each: dict[str, Any]) -> None:
+    rows = {row.gate: row.why for row in view(parse(each)).gates if row.badge.word == "pass"}
+    recorded = {
+        name: reason for name, reason in rows.items() if re.search(r"q\d\d|tail mass|\d\.0000 of|band ", reason)
+    }
+    assert not recorded

@@ -99,7 +99,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("INVARLOCK_ENGINE_TIMEOUT", "float", 120.0, "Seconds to wait for one answer of a served engine.", minimum=0.1),
     Setting("INVARLOCK_RANK_TIMEOUT", "float", 600.0, "Seconds that a rank waits for the others.", minimum=1),
     Setting("INVARLOCK_CACHE", "str", None,
-            "Folder of measured baselines and parsed texts to find again; default: `invarlock` in the user's cache; `off`: none."),
+            "Folder of measured baselines and parsed texts to find again; default: in the user's cache; `off`: none."),
     Setting("HF_DATASETS_OFFLINE", "bool", False, "Hugging Face's own switch: data sets from the cache only."),
     Setting("HF_HOME", "str", None, "Hugging Face's cache folder."),
 )  # fmt: skip

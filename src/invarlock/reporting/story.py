@@ -55,7 +55,8 @@ def told(gate: Gate, c: Certificate) -> str:
     """Return in a sentence what a gate found; its recorded reason where there are no words for that."""
     name, kind = base_name(gate.name), kind_of_text(gate.name)
     moved = gate.decision in ("fail", "warn", "inconclusive") and name in ("preview_final_drift", "primary_metric_tail")
-    if (moved or name in _MEASURES) and gate.measured is not None:
+    passed = gate.decision == "pass" and gate_words(gate, c.primary_metric).passed
+    if (moved or passed or name in _MEASURES) and gate.measured is not None:
         what = _clause(gate, c).removeprefix(f"on {clean(kind)}, ")
         _, _, where = clean(gate.reason).partition("; ")  # the tensors that stand out, or that none does
         return _sentence(f"{what}; {where}" if gate.decision == "fail" and where else what)
@@ -82,7 +83,7 @@ def _sentence(text: str) -> str:
 
 def _clause(gate: Gate, c: Certificate) -> str:
     words = gate_words(gate, c.primary_metric)
-    template = words.doubt if gate.decision == "inconclusive" else words.clause
+    template = {"inconclusive": words.doubt, "pass": words.passed or words.clause}.get(gate.decision, words.clause)
     kind = kind_of_text(gate.name)
     part = (c.slices or {}).get(kind)
     source = part if part is not None else c

@@ -230,12 +230,16 @@ class GateWords(NamedTuple):
     bound: str = ""
     clause: str = ""
     doubt: str = ""
+    passed: str = ""
 
 
 #: by the gate's name, with the metric's unit behind it where that makes a difference
 GATES: Mapping[str, GateWords] = {
     name: GateWords(
-        **{k: text if k in ("clause", "doubt") else text.format(**WORDS["advice"]) for k, text in words.items()}
+        **{
+            k: text if k in ("clause", "doubt", "passed") else text.format(**WORDS["advice"])
+            for k, text in words.items()
+        }
     )
     for name, words in WORDS["gates"].items()
 }
