@@ -271,6 +271,25 @@ def test_stacked_experts_are_read_in_the_dense_models_orientation(tmp_path: Path
     torch.testing.assert_close(read["experts.down_proj"], values.reshape(3, 8, 64).transpose(1, 2))
 
 
+def test_layers_that_hold_their_weights_turned_are_read_as_the_dense_model_has_them(
+    demo_model: Path, tmp_path: Path
+) -> None:
+    """A GPT-2 has Conv1D layers, [in, out]; tools pack them as linear ones, [out, in]."""
+    dense = load_file(demo_model / "model.safetensors")
+    matrices = [name for name in dense if name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))]
+    stored = {name: tensor for name, tensor in dense.items() if name not in matrices}
+    for name in matrices:
+        scale = dense[name].float().T.abs().amax(1)
+        stored[name] = (dense[name].float().T / scale[:, None] * 127).round().to(torch.int8)
+        stored[name.replace("weight", "SCB")] = scale
+    folder = _write(tmp_path, {"quant_method": "bitsandbytes", "load_in_8bit": True}, stored)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    for name, tensor in open_checkpoint(folder).tensors():
+        assert tensor.shape == dense[name].shape
+        assert float((tensor - dense[name].float()).abs().max()) <= float(dense[name].abs().max()) / 200, name
+
+
 def test_the_parts_of_a_weight_may_stand_in_several_files(tmp_path: Path) -> None:
     settings, parts, dense = BUILT["gptq of 4 bits"]()
     _write(tmp_path, settings, {"layer.scales": parts.pop("scales")})

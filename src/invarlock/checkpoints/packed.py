@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["PackedFolder", "Parts", "Settings", "packing_facts"]
 
 Parts = Mapping[str, "Tensor"]  # the tensors of one weight by their suffix, without the leading dot
-Settings = Mapping[str, Any]  # the configuration's `quantization_config`
+Settings = Mapping[str, Any]  # the configuration's `quantization_config`, and `turned`: see `_settings`
 
 _PLAIN = {"F64", "F32", "F16", "BF16", "I64", "BOOL"}
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -281,14 +281,18 @@ _METHODS: dict[str, tuple[str, dict[str | None, tuple[_Scheme, ...]]]] = {
     "fbgemm_fp8": ("", {None: _BYTES}),
     "mxfp4": ("", {None: _MXFP4}),
 }
+_CONV1D = ("gpt2", "openai-gpt")
+_TURNED = re.compile(r"\.(c_attn|q_attn|c_proj|c_fc)\.weight$")
 _TORCHAO_TYPES = ("Tensor", "Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
 
 
 def _settings(folder: Path) -> Settings | None:
-    """Return the `quantization_config` of a folder's config.json, or None. Whether the rest is readable is no matter."""
+    """Return the `quantization_config` of a folder's config.json, or None; whether the rest is readable is no matter.
+    `turned` says that its layers are Conv1D, which every tool packs as the linear layers that they stand for."""
     with contextlib.suppress(InvarlockError, AttributeError):
-        found = read_json(folder / "config.json", "a configuration", kind="checkpoint").get("quantization_config")
-        return found if isinstance(found, dict) else None
+        config = read_json(folder / "config.json", "a configuration", kind="checkpoint")
+        found = config.get("quantization_config")
+        return {**found, "turned": config.get("model_type") in _CONV1D} if isinstance(found, dict) else None
     return None
 
 
@@ -444,7 +448,8 @@ def _dense(
 ) -> tuple[str, Tensor]:
     parts = {suffix: stored[part].get_tensor(part) for suffix, part in names.items()}
     try:
-        return dense, scheme.read(parts, settings).contiguous()
+        read = scheme.read(parts, settings)
+        return dense, (read.T if settings.get("turned") and _TURNED.search(dense) else read).contiguous()
     except KeyError as error:
         return f"{name} [codes without {error.args[0]}]", parts[scheme.suffixes[0]]
     except (ValueError, RuntimeError, IndexError, StopIteration, TypeError, OverflowError, MemoryError) as error:
