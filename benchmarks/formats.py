@@ -121,8 +121,10 @@ def _certify(subject: Path, baseline: Path, intent: str, windows: int, out: Path
     facts = certificate["meta"]["subject_model"]["describe"]
     divergence = certificate.get("divergence") or {}
     return {
-        "read": facts.get("quant_method") or (facts.get("adapter") or {}).get("kind") or "as it is",
-        "executed": facts.get("executed", "native"),
+        "read": facts.get("quant_method")
+        or (facts.get("adapter") or {}).get("kind")
+        or ("as it is" if facts else None),
+        "executed": facts.get("executed", "native" if facts else "refused first"),
         "reader KL": (facts.get("runtime") or {}).get("kl"),
         "ratio": certificate["primary_metric"]["ratio_vs_baseline"],
         "kl": divergence.get("kl_mean"),

@@ -60,6 +60,20 @@ def _gptq(bits: int = 4, version: str = "gptq", *, act_order: bool = False, meth
     return settings, parts | ({"g_idx": order.int()} if act_order else {}), dense
 
 
+def _gptq_part(bits: int = 4, *, indexed: bool) -> Built:
+    """56 columns in groups of 24, of which the last has 8."""
+    codes, zeros, scales, order = (
+        _random(ROWS, 56, high=2**bits),
+        2 ** (bits - 1),
+        _scales(ROWS, 3),
+        torch.arange(56) // 24,
+    )
+    stored = torch.full((3, ROWS), zeros - 1)
+    parts = {"qweight": _words(codes, bits).T, "qzeros": _words(stored, bits), "scales": scales.T}
+    settings = {"quant_method": "gptq", "bits": bits, "group_size": 24, "sym": True, "desc_act": False}
+    return settings, parts | ({"g_idx": order.int()} if indexed else {}), (codes - zeros) * scales[:, order]
+
+
 def _awq(settings: dict[str, Any]) -> Built:
     codes, groups = _random(COLUMNS, ROWS), COLUMNS // GROUP
     zeros, scales = _random(groups, ROWS), _scales(groups, ROWS)
@@ -76,7 +90,14 @@ def _ct(kind: str, **weights: Any) -> dict[str, Any]:
     return {"quant_method": "compressed-tensors", "format": kind, "config_groups": {"group_0": {"weights": weights}}}
 
 
-def _ct_packed(bits: int = 4, *, zeros: bool = False, act_order: bool = False) -> Built:
+def _aligned(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack each row as compressed-tensors did until 0.14: what is left of a word is empty."""
+    return torch.cat([_words(part, bits) for part in codes.split(32 // bits, 1)], 1)
+
+
+def _ct_packed(
+    bits: int = 4, *, zeros: bool = False, act_order: bool = False, pack: Callable[..., torch.Tensor] = _words
+) -> Built:
     half, groups = 1 << bits - 1, COLUMNS // GROUP
     codes, scales = _random(ROWS, COLUMNS, high=2 * half), _scales(ROWS, groups)
     order = torch.arange(COLUMNS) // GROUP
@@ -84,13 +105,18 @@ def _ct_packed(bits: int = 4, *, zeros: bool = False, act_order: bool = False) -
         order = order[torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(0))]
     points = _random(ROWS, groups, high=2 * half) if zeros else torch.full((ROWS, groups), half)
     parts = {
-        "weight_packed": _words(codes, bits),
+        "weight_packed": pack(codes, bits),
         "weight_scale": scales,
         "weight_shape": torch.tensor([ROWS, COLUMNS]),
     }
-    parts |= {"weight_zero_point": _words(points.T, bits).T} if zeros else {}
+    parts |= {"weight_zero_point": pack(points.T, bits).T} if zeros else {}
     parts |= {"weight_g_idx": order.int()} if act_order else {}
-    return _ct("pack-quantized"), parts, (codes - points[:, order]) * scales[:, order]
+    return _ct("pack-quantized", num_bits=bits), parts, (codes - points[:, order]) * scales[:, order]
+
+
+def _ct_unset() -> Built:
+    settings, parts, dense = _ct_packed()
+    return settings, parts | {"weight_g_idx": torch.full((COLUMNS,), -1, dtype=torch.int32)}, dense
 
 
 def _fp4(packing: str) -> Built:
@@ -114,6 +140,15 @@ def _bytes(settings: dict[str, Any], scale: str, *shape: int, dtype: torch.dtype
         for column in range(COLUMNS):
             dense[row, column] *= scales[row // high, column // wide]
     return settings, {"weight": codes, scale: scales}, dense
+
+
+def _mxfp8() -> Built:
+    codes, exponents = (
+        _random(ROWS, COLUMNS, low=-100, high=100).to(torch.float8_e4m3fn),
+        _random(ROWS, 2, low=120, high=132),
+    )
+    parts = {"weight": codes, "weight_scale": exponents.to(torch.uint8)}
+    return _ct("mxfp8-quantized"), parts, codes.float() * _each(2.0 ** (exponents - 127), 32)
 
 
 def _bnb8() -> Built:
@@ -153,15 +188,25 @@ BUILT: dict[str, Callable[[], Built]] = {
     **{f"gptq of {bits} bits": lambda bits=bits: _gptq(bits) for bits in (2, 3, 4, 8)},
     "gptq v2": lambda: _gptq(version="gptq_v2"),
     "gptq in act order": lambda: _gptq(act_order=True),
+    "gptq without an index, the last group a part": lambda: _gptq_part(indexed=False),
+    "gptq of 3 bits, the last word a part": lambda: _gptq_part(3, indexed=True),
     "awq": lambda: _awq({"quant_method": "awq", "version": "gemm"}),
     "auto-round as gptq": lambda: _gptq(version="auto_round:auto_gptq", method="auto-round"),
     "auto-round as awq": lambda: _awq({"quant_method": "auto-round", "packing_format": "auto_round:auto_awq"}),
     "auto-round's own": lambda: _gptq(version="auto_round", method="auto-round"),
     **{f"compressed-tensors of {bits} bits": lambda bits=bits: _ct_packed(bits) for bits in (3, 4, 8)},
     "compressed-tensors, asymmetric": lambda: _ct_packed(zeros=True),
+    **{
+        f"compressed-tensors of {bits} bits in whole words": lambda bits=bits: _ct_packed(
+            bits, zeros=True, pack=_aligned
+        )
+        for bits in (3, 5, 7)
+    },
+    "compressed-tensors with an unset order": _ct_unset,
     "compressed-tensors in act order": lambda: _ct_packed(act_order=True),
     "nvfp4": lambda: _fp4("nvfp4-pack-quantized"),
     "mxfp4 of compressed-tensors": lambda: _fp4("mxfp4-pack-quantized"),
+    "mxfp8 of compressed-tensors": lambda: _mxfp8(),
     "int8 rows": lambda: _bytes(_ct("int-quantized"), "weight_scale", ROWS, 1, dtype=torch.int8),
     "float8 tensor": lambda: _bytes(_ct("float-quantized"), "weight_scale", 1, 1),
     "float8 blocks": lambda: _bytes(
@@ -189,7 +234,8 @@ def _named(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_a_packed_matrix_is_read_as_the_one_that_it_stands_for(kind: str, tmp_path: Path) -> None:
     settings, parts, dense = BUILT[kind]()
     half = torch.ones(COLUMNS, dtype=torch.float16)
-    folder = _write(tmp_path, settings, {**_named(parts), "norm.weight": half})
+    aside = {f"layer.{name}": torch.ones(1) for name in ("input_zero_point", "k_zero_point", "output_global_scale")}
+    folder = _write(tmp_path, settings, {**_named(parts), "norm.weight": half, **aside})
     read = dict(open_checkpoint(folder).tensors())
     assert set(read) == {"layer.weight", "norm.weight"}
     assert all(tensor.dtype == torch.float32 for tensor in read.values())
@@ -223,6 +269,25 @@ def test_stacked_experts_are_read_in_the_dense_models_orientation(tmp_path: Path
     stored = {"experts.down_proj_blocks": packed, "experts.down_proj_scales": exponents.to(torch.uint8)}
     read = dict(open_checkpoint(_write(tmp_path, {"quant_method": "mxfp4"}, stored)).tensors())
     torch.testing.assert_close(read["experts.down_proj"], values.reshape(3, 8, 64).transpose(1, 2))
+
+
+def test_layers_that_hold_their_weights_turned_are_read_as_the_dense_model_has_them(
+    demo_model: Path, tmp_path: Path
+) -> None:
+    """A GPT-2 has Conv1D layers, [in, out]; tools pack them as linear ones, [out, in]."""
+    dense = load_file(demo_model / "model.safetensors")
+    matrices = [name for name in dense if name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))]
+    stored = {name: tensor for name, tensor in dense.items() if name not in matrices}
+    for name in matrices:
+        scale = dense[name].float().T.abs().amax(1)
+        stored[name] = (dense[name].float().T / scale[:, None] * 127).round().to(torch.int8)
+        stored[name.replace("weight", "SCB")] = scale
+    folder = _write(tmp_path, {"quant_method": "bitsandbytes", "load_in_8bit": True}, stored)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    for name, tensor in open_checkpoint(folder).tensors():
+        assert tensor.shape == dense[name].shape
+        assert float((tensor - dense[name].float()).abs().max()) <= float(dense[name].abs().max()) / 200, name
 
 
 def test_the_parts_of_a_weight_may_stand_in_several_files(tmp_path: Path) -> None:

@@ -101,3 +101,5 @@ def test_any_number_of_ranks_gives_the_same_certificate_and_a_lost_one_is_named(
     assert sum(json.loads(one.stdout)["computed"] for one in (first, second)) == batches - kept
     assert len(list((tmp_path / "two").rglob("report.json"))) == 2, "the leader alone writes"
     assert not (tmp_path / "two" / ".partial").exists()
+
+    assert _figures(launch(3, tmp_path / "three")[0]) == alone

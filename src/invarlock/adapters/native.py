@@ -109,10 +109,11 @@ def hand_over(
     Raises ModelLoadError where they read another model, and ValueError where not all of the runtime can be taken over.
     """
     import torch
+    from transformers.pytorch_utils import Conv1D
 
     kl, count = same_model(model, native, token_ids, rounds_activations)
     ours, theirs = (dict(one.named_modules()) for one in (model, native))
-    if odd := [n for n in sorted(packed) if n not in theirs or not isinstance(ours.get(n), torch.nn.Linear)]:
+    if odd := [n for n in sorted(packed) if n not in theirs or not isinstance(ours.get(n), torch.nn.Linear | Conv1D)]:
         raise ValueError(f"{odd[0]} is no linear layer")
     for name in packed:
         ours[name].forward = theirs[name].__call__  # not its `forward`: what unpacks it at first use is a hook

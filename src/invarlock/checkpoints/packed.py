@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,21 +32,13 @@ if TYPE_CHECKING:
 __all__ = ["PackedFolder", "Parts", "Settings", "packing_facts"]
 
 Parts = Mapping[str, "Tensor"]  # the tensors of one weight by their suffix, without the leading dot
-Settings = Mapping[str, Any]  # the configuration's `quantization_config`
+Settings = Mapping[str, Any]  # the configuration's `quantization_config`, and `turned`: see `_settings`
 
 _PLAIN = {"F64", "F32", "F16", "BF16", "I64", "BOOL"}
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where each of eight columns stands in its word
 #: what quantizes activations and caches in service: no part of a weight
-_ASIDE = (
-    "input_scale",
-    "input_zero_point",
-    "input_global_scale",
-    "activation_scale",
-    "output_scale",
-    "k_scale",
-    "v_scale",
-)
+_ASIDE = re.compile(r"(^|\.)(input|output|activation|[qkv])_(scale|zero_point|global_scale)$")
 
 
 def _unpack(words: Tensor, bits: int) -> Tensor:
@@ -103,10 +96,13 @@ def _gptq(parts: Parts, settings: Settings) -> Tensor:
     odd = zeros[:, :columns] != 1 << bits - 1
     if settings.get("sym") and bool(odd.any()):
         raise ValueError(f"{int(odd.sum())} zero points are not {1 << bits - 1}, as those of a symmetric file are")
-    rows = codes.shape[1]
     index = parts["g_idx"] if settings.get("desc_act") else parts.get("g_idx")
-    index = torch.arange(rows) // -(-rows // groups) if index is None else index.long()
-    return (codes.float() - zeros[:, :columns].T.float()[:, index]) * scales.T[:, index]
+    if index is None:
+        rows, size = codes.shape[1], int(settings.get("group_size") or 0)  # the last group may be a part of one
+        fits = size > 0 and -(-rows // size) == groups
+        index = torch.arange(rows) // (size if fits else -(-rows // groups))
+    index = index.long()
+    return (codes[:, : len(index)].float() - zeros[:, :columns].T.float()[:, index]) * scales.T[:, index]
 
 
 def _awq(parts: Parts, settings: Settings) -> Tensor:
@@ -125,29 +121,57 @@ def _ct_packed(parts: Parts, settings: Settings) -> Tensor:
     if parts["weight_packed"].element_size() == 1:
         return _fp4(parts, settings)
     rows, columns = (int(size) for size in parts["weight_shape"])
-    packed, scale, zeros = parts["weight_packed"], parts["weight_scale"], parts.get("weight_zero_point")
-    bits = packed.shape[1] * 32 // columns
-    codes = _unpack(packed, bits)[:, :columns].float() - (1 << bits - 1)
+    scale, zeros = parts["weight_scale"], parts.get("weight_zero_point")
+    bits, whole = _ct_words(parts["weight_packed"].shape[1], columns, settings)
+    codes = _ct_codes(parts["weight_packed"], columns, bits, whole)
     if zeros is not None:
         if zeros.shape != scale.shape:
-            zeros = _unpack(zeros.T.contiguous(), bits)[:, :rows].T.float() - (1 << bits - 1)
+            zeros = _ct_codes(zeros.T.contiguous(), rows, bits, whole).T
         codes -= _grouped(zeros, parts, codes.shape)
     return codes * _grouped(scale, parts, codes.shape)
 
 
+def _ct_words(words: int, count: int, settings: Settings) -> tuple[int, bool]:
+    """Return the bits of a code, and whether every word holds whole ones alone, as releases until 0.14 wrote them."""
+    groups = (settings.get("config_groups") or {}).values()
+    told = sorted(
+        {int(w["num_bits"]) for group in groups if (w := group.get("weights") or {}).get("num_bits")} or range(1, 9)
+    )
+    for bits in told:
+        if words in (-(-count * bits // 32), -(-count // (32 // bits))):
+            return bits, words != -(-count * bits // 32)
+    raise ValueError(f"{words} words do not hold {count} codes of {' or '.join(map(str, told))} bits")
+
+
+def _ct_codes(words: Tensor, count: int, bits: int, whole: bool) -> Tensor:
+    """Return the signed codes [rows, count] of words, which are stored with an offset, as float32."""
+    codes = _unpack(words[..., None], bits)[..., : 32 // bits].flatten(-2) if whole else _unpack(words, bits)
+    return codes[:, :count].float() - (1 << bits - 1)
+
+
 def _grouped(values: Tensor, parts: Parts, shape: Sequence[int]) -> Tensor:
     index = parts.get("weight_g_idx")
-    return _spread(values, shape) if index is None else values.float()[:, index.long()]
+    if index is None or bool((index < 0).any()):  # -1: an index that was never set
+        return _spread(values, shape)
+    return values.float()[:, index.long()]
 
 
 def _fp4(parts: Parts, settings: Settings) -> Tensor:
-    """NVFP4: 4-bit floats, float8 scales a group and one float32 divisor. Without that, MXFP4: scales are exponents."""
+    """NVFP4: 4-bit floats, float8 scales a group and one float32 divisor. MXFP4: scales are exponents."""
     import torch
 
     codes = torch.tensor(_FP4)[_nibbles(parts["weight_packed"])]
-    scale, divisor = parts["weight_scale"], parts.get("weight_global_scale")
-    scale = torch.exp2(scale.float() - 127) if divisor is None else scale.float() / divisor
-    return codes * _spread(scale, codes.shape)
+    scale, divisor = _factors(parts["weight_scale"]), parts.get("weight_global_scale")
+    return codes * _spread(scale if divisor is None else scale / divisor, codes.shape)
+
+
+def _factors(scales: Tensor) -> Tensor:
+    """Return scales as float32. Bytes are exponents of two."""
+    return (
+        (scales.float() - 127).exp2()
+        if scales.element_size() == 1 and not scales.is_floating_point()
+        else scales.float()
+    )
 
 
 def _scaled(parts: Parts, settings: Settings) -> Tensor:
@@ -159,7 +183,7 @@ def _scaled(parts: Parts, settings: Settings) -> Tensor:
     if "weight_zero_point" in parts:
         codes = codes - _spread(parts["weight_zero_point"], codes.shape, block)
     scale = parts["weight_scale_inv"] if "weight_scale_inv" in parts else parts["weight_scale"]
-    return codes * _spread(scale, codes.shape, block)
+    return codes * _spread(_factors(scale), codes.shape, block)
 
 
 def _bnb8(parts: Parts, settings: Settings) -> Tensor:
@@ -238,7 +262,7 @@ _BITSANDBYTES = (
 _TORCHAO = (_Scheme(_torchao, ("_weight_qdata", "_weight_scale", "_weight_zero_point")),)
 _MXFP4 = (_Scheme(_mxfp4, ("_blocks", "_scales"), "", ""),)
 _ZEROS_AS_THEY_ARE = ("gptq_v2", "auto_round", "auto_round:gptqmodel")
-_FORMATS = ("pack", "int", "float", "naive", "nvfp4-pack", "mxfp4-pack")
+_FORMATS = ("pack", "int", "float", "naive", "nvfp4-pack", "mxfp4-pack", "mxfp8")
 #: `quant_method` -> the key that tells variants apart, and how each variant that is read is stored
 _METHODS: dict[str, tuple[str, dict[str | None, tuple[_Scheme, ...]]]] = {
     "gptq": ("checkpoint_format", dict.fromkeys((None, "gptq", "gptq_v2"), _GPTQ)),
@@ -257,14 +281,18 @@ _METHODS: dict[str, tuple[str, dict[str | None, tuple[_Scheme, ...]]]] = {
     "fbgemm_fp8": ("", {None: _BYTES}),
     "mxfp4": ("", {None: _MXFP4}),
 }
+_CONV1D = ("gpt2", "openai-gpt")
+_TURNED = re.compile(r"\.(c_attn|q_attn|c_proj|c_fc)\.weight$")
 _TORCHAO_TYPES = ("Tensor", "Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
 
 
 def _settings(folder: Path) -> Settings | None:
-    """Return the `quantization_config` of a folder's config.json, or None. Whether the rest is readable is no matter."""
+    """Return the `quantization_config` of a folder's config.json, or None; whether the rest is readable is no matter.
+    `turned` says that its layers are Conv1D, which every tool packs as the linear layers that they stand for."""
     with contextlib.suppress(InvarlockError, AttributeError):
-        found = read_json(folder / "config.json", "a configuration", kind="checkpoint").get("quantization_config")
-        return found if isinstance(found, dict) else None
+        config = read_json(folder / "config.json", "a configuration", kind="checkpoint")
+        found = config.get("quantization_config")
+        return {**found, "turned": config.get("model_type") in _CONV1D} if isinstance(found, dict) else None
     return None
 
 
@@ -353,7 +381,7 @@ class PackedFolder:
         settings = _settings(self.folder) or {}
         with self._opened() as stored:
             packed, parts = self._packed(stored, settings)
-        plain = (name for name in stored if name not in packed.keys() | parts and name.rpartition(".")[2] not in _ASIDE)
+        plain = (name for name in stored if name not in packed.keys() | parts and not _ASIDE.search(name))
         own: dict[str, Callable[[], Tensor]] = {
             how[1]: partial(self._read, name, how, settings) for name, how in packed.items()
         }
@@ -420,7 +448,8 @@ def _dense(
 ) -> tuple[str, Tensor]:
     parts = {suffix: stored[part].get_tensor(part) for suffix, part in names.items()}
     try:
-        return dense, scheme.read(parts, settings).contiguous()
+        read = scheme.read(parts, settings)
+        return dense, (read.T if settings.get("turned") and _TURNED.search(dense) else read).contiguous()
     except KeyError as error:
         return f"{name} [codes without {error.args[0]}]", parts[scheme.suffixes[0]]
     except (ValueError, RuntimeError, IndexError, StopIteration, TypeError, OverflowError, MemoryError) as error:
@@ -429,7 +458,7 @@ def _dense(
 
 def _other(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Yield what is not packed, in float32. What quantizes activations is no weight, and is passed over if it is finite."""
-    if name.rpartition(".")[2] in _ASIDE and bool(tensor.float().isfinite().all()):
+    if _ASIDE.search(name) and bool(tensor.float().isfinite().all()):
         return
     floating = tensor.is_floating_point()
     if tensor.ndim > 1 and (tensor.element_size() == 1 or (not floating and tensor.element_size() < 8)):
