@@ -331,7 +331,7 @@ class _Names:
             return
         for axis, a, b in (("rows", self.a, self.b), ("columns", self.a_t, self.b_t)):
             factors = _ratios(a, b)
-            if _far(b, factors[:, None] * a) <= self.tolerance:
+            if _far(b, factors[:, None] * a) <= self.tolerance and float((factors - 1).abs().max()) > self.tolerance:
                 self._keep_factors(axis)
                 signs = bool((factors.abs() - 1).abs().max() <= self.tolerance)
                 yield Operation(
@@ -414,6 +414,12 @@ class _Names:
         size = grid.group or b.shape[1]
         a, b = (t[:, : t.shape[1] // size * size].reshape(-1, size) for t in (a, b))
         ends = b.reshape(1, -1) if grid.axis == "tensor" else b
+        if grid.axis == "tensor" and grid.symmetric and grid.code == "integer":
+            return (
+                a,
+                b,
+                b[b != 0].abs().amin().expand(len(b), 1),
+            )  # a sample may lack the ends, and never the first step
         if grid.symmetric:
             return a, b, ends.abs().amax(1, keepdim=True) / max(2 ** (grid.bits - 1) - 1, 1)
         return a, b, (ends.amax(1, keepdim=True) - ends.amin(1, keepdim=True)) / (2**grid.bits - 1)

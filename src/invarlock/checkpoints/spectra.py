@@ -78,7 +78,10 @@ def rank_above_noise(old: Tensor, new: Tensor) -> int:
     change = _block(new) - _block(old)
     most = _USUAL * float(change.abs().median())
     values = _values(change.clamp(-most, most) if most else change)
-    rank = int((values > 1.3 * 2.48 * values.median()).sum())
+    edge = 1.3 * 2.48 * float(values.median())
+    rank = int((values > edge).sum())
+    # rounding by rows of unlike size goes a little beyond: what is near the edge, and far below the update, is noise
+    rank = next((i for i in range(1, rank) if values[i] < 2 * edge and values[i - 1] > 3 * values[i]), rank)
     return rank if rank <= 0.2 * len(values) else 0
 
 
