@@ -94,3 +94,11 @@ def test_stored_runs_are_freed_and_nothing_else_below_their_folder(cli: Cli, tmp
         "edited/kept/report.json",
     }
     assert json.loads(cli("cache", "clear", "--runs", str(tmp_path / "none"), "--json").stdout)["removed"] == 0
+
+
+def test_a_repair_that_is_there_already_is_found_before_anything_is_searched(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "mended").mkdir()
+    (tmp_path / "mended" / "config.json").touch()
+    places = ["--out", str(tmp_path / "found"), "--repair", str(tmp_path / "mended")]
+    result = cli("bisect", "--baseline", str(tmp_path / "nowhere"), "--subject", "b", *places)
+    assert "mended is there already" in result.stderr, result.output

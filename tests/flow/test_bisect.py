@@ -18,7 +18,7 @@ from invarlock.flow import bisect as search_flow
 from invarlock.flow.bisect import Bisection, BisectRequest, Search, bisect, open_search, seconds
 from invarlock.flow.damage import Trials
 from invarlock.flow.diff import diff
-from invarlock.flow.repair import choose, ignore_lists, write_repaired
+from invarlock.flow.repair import choose, ignore_lists, repair, write_repaired
 from invarlock.flow.sensitivity import sensitivity
 
 pytestmark = pytest.mark.slow
@@ -154,6 +154,19 @@ def test_a_repaired_packed_checkpoint_holds_dense_tensors_and_lists_them(
     assert not any(
         name.startswith(CULPRIT.removesuffix("weight") + "weight_") for name in load_file(out / "model.safetensors")
     )
+
+
+def test_a_repair_is_certified_on_several_kinds_of_text(
+    llama_model: Path, hurt: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Where nothing else is asked for, the text is documentation and source code, each a slice."""
+    slices = {"a": {"provider": "local_jsonl", "file": str(text_file)}, "b": {"provider": "python_docs"}}
+    request = BisectRequest(str(llama_model), str(hurt), dataset={"slices": slices, "seq_len": 48}, search=12, held=24)
+    search = open_search(request, None)
+    made, outcome = repair(request, search, bisect(search), tmp_path / "mended", tmp_path / "runs")
+    assert made.names == [CULPRIT] and outcome is not None
+    assert outcome.status == "PASS", outcome.certificate["verdict"]["reasons"]
+    assert set(outcome.certificate["slices"]) == {"a", "b"}
 
 
 def test_sensitivity_ranks_an_edit_before_it_is_made(opened: Opened, llama_model: Path) -> None:

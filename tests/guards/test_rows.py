@@ -96,6 +96,27 @@ def test_many_permuted_rows_hide_in_no_median(table: torch.Tensor, share: float)
     assert _compared(table, new)["counts"]["moved"] >= 0.99 * len(picked)
 
 
+@pytest.mark.parametrize("rounded", [None, 4])
+@pytest.mark.parametrize("share", [0.6, 0.9])
+def test_rows_that_were_overwritten_stand_out_also_where_they_are_most(
+    table: torch.Tensor, rounded: int | None, share: float
+) -> None:
+    """What a text holds of a large vocabulary is the smaller part, and behaviour shows that alone."""
+    new = table.clone() if rounded is None else _rounded(rounded, 32)(table)
+    count = int(share * len(table))
+    new[-count:] = table.std() * torch.randn(count, table.shape[1], generator=torch.Generator().manual_seed(2))
+    found = [row["row"] for row in _compared(table, new)["rows"]]
+    assert found and len(found) <= 8 * 4 and min(found) >= len(table) - count
+
+
+def test_one_row_of_a_table_of_two_stands_out() -> None:
+    """Such as the types of segments, of which a text of one segment uses the first."""
+    matrix = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    found = _compared(matrix, torch.stack([matrix[0], matrix[1].flip(0)]))
+    assert [row["row"] for row in found["rows"]] == [1]
+    assert _compared(matrix, _rounded(3, None)(matrix))["rows"] == []
+
+
 def test_rows_are_named_with_their_tokens_those_asked_for_first() -> None:
     matrix = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
     new = matrix.clone()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from invarlock.checkpoints.grids import Grid, find_grid, unit_roundoff
 from invarlock.checkpoints.operations import Operation
-from invarlock.checkpoints.spectra import rank_above_noise, rank_of, rank_of_change, scaled_update
+from invarlock.checkpoints.spectra import rank_above_noise, rank_of, rank_of_change, rank_of_kept, scaled_update
 from invarlock.checkpoints.structure import stored_type
 
 if TYPE_CHECKING:
@@ -210,6 +210,7 @@ class _Pair:
             yield cast
             if sums.dd == 0.0 or cast.facts["whole"]:
                 return
+            sums = _Sums.of(self.old.to(self.new.dtype), self.new)  # what the cast alone changed was not touched
         if not sums.changed:
             return
         rows, columns = sums.rows, sums.columns
@@ -219,7 +220,7 @@ class _Pair:
             return
         part = _some(rows, self.old), _some(columns, self.old.T)
         if not any(part):
-            yield from _Names(self.old, self.new, sums, self.factors, self.order, self.head_size).all()
+            yield from _Names(self.old, self.new, self.sums, self.factors, self.order, self.head_size).all()
             return
         if part[0]:
             yield Operation("rows", _span(rows, self.head_size))
@@ -330,9 +331,8 @@ class _Names:
             return
         for axis, a, b in (("rows", self.a, self.b), ("columns", self.a_t, self.b_t)):
             factors = _ratios(a, b)
-            if _far(b, factors[:, None] * a) <= self.tolerance:
-                old, new = (self.old, self.new) if axis == "rows" else (self.old.T, self.new.T)
-                self.factors[axis] = _ratios(old.float(), new.float())
+            if _far(b, factors[:, None] * a) <= self.tolerance and float((factors - 1).abs().max()) > self.tolerance:
+                self._keep_factors(axis)
                 signs = bool((factors.abs() - 1).abs().max() <= self.tolerance)
                 yield Operation(
                     "lines_sign" if signs else "lines_scaled",
@@ -340,19 +340,29 @@ class _Names:
                 )
                 return
 
+    def _keep_factors(self, axis: str) -> None:
+        old, new = (self.old, self.new) if axis == "rows" else (self.old.T, self.new.T)
+        self.factors[axis] = _ratios(old.float(), new.float())
+
     def _pruned(self) -> Iterator[Operation]:
         """Zeros where there were none; what is left may be scaled, or changed in ways that have no name."""
         fresh = (self.b == 0) & (self.a != 0)
         share = float(fresh.float().mean())
         if share < 1e-3 or len(self.b) * self.b.shape[1] < 16 or (share < 0.05 and abs(self.cosine) < _UNRELATED):
             return
-        yield Operation("pruned", {"share": float((self.b == 0).float().mean()), "pattern": self._pattern()})
+        pruned = Operation("pruned", {"share": float((self.b == 0).float().mean()), "pattern": self._pattern()})
         left = self.b != 0
         a, b = self.a[left], self.b[left]
-        if not len(b) or _far(b, a) <= self.tolerance:
+        same = not len(b) or _far(b, a) <= self.tolerance
+        factor = 1.0 if same else float((a @ b) / (a @ a))
+        scaled = not same and _far(b, factor * a) <= self.tolerance
+        rank = 0 if same or scaled or min(self.new.shape) < 4 else rank_of_kept(self.old, self.new)
+        if rank:
+            yield Operation("low_rank", {"rank": rank, "size": _far(b, a)})
+        yield pruned
+        if same or rank:
             return
-        factor = float((a @ b) / (a @ a))
-        if _far(b, factor * a) <= self.tolerance:
+        if scaled:
             yield Operation("scaled", {"by": factor})
         else:
             yield Operation("changed", {"size": _far(b, a), "count": self.sums.changed, "of": self.new.numel()})
@@ -404,6 +414,12 @@ class _Names:
         size = grid.group or b.shape[1]
         a, b = (t[:, : t.shape[1] // size * size].reshape(-1, size) for t in (a, b))
         ends = b.reshape(1, -1) if grid.axis == "tensor" else b
+        if grid.axis == "tensor" and grid.symmetric and grid.code == "integer":
+            return (
+                a,
+                b,
+                b[b != 0].abs().amin().expand(len(b), 1),
+            )  # a sample may lack the ends, and never the first step
         if grid.symmetric:
             return a, b, ends.abs().amax(1, keepdim=True) / max(2 ** (grid.bits - 1) - 1, 1)
         return a, b, (ends.amax(1, keepdim=True) - ends.amin(1, keepdim=True)) / (2**grid.bits - 1)
@@ -419,6 +435,7 @@ class _Names:
             factors = _ratios(c, d)
             spread = float(factors.log().std()) if bool((factors > 0).all()) and len(factors) > 4 else 0.0
             if grid.bits >= 3 and spread > 0.05 and _far(d, factors[:, None] * c) < 0.7 * _far(d, c):
+                self._keep_factors(axis)
                 yield Operation(
                     "lines_scaled", {"axis": axis, "least": float(factors.min()), "most": float(factors.max())}
                 )

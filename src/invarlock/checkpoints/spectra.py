@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ScaledUpdate", "rank_above_noise", "rank_of", "rank_of_change", "scaled_update"]
+__all__ = ["ScaledUpdate", "rank_above_noise", "rank_of", "rank_of_change", "rank_of_kept", "scaled_update"]
 
 _BLOCK = 320  # rows and columns of the part whose rank is taken
 _MOST = 0.7  # share of a block's rank up to which it counts as low: the rest must be noise
@@ -17,6 +17,7 @@ _ROUNDS = 12
 _FEW = 0.4  # share of the rank of that part up to which an update beside scales counts as low
 _USUAL = 6.0  # times the median size of a change, four standard deviations of normal ones
 _GAP = 1.5  # ratio of neighbouring singular values from which on the first of them may be an update of its own
+_LEFT = 0.1  # share of a change that an update may leave unexplained where zeros were made afterwards
 
 
 class ScaledUpdate(NamedTuple):
@@ -77,8 +78,29 @@ def rank_above_noise(old: Tensor, new: Tensor) -> int:
     change = _block(new) - _block(old)
     most = _USUAL * float(change.abs().median())
     values = _values(change.clamp(-most, most) if most else change)
-    rank = int((values > 1.3 * 2.48 * values.median()).sum())
+    edge = 1.3 * 2.48 * float(values.median())
+    rank = int((values > edge).sum())
+    # rounding by rows of unlike size goes a little beyond: what is near the edge, and far below the update, is noise
+    rank = next((i for i in range(1, rank) if values[i] < 2 * edge and values[i - 1] > 3 * values[i]), rank)
     return rank if rank <= 0.2 * len(values) else 0
+
+
+def rank_of_kept(old: Tensor, new: Tensor) -> int:
+    """Return the rank of an update of which zeros were made afterwards, 0 where there is none: what is missing is filled in
+    turn by turn from the update itself."""
+    import torch
+
+    a, b = _block(old), _block(new)
+    kept = b != 0
+    change = filled = (b - a) * kept
+    rank = rank_above_noise(a * kept, b)
+    for _ in range(_ROUNDS if rank else 0):
+        left, values, right = torch.linalg.svd(filled, full_matrices=False)
+        update = left[:, :rank] * values[:rank] @ right[:rank]
+        filled = torch.where(kept, change, update)
+    if not rank or float((filled - update).norm()) > _LEFT * float(change.norm()):
+        return 0
+    return int((values[:rank].square().flip(0).cumsum(0) > _LEFT**2 * values.square().sum()).sum())
 
 
 def scaled_update(old: Tensor, new: Tensor, unit: float) -> ScaledUpdate | None:

@@ -21,7 +21,7 @@ from invarlock.flow.damage import Changed
 from invarlock.flow.diff import place_of
 from invarlock.flow.repair import Repair
 from invarlock.flow.repair import repair as run_repair
-from invarlock.flow.run_folder import require_writable
+from invarlock.flow.run_folder import require_free, require_writable
 from invarlock.flow.sampling import dataset_options
 from invarlock.flow.sensitivity import sensitivity as run_sensitivity
 from invarlock.guards.families import layer_index
@@ -67,6 +67,8 @@ def bisect(
     """
     for place in (out, *((html.parent,) if html else ()), *((repair.parent,) if repair else ())):
         require_writable(place, "findings", "--out, --html or --repair")
+    if repair is not None:
+        require_free(repair)
     request = _request(baseline, subject, adapter, device, tier, preset, windows, budget, held=windows if repair else 0)
     with progress("bisect") as tick:
         search = open_search(request, tick)

@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from invarlock.checkpoints.shards import SafetensorsFolder
 from invarlock.checkpoints.structure import Layout, layout_of
 from invarlock.core.exceptions import EditError, ModelLoadError
 from invarlock.core.files import plain, read_json, write_json, write_whole
-from invarlock.evidence.windows import Windows
 from invarlock.flow import steps
 from invarlock.flow.bisect import Bisection, BisectRequest, Search
 from invarlock.flow.certify import CertifyOutcome, CertifyRequest, certify
@@ -151,8 +150,7 @@ def _certified(request: BisectRequest, search: Search, out: Path, runs: Path, ti
     """Certify the repaired checkpoint on the windows that were held back."""
     held = search.windows.final
     half = len(held) // 2
-    origin, counts = search.windows.origin, (half, len(held) - half)
-    windows = Windows(held[:half], held[half:], search.windows.seq_len, counts, origin)
+    windows = replace(search.windows, preview=held[:half], final=held[half:], requested=(half, len(held) - half))
     sample = {"sample": {"preview": len(windows.preview), "final": len(windows.final)}}
     overrides = {**request.overrides, **sample}
     policy = resolve_policy(request.tier, "dev", overrides=overrides)
