@@ -87,3 +87,38 @@ def test_what_is_not_finite_or_was_zero_is_left_to_other_checks() -> None:
     new = {name: _rounded(weight, 4) for name, weight in old.items()}
     new["a"][0, 0], old["c"] = float("nan"), torch.zeros(*SHAPES["c"])
     assert {row["name"] for row in inside(_sketches(old), _sketches(new), SHAPES)} == {"b", "d"}
+
+
+LAYERS = {f"layers.{place}": (160, 160) for place in range(6)}
+
+
+def _left(change: Change | None, bits: int = 4, alike: bool = True) -> list[tuple[str, str]]:
+    """Round six matrices in groups, the last one with a change; judge what was left of each."""
+    generator = torch.Generator().manual_seed(1)
+    old = {name: torch.randn(*shape, generator=generator) * 0.02 for name, shape in LAYERS.items()}
+    old = {name: weight * torch.rand(160, 10, 1, generator=generator).repeat(1, 1, GROUP).view(160, 160).add(0.5)
+           for name, weight in old.items()}  # fmt: skip
+    new = {name: _rounded(weight, bits, change if name == "layers.5" else None) for name, weight in old.items()}
+    rows = inside(_sketches(old), _sketches(new), LAYERS, alike)
+    return [(finding["code"], str(finding["module"])) for finding in packing_findings(rows)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda codes, zero, scale: (codes - zero) * scale.roll(1, 1),
+        lambda codes, zero, scale: (codes - zero) * scale.flip(1),
+        lambda codes, zero, scale: (
+            ((codes - zero) * scale).roll(GROUP // 2, 2) * 0.1 + 0.9 * (codes - zero) * scale.roll(2, 1)
+        ),
+    ],
+    ids=["the next group's scales", "scales in reverse", "an order that was not followed"],
+)
+def test_more_left_of_one_matrix_than_of_the_others_is_named_where_groups_are_alike(change: Change) -> None:
+    assert _left(change) == [("spectral_packed_matrix", "layers.5")]
+    assert _left(change, alike=False) == []
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_what_rounding_in_groups_leaves_has_no_finding(bits: int) -> None:
+    assert _left(None, bits) == []

@@ -30,7 +30,8 @@ def pair_guards(baseline: Evidence, subject: Evidence, order: Sequence[str]) -> 
             facts = GUARDS[name].pair(old, new) if old is not None and new is not None else None
             if facts is not None and name == "spectral" and _packed(baseline, subject):
                 shapes = {module["name"]: module["shape"] for module in old["modules"]} if old else {}
-                facts["packed"] = inside(baseline.sketches, subject.sketches, shapes)
+                alike = bool(subject.model.describe.get("rounded_alike"))
+                facts["packed"] = inside(baseline.sketches, subject.sketches, shapes, alike)
             records[name] = GuardRecord(facts=facts)
     return records
 

@@ -281,6 +281,8 @@ _METHODS: dict[str, tuple[str, dict[str | None, tuple[_Scheme, ...]]]] = {
     "fbgemm_fp8": ("", {None: _BYTES}),
     "mxfp4": ("", {None: _MXFP4}),
 }
+_SCALES = ("scales", "weight_scale", "_weight_scale", "weight.absmax", "_scales")
+_GROUPED = 256  # bytes of codes that share a scale, at most: a group, and no row
 _CONV1D = ("gpt2", "openai-gpt")
 _TURNED = re.compile(r"\.(c_attn|q_attn|c_proj|c_fc)\.weight$")
 _TORCHAO_TYPES = ("Tensor", "Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
@@ -332,6 +334,8 @@ def packing_facts(folder: Path) -> dict[str, Any]:
     rounds = _rounds_activations(settings)
     note = "a server that runs this format quantizes activations too; here weights alone were quantized"
     facts = {"executed": "dequantized", "quant_method": method, "rounds_activations": rounds}
+    if PackedFolder(folder, None).rounded_alike():
+        facts["rounded_alike"] = True
     return {**facts, "notes": [note] if rounds else []}
 
 
@@ -393,6 +397,17 @@ class PackedFolder:
             packed, _ = self._packed(stored, _settings(self.folder) or {})
         return {part: dense for _, dense, names in packed.values() for part in names.values()}
 
+    def rounded_alike(self) -> bool:
+        """Whether as many codes share a scale in each packed weight, so that rounding leaves about the same share of each.
+        AWQ's matrices are also scaled against each other."""
+        settings = _settings(self.folder) or {}
+        if "awq" in f"{settings.get('quant_method')} {settings.get('packing_format')}":
+            return False
+        with self._opened() as stored:
+            packed, _ = self._packed(stored, settings)
+            sizes = [_bytes_a_scale(names, stored) for _, _, names in packed.values()]
+        return bool(sizes) and max(sizes) <= min(_GROUPED, 1.2 * min(sizes))
+
     def _read(self, name: str, how: tuple[_Scheme, str, dict[str, str]] | None, settings: Settings) -> Tensor:
         with self._opened() as stored:
             if how is not None:
@@ -441,6 +456,14 @@ def _weight(
             if codes != "weight" or scheme.suffixes[1] in names:
                 return scheme, f"{base}{scheme.joint}{scheme.dense}", names
     return None
+
+
+def _bytes_a_scale(names: Mapping[str, str], stored: Mapping[str, Any]) -> float:
+    """Return how many bytes of codes share a scale; infinity where there is none."""
+    codes, scale = next(iter(names.values())), next((names[part] for part in _SCALES if part in names), None)
+    size, scales = (math.prod(stored[part].get_slice(part).get_shape()) if part else 0 for part in (codes, scale))
+    bits = int(re.sub(r"\D.*", "", stored[codes].get_slice(codes).get_dtype()[1:]) or 8)
+    return size * bits / 8 / scales if scales else math.inf
 
 
 def _dense(

@@ -36,7 +36,8 @@ class OpenPickle:
         return self._tensors[name]
 
     def get_slice(self, name: str) -> SimpleNamespace:
-        return SimpleNamespace(get_dtype=lambda: stored_type(self._tensors[name]))
+        tensor = self._tensors[name]
+        return SimpleNamespace(get_dtype=lambda: stored_type(tensor), get_shape=lambda: list(tensor.shape))
 
     def metadata(self) -> dict[str, str]:
         return {}

@@ -5,11 +5,14 @@ Rounding leaves a residual without a direction: its mean is near 0 and no entry 
 - zero points that are stored or read one off add one step to every weight: the residual points along the matrix of ones.
   The cosine between the two, estimated on 240 projections, was at most 0.23 on undamaged files of thirteen formats;
 - codes, scales and an order of groups that do not belong together make another matrix: its cosine with the baseline's
-  falls where those of the other matrices stay near 1.
+  falls where those of the other matrices stay near 1;
+- where groups of one size are rounded to as many bits, the same share of every matrix is left: at most 1.11 times the
+  median in files of thirteen formats. Scales of other groups, or an order that was not followed, left 2.2 to 6.3 times.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,13 +29,15 @@ PackedRow = Mapping[str, Any]
 _K = 16
 _UNCHANGED = 1e-5
 _CONSTANT = 0.5  # cosine of a residual with the matrix of ones
+_LEFT, _TIMES, _ENOUGH = 0.15, 2.0, 4  # share of a matrix that is left, over that of the others, and so many of these
 _OTHER, _PEERS = 0.5, 0.9  # cosine with the baseline's matrix, and what the others then have
 
 
 def inside(
-    baseline: Mapping[str, str], subject: Mapping[str, str], shapes: Mapping[str, Sequence[int]]
+    baseline: Mapping[str, str], subject: Mapping[str, str], shapes: Mapping[str, Sequence[int]], alike: bool = False
 ) -> list[dict[str, Any]]:
-    """Return, of every matrix that changed, `cosine` with the baseline's and `constant`, that of the difference with ones.
+    """Return, of every matrix that changed, `cosine` with the baseline's and `constant`, that of the difference with ones;
+    where all were rounded `alike`, also `residual`, the size of the difference over that of the baseline's matrix.
 
     The arguments map names to sketches and to [rows, columns], in either order. Matrices that are not finite, and those
     of zeros, are left out: other checks name them.
@@ -46,7 +51,8 @@ def inside(
             continue
         ones = [off_diagonal(sketch) for sketch in _ones(shapes[name])]
         along = [float((new - old) @ one) / (moved * (float(np.linalg.norm(one)) or 1.0)) for one in ones]
-        rows.append({"name": name, "cosine": float(old @ new) / size, "constant": max(along, key=abs)})
+        left = {"residual": moved / float(np.linalg.norm(old))} if alike else {}
+        rows.append({"name": name, "cosine": float(old @ new) / size, "constant": max(along, key=abs), **left})
     return rows
 
 
@@ -76,4 +82,17 @@ def packing_findings(rows: Iterable[PackedRow]) -> list[Finding]:
                 f"{float(np.median(peers)):.2f}): its codes, scales or order of groups do not belong together"
             )
             found.append(finding("spectral_packed_matrix", name, text))
+        elif text := _coarser(row, [other["residual"] for other in rows if other is not row and "residual" in other]):
+            found.append(finding("spectral_packed_matrix", name, text))
     return found
+
+
+def _coarser(row: PackedRow, others: Sequence[float]) -> str:
+    """Say that more is left of a matrix than rounding leaves of the others; "" where it is not, or they are too few."""
+    left, usual = row.get("residual", 0.0), float(np.median(others)) if len(others) >= _ENOUGH else math.inf
+    if left < max(_LEFT, _TIMES * usual):
+        return ""
+    return (
+        f"{row['name']}: rounding left {left:.0%} of it and {usual:.0%} of the others, in groups of one size: its scales or "
+        "its order of groups are not its own"
+    )
