@@ -41,7 +41,7 @@ from typing import Any
 from unittest import mock
 
 SMALL = {"hidden": 512, "layers": 8, "vocabulary": 8192, "windows": 30, "seq_len": 256}
-FULL = {"hidden": 768, "layers": 12, "vocabulary": 50257, "windows": 100, "seq_len": 256}
+FULL = {"hidden": 768, "layers": 12, "vocabulary": 50257, "windows": 125, "seq_len": 256}
 SHORT_TOKENS = 8_000  # on which the fixed cost is taken
 #: what a run does beyond loading, forward passes and log-loss: module, attribute
 EXTRAS = (

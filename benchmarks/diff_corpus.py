@@ -453,12 +453,14 @@ def packable(name: str, tensor: Tensor, roles: Roles) -> bool:
 
 
 def pack(tensors: Tensors, roles: Roles, bits: int = 8) -> Tensors:
-    """Store the matrices as compressed-tensors does: codes in groups of 32 (a row where 32 does not divide it)."""
+    """Store the matrices as compressed-tensors does: codes in groups of 32 (a row where 32 does not divide it), and those
+    of a Conv1D as the linear layer's."""
     stored: Tensors = {}
     for name, w in tensors.items():
         if not packable(name, w, roles):
             stored[name] = w.half()
             continue
+        w = w.T.contiguous() if name.startswith("transformer.h.") else w
         base, group = name.removesuffix(".weight"), group_of(w)
         x = w.reshape(len(w), -1, group)
         step = (x.abs().amax(2) / (2 ** (bits - 1) - 1)).clamp_min(1e-9)

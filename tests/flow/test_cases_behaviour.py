@@ -215,7 +215,7 @@ def test_hidden_neurons_that_were_cut_are_judged_by_behaviour_where_that_is_aske
     """Two of 432 in every block: shapes are notes, and what the guards compare is what pairs.
 
     Eight of 432 are at the limits of tier balanced and no PASS: 15.5 % flips [14.9, 16.1] where 15 are allowed, ratio 1.089
-    [1.080, 1.100], 0.091 nats [0.085, 0.098], on 400 windows of 256 tokens of python_docs. The estimate of the flips lies above.
+    [1.080, 1.100], 0.091 nats [0.085, 0.098], on 400 windows of 256 tokens of python_docs. The flips lie above.
     """
 
     def narrow(tensors: Tensors) -> None:

@@ -137,9 +137,11 @@ def _ct_words(words: int, count: int, settings: Settings) -> tuple[int, bool]:
     told = sorted(
         {int(w["num_bits"]) for group in groups if (w := group.get("weights") or {}).get("num_bits")} or range(1, 9)
     )
-    for bits in told:
-        if words in (-(-count * bits // 32), -(-count // (32 // bits))):
-            return bits, words != -(-count * bits // 32)
+    filled = {bits: (-(-count * bits // 32), -(-count // (32 // bits))) for bits in told}
+    for whole in (False, True):
+        for bits, sizes in filled.items():
+            if words == sizes[whole]:
+                return bits, whole
     raise ValueError(f"{words} words do not hold {count} codes of {' or '.join(map(str, told))} bits")
 
 
