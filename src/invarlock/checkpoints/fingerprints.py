@@ -415,11 +415,8 @@ class _Names:
         a, b = (t[:, : t.shape[1] // size * size].reshape(-1, size) for t in (a, b))
         ends = b.reshape(1, -1) if grid.axis == "tensor" else b
         if grid.axis == "tensor" and grid.symmetric and grid.code == "integer":
-            return (
-                a,
-                b,
-                b[b != 0].abs().amin().expand(len(b), 1),
-            )  # a sample may lack the ends, and never the first step
+            first = b[b != 0].abs().amin()  # a sample may lack the ends, and never the first step
+            return a, b, first.expand(len(b), 1)
         if grid.symmetric:
             return a, b, ends.abs().amax(1, keepdim=True) / max(2 ** (grid.bits - 1) - 1, 1)
         return a, b, (ends.amax(1, keepdim=True) - ends.amin(1, keepdim=True)) / (2**grid.bits - 1)

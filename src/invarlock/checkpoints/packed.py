@@ -169,11 +169,8 @@ def _fp4(parts: Parts, settings: Settings) -> Tensor:
 
 def _factors(scales: Tensor) -> Tensor:
     """Return scales as float32. Bytes are exponents of two."""
-    return (
-        (scales.float() - 127).exp2()
-        if scales.element_size() == 1 and not scales.is_floating_point()
-        else scales.float()
-    )
+    exponents = scales.element_size() == 1 and not scales.is_floating_point()
+    return (scales.float() - 127).exp2() if exponents else scales.float()
 
 
 def _scaled(parts: Parts, settings: Settings) -> Tensor:

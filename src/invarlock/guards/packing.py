@@ -69,30 +69,31 @@ def packing_findings(rows: Iterable[PackedRow]) -> list[Finding]:
     rows = list(rows)
     found = []
     for row in rows:
-        name, peers = row["name"], [other["cosine"] for other in rows if other is not row]
+        name = row["name"]
         if abs(row["constant"]) > _CONSTANT:
             text = (
                 f"{name}: every weight moved the same way (cosine {row['constant']:+.2f} with a constant), as where zero "
                 "points are one off; rounding has no direction"
             )
             found.append(finding("spectral_packed_shift", name, text))
-        elif row["cosine"] < _OTHER and peers and float(np.median(peers)) > _PEERS:
+        elif row["cosine"] < _OTHER and (usual := _usual(rows, row, "cosine", 1)) > _PEERS:
             text = (
                 f"{name}: unpacked it is another matrix than the baseline's (cosine {row['cosine']:.2f}, the others "
-                f"{float(np.median(peers)):.2f}): its codes, scales or order of groups do not belong together"
+                f"{usual:.2f}): its codes, scales or order of groups do not belong together"
             )
             found.append(finding("spectral_packed_matrix", name, text))
-        elif text := _coarser(row, [other["residual"] for other in rows if other is not row and "residual" in other]):
+        elif (left := row.get("residual", 0.0)) >= _LEFT and left >= _TIMES * (
+            usual := _usual(rows, row, "residual", _ENOUGH)
+        ):
+            text = (
+                f"{name}: rounding left {left:.0%} of it and {usual:.0%} of the others, in groups of one size: its scales or "
+                "its order of groups are not its own"
+            )
             found.append(finding("spectral_packed_matrix", name, text))
     return found
 
 
-def _coarser(row: PackedRow, others: Sequence[float]) -> str:
-    """Say that more is left of a matrix than rounding leaves of the others; "" where it is not, or they are too few."""
-    left, usual = row.get("residual", 0.0), float(np.median(others)) if len(others) >= _ENOUGH else math.inf
-    if left < max(_LEFT, _TIMES * usual):
-        return ""
-    return (
-        f"{row['name']}: rounding left {left:.0%} of it and {usual:.0%} of the others, in groups of one size: its scales or "
-        "its order of groups are not its own"
-    )
+def _usual(rows: Sequence[PackedRow], row: PackedRow, key: str, enough: int) -> float:
+    """Return the median of the other rows, NaN, which no comparison holds for, where fewer than `enough` have it."""
+    others = [other[key] for other in rows if other is not row and key in other]
+    return float(np.median(others)) if len(others) >= enough else math.nan

@@ -89,9 +89,8 @@ def _modules(split: str) -> dict[str, str]:
             return dict(found["texts"])
     texts = {name: _docstrings(path) for name, path in sources.items()}
     if kept:
-        with contextlib.suppress(
-            ConfigError, OSError
-        ):  # a folder that cannot be written to: the next command parses again
+        # a folder that cannot be written to: the next command parses again
+        with contextlib.suppress(ConfigError, OSError):
             write_whole(kept, json.dumps({"key": key, "texts": texts}))
     return texts
 
