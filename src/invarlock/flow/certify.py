@@ -14,7 +14,7 @@ import gc
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -225,7 +225,8 @@ def certify(request: CertifyRequest, tick: Tick | None = None) -> CertifyOutcome
             local = job.ranks is None and request.engine is None and request.baseline_engine is None
             if source.measured is None and request.cache and local:
                 _find(job, request, source)
-        certificate, report = _look_by_look(job, request, source, _Subject(subject))
+        with _settled():
+            certificate, report = _look_by_look(job, request, source, _Subject(subject))
         if certificate["verdict"]["status"] == "FAIL" and request.edit is None and request.intent != "restructure":
             report.meta["operations"] = _operations(job, request.loading, source, subject)
             certificate = make_certificate(report, source.report)
@@ -253,6 +254,16 @@ def open_request(request: CertifyRequest, tick: Tick | None = None) -> Job:
     job = open_job(policy, request.adapter, request.device, guards, tick, **facts)
     job.partial = request.out / PARTIAL
     return job
+
+
+@contextlib.contextmanager
+def _settled() -> Iterator[None]:
+    """Leave what exists by now, a million objects of the libraries, out of the collections that let go of models."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _look_by_look(

@@ -41,15 +41,16 @@ def edge_ratio(outputs: Tensor) -> tuple[float, int]:
 
     with single_thread(outputs):
         values = outputs.detach().to(torch.float32)
-        if not bool(torch.isfinite(values).all()):
-            return math.nan, 0
         centred = values - values.mean(dim=0)
         deviation = centred.square().mean(dim=0).sqrt()
+        # what is not finite leaves no finite deviation; one that overflowed is not yet a reason
+        if not bool(torch.isfinite(deviation).all()) and not bool(torch.isfinite(values).all()):
+            return math.nan, 0
         varies = deviation > _CONSTANT * values.abs().amax(dim=0)
         constant = int((~varies).sum())
         if constant == values.shape[1]:
             return math.nan, constant
-        standard = centred[:, varies] / deviation[varies]
+        standard = centred.div_(deviation) if constant == 0 else centred[:, varies] / deviation[varies]
         return sigma_max(standard) / marchenko_pastur_edge(*standard.shape), constant
 
 
