@@ -5,8 +5,8 @@
 - single: every edit of one matrix of the fault matrix that fails by behaviour, alone and beside 8-bit rounding of all
   other matrices (alone, the only changed tensor is first by itself)
 - pair: two such edits of different matrices, each of which fails alone, beside 8-bit rounding
-- repair: rounding to 4 and 3 bits that fails: bytes of the tensors that `bisect --repair` gives back and whether what is left
-  passes on windows that chose nothing, beside the bytes of whole layers given back in order of their expected damage
+- repair: rounding to 4 and 3 bits that fails, repaired as `bisect --repair` does: bytes of the tensors that it gives back and
+  the verdict of its certificate, beside the bytes of whole layers given back in order of their expected damage
 - global: rounding of all matrices to 4, 3 and 2 bits (a row, groups of 32, a tensor): nats recovered when the first 1, 2,
   3, 5 ... of the ranking are given back, and the area under that curve over all sizes as a share of all that was lost
 """
@@ -14,9 +14,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
+import shutil
 import statistics
+import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,9 +32,9 @@ from benchmarks.faults.edits import EDITS, UNIFORM, Case, cases
 
 from invarlock.edits.rtn import RTNQuantEdit
 from invarlock.flow import bisect as flow
-from invarlock.flow.bisect import Bisection, BisectRequest, Search, open_search
+from invarlock.flow.bisect import Bisection, BisectRequest, Search, bisect, open_search
 from invarlock.flow.damage import Changed, Trials, changed_tensors
-from invarlock.flow.repair import choose
+from invarlock.flow.repair import repair
 from invarlock.guards.families import layer_index
 
 SIZES = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89)
@@ -40,6 +44,7 @@ BITS = {
     for what, how in (("a row", {}), ("in groups of 32", {"group_size": 32}), ("a tensor", {"per_channel": False}))
 }
 WINDOWS, SEQ_LEN = 16, 96
+REPAIR_WINDOWS = 64  # as the command line's: to search on, and as many held back
 
 
 class Bench:
@@ -49,16 +54,12 @@ class Bench:
         self.name = name
         provider = "seq2seq" if name == "t5" else "python_docs"
         data = {"provider": provider, "split": "test", "seq_len": SEQ_LEN}
-        self.search = open_search(
-            BisectRequest(str(folder), str(folder), dataset=data, search=WINDOWS, held=WINDOWS), None
-        )
+        self.folder = folder
+        self.request = BisectRequest(str(folder), str(folder), dataset=data, search=WINDOWS)
+        self.search = open_search(self.request, None)
         self.model: Any = self.search.subject
         self.state = {key: value.clone() for key, value in self.model.state_dict().items()}
-        windows = self.search.windows
-        self.trials, self.held = (
-            Trials(self.search.job, self.search.baseline, self.search.subject, part)
-            for part in (windows.preview, windows.final)
-        )
+        self.trials = Trials(self.search.job, self.search.baseline, self.search.subject, self.search.windows.preview)
 
     def plant(self, faults: Sequence[Case], rounding: dict[str, Any] | None) -> list[str] | None:
         """Make the faults; return the names of what they changed, None where the model has no place for one."""
@@ -159,29 +160,46 @@ def curves(bench: Bench, every: int) -> Iterator[dict[str, Any]]:
 
 
 def repairs(bench: Bench) -> Iterator[dict[str, Any]]:
-    search = bench.search
+    """Repair for real, as the command line does: search, choose, write, and certify on windows that were held back."""
     for name in (name for name in BITS if not name.startswith("2")):
         with torch.no_grad():
             bench.model.load_state_dict(bench.state)
             RTNQuantEdit(**BITS[name]).apply(bench.model, None)
-        trials = bench.trials
-        if not trials.damage().fails:
+        if not bench.trials.damage().fails:
             continue
-        found = bench.ranked()
-        made = choose(search, found)
+        with tempfile.TemporaryDirectory() as scratch:
+            subject = Path(scratch) / "subject"
+            bench.model.save_pretrained(subject)
+            for path in bench.folder.iterdir():  # the tokenizer
+                if path.suffix in (".json", ".txt") and not (subject / path.name).exists():
+                    shutil.copy(path, subject)
+            request = dataclasses.replace(
+                bench.request, subject=str(subject), search=REPAIR_WINDOWS, held=REPAIR_WINDOWS
+            )
+            search = open_search(request, None)
+            found = bisect(search)
+            made, outcome = repair(request, search, found, Path(scratch) / "mended", Path(scratch) / "runs")
         sizes = {change.name: change.bytes for change in found.ranking}
-        layers: dict[int | None, list[Changed]] = {}
-        for change in found.ranking:
-            layers.setdefault(layer_index(change.name), []).append(change)
-        given: list[str] = []
-        for members in sorted(layers.values(), key=lambda members: -sum(change.expected for change in members)):
-            given += [change.name for change in members]
-            if trials.damage(given).within(0.9):
-                break
+        verdict = outcome.certificate["verdict"] if outcome is not None else None
         yield row(
-            bench, "repair", name, everything=made.everything, passes=bench.held.damage(made.names).passes,
-            bytes=sum(sizes[one] for one in made.names), of=sum(sizes.values()), by_layers=sum(sizes[one] for one in given),
+            bench, "repair", name, everything=made.everything, verdict=verdict and verdict["status"],
+            why=[reason["message"] for reason in verdict["reasons"]] if verdict and verdict["status"] != "PASS" else [],
+            bytes=sum(sizes[one] for one in made.names), of=sum(sizes.values()), by_layers=_by_layers(search, found),
         )  # fmt: skip
+
+
+def _by_layers(search: Search, found: Bisection) -> int:
+    """Return the bytes of whole layers given back in the order of their expected damage until it passes as well."""
+    trials = Trials(search.job, search.baseline, search.subject, search.windows.preview)
+    layers: dict[int | None, list[Changed]] = {}
+    for change in found.ranking:
+        layers.setdefault(layer_index(change.name), []).append(change)
+    given: list[Changed] = []
+    for members in sorted(layers.values(), key=lambda members: -sum(change.expected for change in members)):
+        given += members
+        if trials.damage([change.name for change in given]).passes_again:
+            break
+    return sum(change.bytes for change in given)
 
 
 def row(bench: Bench, kind: str, case: str, **facts: Any) -> dict[str, Any]:
@@ -209,9 +227,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     if mended:
         some = [r for r in mended if not r["everything"]]
         yield (
-            f"repair: of {len(mended)} edits that fail, a set short of everything found for {len(some)}; it passes on other "
-            f"windows in {sum(r['passes'] for r in some)}, with fewer bytes than whole layers in "
-            f"{sum(r['bytes'] < r['by_layers'] for r in some)}"
+            f"repair: of {len(mended)} edits that fail, a set short of everything found for {len(some)}; certified on other "
+            f"windows: {', '.join(f'{count} {verdict}' for verdict, count in Counter(r['verdict'] for r in some).items())}; "
+            f"fewer bytes than whole layers in {sum(r['bytes'] < r['by_layers'] for r in some)}"
         )
     runs = [r for r in rows if r["kind"] == "global"]
     for order in ("gradient", "bisect", "relative change") if runs else ():

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,10 +17,12 @@ from certification import round_weights
 from invarlock.core.exceptions import ConfigError, EditError
 from invarlock.flow import bisect as search_flow
 from invarlock.flow.bisect import Bisection, BisectRequest, Search, bisect, open_search, seconds
-from invarlock.flow.damage import Trials
+from invarlock.flow.damage import Damage, Trials
 from invarlock.flow.diff import diff
 from invarlock.flow.repair import choose, ignore_lists, repair, write_repaired
 from invarlock.flow.sensitivity import sensitivity
+from invarlock.stats.intervals import Interval
+from invarlock.stats.studentised import studentised_interval
 
 pytestmark = pytest.mark.slow
 
@@ -63,6 +66,22 @@ def test_the_damaged_tensor_comes_first_and_giving_it_back_is_enough(opened: Ope
     for name, value in search.subject.state_dict().items():
         assert torch.equal(value, before[name]), "trials leave the subject as it was"
     assert not any(parameter.grad is not None for parameter in search.baseline.parameters())
+
+
+def test_what_passes_by_enough_passes_on_other_documents_nine_times_in_ten() -> None:
+    """Where a set of tensors just meets the demand on some documents, it passes on as many others as often as is said."""
+    drawn = np.random.default_rng(0).normal(size=(600, 2, 60))
+    documents, weights, again = range(60), np.ones(60), []
+    for first, second in drawn:
+        here, there = (studentised_interval(values, weights, documents, replicates=400) for values in (first, second))
+        limit = 2.0 * here.hi - here.estimate  # the first sample meets it exactly
+        easy = Interval(0.0, 0.0, 0.0, 0.95, "none", 0, 0, 60, False, 0.0)
+        one, other = (Damage(found, easy, easy, (limit, 1.0, 1.0)) for found in (here, there))
+        assert one.passes_again
+        assert one.passes
+        again.append(other.passes)
+        assert not Damage(here, easy, easy, (limit * 0.99 - 1e-9, 1.0, 1.0)).passes_again or limit < 0
+    assert np.mean(again) == pytest.approx(0.92, abs=0.03)
 
 
 def test_a_second_fault_that_shows_nothing_beside_the_first_comes_second(

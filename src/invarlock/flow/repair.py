@@ -1,7 +1,7 @@
 """A subject mended: the fewest tensors given back in the baseline's precision so that it passes, as a checkpoint.
 
-1. choose: order the changed tensors by expected damage a byte, find the shortest beginning of that order that passes with
-   a margin on the windows of the search, then take out what is not needed
+1. choose: order the changed tensors by expected damage a byte, find the shortest beginning of that order that passes so
+   well on the windows of the search that it should on others too, then take out what is not needed
 2. write: the subject's files with those tensors dense and the configuration's list of what is not quantized; the same
    list for the tools that quantize
 3. certify: again, on windows that chose nothing
@@ -37,7 +37,6 @@ from invarlock.policy.resolve import resolve_policy
 
 __all__ = ["Repair", "choose", "ignore_lists", "repair", "write_repaired"]
 
-_MARGIN = 0.9  # of every limit that the windows of the search must keep
 _REMOVALS = 24
 _INDEX = "model.safetensors.index.json"
 _RECIPE = "not_quantized.json"
@@ -100,7 +99,7 @@ def choose(search: Search, found: Bisection) -> Repair:
 
     def passes(chosen: Sequence[str]) -> bool:
         search.job.tick("choosing what to give back", trials.count, 0)
-        return trials.damage(chosen).within(_MARGIN)
+        return trials.damage(chosen).passes_again
 
     below, above = 0, len(names)
     while above - below > 1:
