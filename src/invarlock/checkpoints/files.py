@@ -10,9 +10,11 @@ from typing import Any
 from invarlock.checkpoints import lora
 from invarlock.checkpoints.base import Checkpoint, Format
 from invarlock.checkpoints.gguf import GGUFFolder, unfolded, weights_file
+from invarlock.checkpoints.headers import check_header
 from invarlock.checkpoints.onnx import OnnxFolder
 from invarlock.checkpoints.packed import PackedFolder, packing_facts
 from invarlock.checkpoints.pickled import PickledFolder
+from invarlock.checkpoints.sanity import check_config, check_folder
 from invarlock.checkpoints.shards import SafetensorsFolder
 from invarlock.checkpoints.structure import Layout
 from invarlock.core.exceptions import ModelLoadError
@@ -20,7 +22,15 @@ from invarlock.core.files import first_line
 from invarlock.core.network import network_allowed
 from invarlock.evidence.model import Structure
 
-__all__ = ["FORMATS", "beside_facts", "format_of", "open_checkpoint", "read_structure", "resolve_folder"]
+__all__ = [
+    "FORMATS",
+    "beside_facts",
+    "format_of",
+    "look_at_files",
+    "open_checkpoint",
+    "read_structure",
+    "resolve_folder",
+]
 
 #: the formats that are read; the first that recognises a folder reads it
 FORMATS: tuple[Format, ...] = (
@@ -89,6 +99,19 @@ def _from_hub(model_id: str, revision: str | None) -> Path:
             f"{model_id!r} is no folder here and not in the local hub cache; give a folder, or set "
             "INVARLOCK_ALLOW_NETWORK=1 to download it"
         ) from error
+
+
+def look_at_files(model_id: str) -> None:
+    """Refuse a folder whose sizes, configuration or headers no checkpoint has; no library is loaded for it. What is no
+    folder here, or lacks files, is answered by `resolve_folder`."""
+    folder = Path(os.path.expanduser(model_id))
+    if not model_id.strip() or not os.path.isdir(folder):
+        return
+    check_folder(folder)
+    if (folder / "config.json").exists():
+        check_config(folder)
+    for path in sorted(folder.glob("*.safetensors")):
+        check_header(path)
 
 
 def open_checkpoint(folder: Path, layout: Layout | None = None) -> Checkpoint:

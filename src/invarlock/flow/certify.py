@@ -21,7 +21,7 @@ from typing import Any
 
 from invarlock.certificate.reports import make_certificate
 from invarlock.checkpoints.behaviour import load_config
-from invarlock.checkpoints.files import resolve_folder
+from invarlock.checkpoints.files import look_at_files, resolve_folder
 from invarlock.checkpoints.side import Loading, Side
 from invarlock.checkpoints.structure import layout_of
 from invarlock.checkpoints.tokenizer import cut_differently, encoded_differently
@@ -44,7 +44,7 @@ from invarlock.flow.job import INTENTS, Job, Tick, open_job, resolved_metric
 from invarlock.flow.measure import Measurement, files_only, followed, measure, shown
 from invarlock.flow.noise import noise_floor
 from invarlock.flow.run_folder import PARTIAL, find_report
-from invarlock.flow.sampling import check_same_data, cut_windows, read_again, reuse_windows
+from invarlock.flow.sampling import check_same_data, cut_windows, look_at_text, read_again, reuse_windows
 from invarlock.guards.boundary import BUILT_IN_GUARDS
 from invarlock.guards.invariants import InvariantsGuard, baseline_damage
 from invarlock.policy.resolve import resolve_policy
@@ -237,7 +237,15 @@ def certify(request: CertifyRequest, tick: Tick | None = None) -> CertifyOutcome
 
 
 def open_certification(request: CertifyRequest, tick: Tick | None = None) -> tuple[Job, Source]:
-    """Resolve a request and read the baseline's side, before anything is measured."""
+    """Resolve a request and read the baseline's side, before anything is measured.
+
+    What can be refused without a library is refused first: importing those takes longer than all of it.
+    """
+    for given in (request.baseline, request.subject):
+        if given is not None:
+            look_at_files(given)
+    if request.stored is None:
+        look_at_text(request.dataset)
     job = open_request(request, tick)
     with job.timed("baseline files"):
         source = _read_baseline(job, request)

@@ -16,7 +16,7 @@ from invarlock.checkpoints.tokenizer import special_tokens_around
 from invarlock.core.exceptions import ConfigError, InvarlockError, ModelLoadError, PairingError, TooLittleTextError
 from invarlock.core.network import network_allowed
 from invarlock.eval.data import get_provider
-from invarlock.eval.data.base import Tokenizer
+from invarlock.eval.data.base import FieldsProvider, Tokenizer
 from invarlock.eval.data.wikitext2 import Wikitext2Provider
 from invarlock.evidence.model import DataFacts
 from invarlock.evidence.windows import TextOrigin, Windows, mask_tokens, windows_from_provider
@@ -29,6 +29,7 @@ __all__ = [
     "check_same_data",
     "cut_windows",
     "dataset_options",
+    "look_at_text",
     "read_again",
     "reuse_windows",
 ]
@@ -211,6 +212,17 @@ def _around(job: Job, tokenizer: Tokenizer) -> int:
     """Return how many special tokens stand around a window of text; pairs hold theirs."""
     before, after = special_tokens_around(tokenizer)
     return {"mlm": len(before) + len(after), "seq2seq": 0}.get(job.metric.task, len(before))
+
+
+def look_at_text(dataset: Mapping[str, Any]) -> None:
+    """Look at the first line of every file of text that a request names, so that what is none is refused at once."""
+    common = {key: value for key, value in dataset.items() if key != "slices"}
+    for own in (dataset.get("slices") or {"": {}}).values():
+        options = {key: value for key, value in {**common, **_without_share(own)}.items() if key not in _CUT}
+        spec = options.pop("provider", None)
+        provider = None if spec is None else get_provider(spec, **options)
+        if isinstance(provider, FieldsProvider):
+            provider.look(own.get("split") or common.get("split"))
 
 
 def _seed(dataset: Mapping[str, Any]) -> int:

@@ -315,9 +315,17 @@ class PairProvider(Provider):
 class FieldsProvider(Provider):
     """A provider whose rows have named fields; a subclass only says how they are read."""
 
+    @property
+    @abstractmethod
+    def fields(self) -> tuple[str, ...]:
+        """Name the fields of a row that are read."""
+
     @abstractmethod
     def texts(self, split: str | None, *names: str) -> Iterable[Sequence[str]]:
         """Give, row by row, a unique id and the texts under the fields `names`."""
+
+    def look(self, split: str | None = None) -> None:
+        """Raise what `texts` would for the first row, where that takes no library and no network; else nothing."""
 
 
 @dataclass(frozen=True)
@@ -326,8 +334,12 @@ class FieldTextProvider(TextProvider, FieldsProvider):
 
     text_field: str = "text"
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return (self.text_field,)
+
     def documents(self, split: str | None = None) -> list[Document]:
-        return [Document(*row) for row in self.texts(split, self.text_field)]
+        return [Document(*row) for row in self.texts(split, *self.fields)]
 
 
 @dataclass(frozen=True)
@@ -337,8 +349,12 @@ class FieldPairsProvider(PairProvider, FieldsProvider):
     src_field: str = "source"
     tgt_field: str = "target"
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return (self.src_field, self.tgt_field)
+
     def pairs(self, split: str | None = None) -> list[Pair]:
-        return [Pair(row[0], *row) for row in self.texts(split, self.src_field, self.tgt_field)]
+        return [Pair(row[0], *row) for row in self.texts(split, *self.fields)]
 
 
 def provider_digest(preview: EvaluationWindow, final: EvaluationWindow) -> str:

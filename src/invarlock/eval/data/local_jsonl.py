@@ -46,10 +46,19 @@ class _LocalFiles(FieldsProvider):
         common = Path(os.path.commonpath([path.absolute() for path in found]))
         return {path.absolute().relative_to(common).as_posix(): path for path in found}
 
-    def texts(self, split: str | None, *names: str) -> Iterator[Sequence[str]]:
+    def _whole(self, split: str | None) -> dict[str, Path]:
         if split or self.split:
             raise ConfigError(f"dataset.split is {split or self.split!r}, and files have no splits; leave it out")
-        for name, path in self._files().items():
+        return self._files()
+
+    def look(self, split: str | None = None) -> None:
+        """Raise what `texts` would for the first line of each file."""
+        for name, path in self._whole(split).items():
+            lines = _lines(name, path) if path.suffix == ".txt" else _records(name, path, self.fields)
+            next(iter(lines), None)
+
+    def texts(self, split: str | None, *names: str) -> Iterator[Sequence[str]]:
+        for name, path in self._whole(split).items():
             if path.suffix == ".txt" and len(names) == 1:
                 yield name, "".join(_text(name, *line) for line in _lines(name, path))
             else:
