@@ -62,12 +62,12 @@ def test_every_gate_of_the_code_stands_in_the_decision_rule() -> None:
         assert f"`{name}`" in page
 
 
-def test_the_coverage_table_is_that_of_the_bootstrap() -> None:
-    from invarlock.stats import intervals as bootstrap
+def test_the_table_of_false_passes_is_that_of_the_interval() -> None:
+    from invarlock.stats import studentised
 
     page = (DOCS / "assurance" / "03-ratio-and-interval.md").read_text(encoding="utf-8")
-    figures = re.findall(r"0\.\d{3} \(0\.\d{3}\)", str(bootstrap.__doc__))
-    assert len(figures) == 12 and figures == re.findall(r"0\.\d{3} \(0\.\d{3}\)", page)
+    figures = re.findall(r"0\.\d{3} \(0\.\d{3}\)", str(studentised.__doc__))
+    assert len(figures) == 21 and figures == re.findall(r"0\.\d{3} \(0\.\d{3}\)", page)
 
 
 def test_the_spectral_bounds_are_those_of_the_guard() -> None:

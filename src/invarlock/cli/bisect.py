@@ -54,7 +54,9 @@ def bisect(
     out: Annotated[Path, Option(help="Folder of the findings, and of the repaired checkpoint's certificate.")] = Path(
         "reports/bisect"
     ),
-    html: HtmlOption = None,
+    html: Annotated[
+        Path | None, Option(help="The page with the picture by layer; default: bisect.html in --out.")
+    ] = None,
     json: JsonOption = False,
 ) -> int:
     """Find the tensors that carry a subject's damage, and mend it.

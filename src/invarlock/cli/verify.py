@@ -13,7 +13,7 @@ from invarlock.certificate.verify import verify_certificate
 from invarlock.checkpoints.side import Loading, read_side
 from invarlock.cli.console import emit_json, say
 from invarlock.cli.errors import VERDICT_CODES, report_error
-from invarlock.cli.options import JsonOption, ProfileOption
+from invarlock.cli.options import JsonOption, Profile
 from invarlock.core import registry
 from invarlock.core.exceptions import InvarlockError
 from invarlock.flow.run_folder import read_report
@@ -35,11 +35,13 @@ _PROVEN = (
 
 def verify(
     certificates: Annotated[list[Path], Argument(metavar="CERT...", help="Certificate files, or their folders.")],
-    baseline: Annotated[Path | None, Option(help="Also hold it against the baseline's report.json.")] = None,
+    baseline: Annotated[
+        Path | None, Option(help="Also hold it against the baseline's run, report.json or pack.")
+    ] = None,
     baseline_model: Annotated[Path | None, Option(help="Also hold the weights digest against this folder.")] = None,
     subject_model: Annotated[Path | None, Option(help="Also hold the weights digest against this folder.")] = None,
     tolerance: Annotated[float, Option(help="Relative tolerance of numbers that are derived again.")] = 1e-9,
-    profile: ProfileOption = None,
+    profile: Annotated[Profile | None, Option(help="The profile that it must have been made under.")] = None,
     json: JsonOption = False,
 ) -> int:
     """Derive every number, gate and verdict of a certificate again from the evidence that it holds.

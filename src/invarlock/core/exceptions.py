@@ -51,7 +51,8 @@ __all__ = [
 #: what the exit code of a command means
 EXIT_CODES: dict[int, str] = {
     0: "pass",
-    1: "FAIL: the subject must not ship, an edit was taken back, a certificate does not hold, or doctor found an error",
+    1: "FAIL: the subject must not ship, an edit was taken back, a certificate does not hold, two checkpoints differ, no "
+    "repair passes, or doctor found an error",
     2: "wrong usage, configuration or schema",
     3: "hard stop in ci and release: the two sides cannot be compared",
     4: "inconclusive",
