@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from invarlock.checkpoints.files import read_structure, resolve_folder
 from invarlock.checkpoints.gguf_header import read_header as read_gguf_header
 from invarlock.checkpoints.side import Loading, read_side
 from invarlock.core import registry
-from invarlock.core.exceptions import InvarlockError, ModelLoadError
+from invarlock.core.exceptions import DataError, InvarlockError, ModelLoadError
+from invarlock.flow import certify as certify_flow
 
 
 def _linked(source: Path, folder: Path, without: str) -> Path:
@@ -209,3 +211,80 @@ def test_an_adapter_that_is_its_own_base_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
     with pytest.raises(ModelLoadError, match="its own base"):
         resolve_folder(str(tmp_path))
+
+
+def _unreachable(*_: object, **__: object) -> None:
+    raise AssertionError("a library was loaded before the files were looked at")
+
+
+def _many(names: int) -> bytes:
+    header = json.dumps({f"t{n}": _entry(4 * n, 4 * n + 4) for n in range(names)}).encode()
+    return struct.pack("<Q", len(header)) + header + bytes(4 * names)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b'{"n_layer": 10000000}'),
+        ("config.json", b'{"model_type": "gpt2", "n_layer": 9000}'),
+        ("config.json", b'{"a":' * 2000 + b"1" + b"}" * 2000),
+        ("config.json", b'{"vocab_size": "many"}'),
+        ("model.safetensors", _many(2).replace(b"[4, 8]", b"[0, 8]")),
+        ("model.safetensors", struct.pack("<Q", 60_000_000) + b"{" + bytes(61_000_000)),
+        ("m.gguf", b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0) + bytes(64)),
+        ("data", b'{"a":' * 2000 + b"1" + b"}" * 2000),
+        ("data", b"\x1f\x8b" + bytes(100)),
+        ("data", b'{"text": "' + b"a" * 3_000_000 + b'"}'),
+        ("loop", b""),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("side", ["subject", "baseline"])
+def test_what_files_show_is_refused_before_a_library_is_loaded(
+    tmp_path: Path, demo_model: Path, name: str, content: bytes, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(certify_flow, "open_request", _unreachable)
+    folder, dataset = tmp_path / "model", {}
+    shutil.copytree(demo_model, folder)
+    if name == "loop":
+        folder = tmp_path / "loop"
+        folder.symlink_to("loop")
+    elif name == "data":
+        (tmp_path / "d.jsonl").write_bytes(content)
+        dataset = {"slices": {"a": {"provider": "local_jsonl", "file": str(tmp_path / "d.jsonl")}}}
+    else:
+        (folder / name).write_bytes(content)
+        if name.endswith("gguf"):
+            (folder / "model.safetensors").unlink()
+    sides = {"subject": str(demo_model), "baseline": str(demo_model), side: str(folder)}
+    with pytest.raises((ModelLoadError, DataError)) as caught:
+        certify_flow.open_certification(certify_flow.CertifyRequest(**sides, dataset=dataset))
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_not_ours_to_read_are_left_alone(
+    tmp_path: Path, demo_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plugin's adapter, a served engine and a stored baseline say themselves what stands at a path, and what text was."""
+
+    class ReachedError(Exception):
+        pass
+
+    def reached(*_: object, **__: object) -> None:
+        raise ReachedError
+
+    monkeypatch.setattr(certify_flow, "open_request", reached)
+    (tmp_path / "config.json").write_text('{"n_layer": 10000000}')
+    bad, data = str(tmp_path), {"provider": "local_jsonl", "file": "/nowhere.jsonl"}
+    plugin = registry.Entry("odd", "x:y", "invarlock.adapters", "odd-package", "1")
+    monkeypatch.setattr(registry.adapters, "entry", lambda name: plugin if name == "odd" else registry.Entry(
+        name, "x:y", "invarlock.adapters", "invarlock", "1"))  # fmt: skip
+    requests = [
+        certify_flow.CertifyRequest(subject=bad, baseline=bad, adapter="odd"),
+        certify_flow.CertifyRequest(subject=bad, baseline=str(demo_model), engine="vllm=http://127.0.0.1:1"),
+        certify_flow.CertifyRequest(subject=str(demo_model), baseline_report=Path(bad), dataset=data),
+        certify_flow.CertifyRequest(subject="org/name", baseline=str(demo_model)),
+    ]
+    for request in requests:
+        with pytest.raises(ReachedError):
+            certify_flow.open_certification(request)

@@ -219,3 +219,31 @@ def test_a_budget_that_is_no_time_is_refused() -> None:
 
     with pytest.raises(ConfigError, match="--budget"):
         command("a", "b", budget="soon", windows=8)
+
+
+def test_what_the_certificate_names_is_given_back_though_no_text_shows_it(
+    llama_model: Path, copy_model: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    """A column of zeros hides in a matrix whose change does nothing to the windows: the guard of weights names it."""
+    hidden = "model.layers.0.mlp.down_proj.weight"
+
+    def change(model: Any) -> None:
+        torch.manual_seed(0)
+        for name, tensor in model.named_parameters():
+            if name == CULPRIT:
+                tensor += torch.randn_like(tensor) * tensor.std() * 4
+            if name == hidden:
+                tensor[:, tensor.norm(dim=0).argmin()] = 0.0
+            if name == "model.layers.1.self_attn.q_proj.weight":
+                tensor *= 1.01
+
+    data = {"provider": "local_jsonl", "file": str(text_file), "seq_len": 48}
+    subject = str(copy_model(llama_model, change))
+    search = open_search(BisectRequest(str(llama_model), subject, dataset=data, search=12, held=24), None)
+    assert choose(search, found := bisect(search)).names == [CULPRIT]
+    made, outcome = repair(
+        BisectRequest(str(llama_model), subject, dataset=data), search, found, tmp_path / "mended", tmp_path / "runs"
+    )
+    assert outcome is not None
+    assert made.names == [CULPRIT, hidden] and not made.everything
+    assert made.verdict == "PASS", outcome.certificate["verdict"]["reasons"]

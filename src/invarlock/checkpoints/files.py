@@ -10,11 +10,12 @@ from typing import Any
 from invarlock.checkpoints import lora
 from invarlock.checkpoints.base import Checkpoint, Format
 from invarlock.checkpoints.gguf import GGUFFolder, unfolded, weights_file
+from invarlock.checkpoints.gguf_header import read_header as read_gguf_header
 from invarlock.checkpoints.headers import check_header
 from invarlock.checkpoints.onnx import OnnxFolder
 from invarlock.checkpoints.packed import PackedFolder, packing_facts
 from invarlock.checkpoints.pickled import PickledFolder
-from invarlock.checkpoints.sanity import check_config, check_folder
+from invarlock.checkpoints.sanity import check_config, check_depth, check_folder
 from invarlock.checkpoints.shards import SafetensorsFolder
 from invarlock.checkpoints.structure import Layout
 from invarlock.core.exceptions import ModelLoadError
@@ -76,9 +77,14 @@ def _local_folder(model_id: str, revision: str | None) -> Path:
         raise ModelLoadError(
             f"{path} is a file; expected a folder with config.json and *.safetensors, or a *.gguf file"
         )
-    if path.is_absolute() or model_id.startswith((".", "~")) or model_id.count("/") > 1:
+    if _is_local(model_id):
         raise ModelLoadError(f"no such folder: {path}; expected a checkpoint folder or a hub id such as org/name")
     return _from_hub(model_id, revision)
+
+
+def _is_local(model_id: str) -> bool:
+    """Say whether a model id can only be a path."""
+    return os.path.isabs(model_id) or model_id.startswith((".", "~")) or model_id.count("/") > 1
 
 
 def _from_hub(model_id: str, revision: str | None) -> Path:
@@ -102,16 +108,20 @@ def _from_hub(model_id: str, revision: str | None) -> Path:
 
 
 def look_at_files(model_id: str) -> None:
-    """Refuse a folder whose sizes, configuration or headers no checkpoint has; no library is loaded for it. What is no
-    folder here, or lacks files, is answered by `resolve_folder`."""
-    folder = Path(os.path.expanduser(model_id))
-    if not model_id.strip() or not os.path.isdir(folder):
+    """Refuse what sizes, configuration and headers alone show to be no checkpoint; no library is loaded for it. A hub id is
+    not looked up, and what merely lacks files is told by those who read them."""
+    if not (_is_local(model_id) or os.path.exists(os.path.expanduser(model_id))):
+        return
+    folder = _local_folder(model_id, None)
+    if (file := weights_file(folder)) is not None:
+        read_gguf_header(file)
         return
     check_folder(folder)
-    if (folder / "config.json").exists():
-        check_config(folder)
+    config = check_config(folder) if (folder / "config.json").exists() else {}
     for path in sorted(folder.glob("*.safetensors")):
         check_header(path)
+    if SafetensorsFolder.recognises(folder):
+        check_depth(folder, config, SafetensorsFolder(folder, None).count())
 
 
 def open_checkpoint(folder: Path, layout: Layout | None = None) -> Checkpoint:

@@ -53,10 +53,17 @@ class Layout:
 
     def canonical(self, name: str) -> str:
         """Return the model's own name for a name found in a file."""
-        candidates = [name, f"{self.prefix}.{name}", name.removeprefix(f"{self.prefix}.")]
-        for pattern, replacement in self.renames:
-            candidates += [re.sub(pattern, replacement, candidate) for candidate in candidates]
-        return next((found for found in candidates if found in self.shapes or found in self.alias), name)
+        candidates = dict.fromkeys([name, f"{self.prefix}.{name}", name.removeprefix(f"{self.prefix}.")])
+        more = list(candidates)
+        for pattern, replacement in (*self.renames, (None, "")):
+            for found in more:
+                if found in self.shapes or found in self.alias:
+                    return found
+            if pattern is not None:
+                renamed = dict.fromkeys(re.sub(pattern, replacement, candidate) for candidate in candidates)
+                more = [candidate for candidate in renamed if candidate not in candidates]
+                candidates |= dict.fromkeys(more)
+        return name
 
     def is_ignored(self, name: str) -> bool:
         return any(re.search(pattern, name) for pattern in self.ignored)

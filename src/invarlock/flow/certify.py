@@ -241,8 +241,10 @@ def open_certification(request: CertifyRequest, tick: Tick | None = None) -> tup
 
     What can be refused without a library is refused first: importing those takes longer than all of it.
     """
-    for given in (request.baseline, request.subject):
-        if given is not None:
+    ours = registry.adapters.entry(request.adapter).origin == "Core"  # else the files are not ours to read
+    sides = ((request.subject, request.engine), (request.stored or request.baseline, request.baseline_engine))
+    for given, engine in sides if ours else ():
+        if engine is None and isinstance(given, str):
             look_at_files(given)
     if request.stored is None:
         look_at_text(request.dataset)

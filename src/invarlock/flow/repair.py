@@ -38,6 +38,7 @@ from invarlock.policy.resolve import resolve_policy
 __all__ = ["Repair", "choose", "ignore_lists", "repair", "write_repaired"]
 
 _REMOVALS = 24
+_ROUNDS = 3  # of writing and certifying, where the certificate names a tensor that was not given back
 _INDEX = "model.safetensors.index.json"
 _RECIPE = "not_quantized.json"
 #: `quant_method` -> the key of its configuration that lists modules that stay dense
@@ -135,14 +136,27 @@ def repair(
     if folders[0] is None or folders[1] is None:
         raise EditError("a repaired checkpoint can be written only where both sides are folders of weights")
     layout = layout_of(load_config(folders[0]), search.job.adapter.auto_class)  # type: ignore[attr-defined]  # read as files
-    made.ignore = ignore_lists(made.names, folders[0])
-    write_repaired(folders[1], folders[0], set(made.names), layout, out, made.ignore)
-    made.out = out
     sizes = (("repaired", out), ("subject", folders[1]), ("baseline", folders[0]))
-    made.bytes = {what: sum(path.stat().st_size for path in folder.glob("*.safetensors")) for what, folder in sizes}
-    outcome = _certified(request, search, out, runs, tick)
-    made.verdict, made.report = outcome.status, outcome.edited_report
+    for left in reversed(range(_ROUNDS)):
+        made.ignore = ignore_lists(made.names, folders[0])
+        write_repaired(folders[1], folders[0], set(made.names), layout, out, made.ignore)
+        made.out = out
+        made.bytes = {what: sum(path.stat().st_size for path in folder.glob("*.safetensors")) for what, folder in sizes}
+        outcome = _certified(request, search, out, runs, tick)
+        made.verdict, made.report = outcome.status, outcome.edited_report
+        named = _still_named(outcome, found, made.names)
+        if not named or not left:
+            break
+        made.names += named
+        shutil.rmtree(out)
     return made, outcome
+
+
+def _still_named(outcome: CertifyOutcome, found: Bisection, given_back: Sequence[str]) -> list[str]:
+    """Return the changed tensors that a FAIL names for what they hold: no text shows a column of zeros for certain."""
+    reasons = outcome.certificate["verdict"]["reasons"] if outcome.status == "FAIL" else ()
+    named = {reason.get("tensor") for reason in reasons}
+    return [change.name for change in found.ranking if change.name in named and change.name not in given_back]
 
 
 def _certified(request: BisectRequest, search: Search, out: Path, runs: Path, tick: Tick | None) -> CertifyOutcome:

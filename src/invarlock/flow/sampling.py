@@ -216,13 +216,13 @@ def _around(job: Job, tokenizer: Tokenizer) -> int:
 
 def look_at_text(dataset: Mapping[str, Any]) -> None:
     """Look at the first line of every file of text that a request names, so that what is none is refused at once."""
-    common = {key: value for key, value in dataset.items() if key != "slices"}
     for own in (dataset.get("slices") or {"": {}}).values():
-        options = {key: value for key, value in {**common, **_without_share(own)}.items() if key not in _CUT}
-        spec = options.pop("provider", None)
-        provider = None if spec is None else get_provider(spec, **options)
+        named = {**dataset, **_without_share(own)}
+        if named.get("provider") is None:
+            continue
+        provider = get_provider(named["provider"], **{k: v for k, v in named.items() if k not in _CUT})
         if isinstance(provider, FieldsProvider):
-            provider.look(own.get("split") or common.get("split"))
+            provider.look(named.get("split"))
 
 
 def _seed(dataset: Mapping[str, Any]) -> int:
