@@ -21,10 +21,10 @@ demo: $(READY)  ## certify a good and a bad edit of the packaged model
 test test-fast: export OMP_NUM_THREADS = 1
 
 test: $(READY)  ## run the tests
-	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal
 
 test-fast: $(READY)  ## run the tests that take no time, in a minute
-	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal -m "not slow"
 
 check: $(READY)  ## lint and types
 	$(BIN)/ruff check .
