@@ -229,6 +229,7 @@ def _many(names: int) -> bytes:
         ("config.json", b'{"model_type": "gpt2", "n_layer": 9000}'),
         ("config.json", b'{"a":' * 2000 + b"1" + b"}" * 2000),
         ("config.json", b'{"vocab_size": "many"}'),
+        ("model.safetensors", _many(40_000)),
         ("model.safetensors", _many(2).replace(b"[4, 8]", b"[0, 8]")),
         ("model.safetensors", struct.pack("<Q", 60_000_000) + b"{" + bytes(61_000_000)),
         ("m.gguf", b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0) + bytes(64)),

@@ -160,8 +160,12 @@ _MOST_ERRORS = 1000
 def parse_certificate(certificate: Mapping[str, Any]) -> Certificate:
     """Return the typed certificate, without sections of a later release. Raises CertificateError with the first place that
     does not follow the schema."""
+    known = _known_part(certificate)[0]
+    foreign = len(known.keys() - Certificate.model_fields.keys())
+    if foreign > _MOST_ERRORS:  # a million of them take seconds to be found wrong one by one
+        raise CertificateError(f"the certificate does not follow schema v1 in {foreign:,} places")
     try:
-        return Certificate.model_validate(_known_part(certificate)[0])
+        return Certificate.model_validate(known)
     except ValidationError as error:
         if error.error_count() > _MOST_ERRORS:  # each of them would be spelled out
             raise CertificateError(

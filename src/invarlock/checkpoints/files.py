@@ -118,10 +118,10 @@ def look_at_files(model_id: str) -> None:
         return
     check_folder(folder)
     config = check_config(folder) if (folder / "config.json").exists() else {}
-    for path in sorted(folder.glob("*.safetensors")):
-        check_header(path)
-    if SafetensorsFolder.recognises(folder):
-        check_depth(folder, config, SafetensorsFolder(folder, None).count())
+    files = sorted(folder.glob("*.safetensors"))
+    tensors = sum(map(check_header, files))
+    if files:
+        check_depth(folder, config, tensors)
 
 
 def open_checkpoint(folder: Path, layout: Layout | None = None) -> Checkpoint:

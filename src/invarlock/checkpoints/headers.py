@@ -51,14 +51,15 @@ def read_header(path: Path) -> dict[str, Any]:
     return {name: entry for name, entry in found.items() if name != "__metadata__"}
 
 
-def check_header(path: Path) -> None:
-    """Raise ModelLoadError where tensors overlap in the file or an entry is malformed, naming them."""
+def check_header(path: Path) -> int:
+    """Return how many tensors a file holds. Raises ModelLoadError where they overlap or an entry is malformed."""
     ranges = sorted((*_range(path, name, entry), name) for name, entry in read_header(path).items())
     end, before = 0, ""
     for start, stop, name in ranges:
         if start < end:
             raise ModelLoadError(f"{path}: the tensors {before!r} and {name!r} overlap in the file; write it again")
         end, before = stop, name
+    return len(ranges)
 
 
 def _range(path: Path, name: str, entry: object) -> tuple[int, int]:

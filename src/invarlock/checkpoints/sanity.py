@@ -31,6 +31,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 _NO_SIZES = ("id2label", "label2id", "quantization_config")
 _MOST_ENTRIES = 100_000
 _FEW = 64  # layers; below, more layers than tensors may be layers that share them
+_IN_A_LAYER = 8192  # tensors: 384 experts of three packed matrices, with scales and zero points, are below 5,000
 #: how large the files beside the weights may be
 _BESIDE = {"*.json": "tokenizer", "*.txt": "tokenizer", "*.model": "tokenizer", "*.jinja": "checkpoint"}
 
@@ -64,9 +65,10 @@ def check_config(folder: Path) -> dict[str, Any]:
 
 
 def check_depth(folder: Path, config: Mapping[str, Any], tensors: int) -> None:
-    """Raise ModelLoadError where a configuration names more layers than there are tensors to fill them."""
+    """Raise ModelLoadError where a configuration names more layers than there are tensors to fill them, or far fewer than
+    so many tensors need."""
     layers = max((value for key, value in _entries(config) if type(value) is int and _LAYERS.match(key)), default=0)
-    if layers > max(_FEW, tensors):
+    if layers > max(_FEW, tensors) or 0 < layers * _IN_A_LAYER < tensors:
         raise ModelLoadError(
             f"{folder}/config.json names {layers:,} layers, and the files hold {tensors} tensors; one of them belongs to "
             "another model: copy the checkpoint again"
