@@ -34,6 +34,7 @@ check: $(READY)  ## lint and types
 bench: $(READY)  ## measure cost, as ratios in one run
 	$(BIN)/python -m benchmarks.cost
 	$(BIN)/python -m benchmarks.diff_cost
+	$(BIN)/python -m benchmarks.bisect_cost
 
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)

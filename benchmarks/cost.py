@@ -60,8 +60,8 @@ PARTS = (("invarlock.flow.measure", "_score"), ("invarlock.flow.steps", "load"))
 WITHOUT = {"guards": {"order": ["invariants"]}, "metrics": {"divergence": {"mode": "off"}}}
 
 
-def make_model(folder: Path, size: dict[str, int]) -> None:
-    """Write a trained model in a body of this size. Beside it lie `rounded`, to 8 bits, and `wrecked`, whose layers'
+def make_model(folder: Path, size: dict[str, int], bits: int = 8) -> None:
+    """Write a trained model in a body of this size. Beside it lie `rounded`, to so many bits, and `wrecked`, whose layers'
     matrices are shifted by one input."""
     import torch
     from benchmarks.widened import SMALL_MODEL, widened
@@ -72,7 +72,7 @@ def make_model(folder: Path, size: dict[str, int]) -> None:
     model.save_pretrained(folder)
     with torch.no_grad():
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        RTNQuantEdit(bitwidth=8).apply(model, None)
+        RTNQuantEdit(bitwidth=bits).apply(model, None)
         model.save_pretrained(folder.with_name("rounded"))
         model.load_state_dict(state)
         for name, parameter in model.named_parameters():

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Changed", "Damage", "Trials", "changed_tensors", "part_ways", "rank"]
 
+_PART = 1 << 20  # values multiplied at once, in double precision
 _EVERY = 4  # tokens of which one is compared where hidden states part
 _DRAWS = 2  # labels drawn a window: one pass forward and two back are about five plain passes
 
@@ -194,8 +195,9 @@ class _Products:
     def take(self, name: str, parameter: Tensor) -> None:
         gradient = parameter.grad
         if gradient is not None:
-            change = (self.changed[name].detach() - parameter.detach()).to(gradient.device)
-            self.found[name] = self.found.get(name, 0.0) + float((gradient.double() * change.double()).sum())
+            parts = (t.detach().reshape(-1).split(_PART) for t in (gradient, self.changed[name], parameter))
+            dots = (grad.double() @ (new.to(old.device) - old).double() for grad, new, old in zip(*parts, strict=True))
+            self.found[name] = self.found.get(name, 0.0) + float(sum(dots))
             parameter.grad = None
 
 
