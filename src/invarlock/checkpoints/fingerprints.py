@@ -461,8 +461,10 @@ class _Names:
     def _emptied(self, step: float) -> Iterator[Operation]:
         """Yield the rows and columns of one block that became zero where rounding to this step would not have made it so."""
         fresh = (self.new == 0) & (self.old.abs() > step)
+        if int(fresh.count_nonzero()) < 16:
+            return
         rows, columns = fresh.any(1), fresh.any(0)
-        if int(fresh.sum()) < 16 or bool(rows.all() and columns.all()):
+        if bool(rows.all() and columns.all()):
             return
         if float((self.new[rows][:, columns] == 0).float().mean()) < 0.995:
             return

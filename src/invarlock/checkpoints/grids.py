@@ -96,13 +96,32 @@ class _Fit(NamedTuple):
 _Code = Callable[["Tensor", float], _Fit]
 
 
+class _Lines:
+    """Some rows or columns of a matrix, and the groups of neighbours in them, which every code is tried on."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self._groups: dict[int, Tensor] = {}
+
+    def groups(self, size: int) -> Tensor:
+        """Return up to `_GROUPS` groups of `size` neighbours, none of them all zero, thinned to `_VALUES` values each."""
+        import torch
+
+        if size not in self._groups:
+            cut = self.values[:, : self.values.shape[1] // size * size].reshape(-1, size)
+            cut = cut[cut.abs().amax(1) > 0]
+            picked = torch.linspace(0, max(len(cut) - 1, 0), min(_GROUPS, len(cut))).long()
+            self._groups[size] = _thinned(cut[picked], _VALUES)
+        return self._groups[size]
+
+
 def find_grid(rows: Tensor, columns: Tensor) -> Grid | None:
     """Return the grid on which a matrix lies, or None.
 
     `rows` [r, n] are some of its rows, `columns` [c, m] some of its columns, both float32.
     """
     unit = unit_roundoff(rows)
-    for axis, lines in (("row", rows), ("column", columns)):
+    for axis, lines in (("row", _Lines(rows)), ("column", _Lines(columns))):
         found: list[Grid] = []
         for code, fit in _CODES.items():
             if not found or (code == "affine" and unit > _COARSE and found[0].bits >= _DOUBTFUL):
@@ -113,11 +132,13 @@ def find_grid(rows: Tensor, columns: Tensor) -> Grid | None:
     return None
 
 
-def _largest_group(lines: Tensor, axis: str, code: str, fit: _Code, unit: float) -> Grid | None:
+def _largest_group(lines: _Lines, axis: str, code: str, fit: _Code, unit: float) -> Grid | None:
     """Return the grid with the largest groups that needs no more than a bit above that of the smallest ones: values that
     were stored in half precision also lie near the much finer grid of several groups together."""
-    width = lines.shape[1]
-    if lines.numel() < 64 or not any(_bits(lines, size, fit, unit) for size in (*_FIRST, width) if size <= width):
+    width = lines.values.shape[1]
+    if lines.values.numel() < 64 or not any(
+        _bits(lines, size, fit, unit) for size in (*_FIRST, width) if size <= width
+    ):
         return None
     bits: dict[int, int] = {}
     for size in (*(size for size in _SIZES if size < width), width):
@@ -129,9 +150,9 @@ def _largest_group(lines: Tensor, axis: str, code: str, fit: _Code, unit: float)
     if not bits:
         return None
     group = max(size for size, found in bits.items() if found <= min(bits.values()) + 1)
-    measured = fit(_groups(lines, group), unit)
-    if group == width and len(lines) > 1:
-        whole = fit(_thinned(lines.reshape(1, -1), 4 * _VALUES), unit)
+    measured = fit(lines.groups(group), unit)
+    if group == width and len(lines.values) > 1:
+        whole = fit(_thinned(lines.values.reshape(1, -1), 4 * _VALUES), unit)
         if bool(whole.good.all()) and _range(whole)[0] <= bits[group]:
             axis, measured = "tensor", whole
     found, symmetric = _range(measured)
@@ -141,9 +162,9 @@ def _largest_group(lines: Tensor, axis: str, code: str, fit: _Code, unit: float)
     return Grid(found, axis, None if group == width else group, symmetric, _NAMES.get(code, code))
 
 
-def _bits(lines: Tensor, size: int, fit: _Code, unit: float) -> int:
+def _bits(lines: _Lines, size: int, fit: _Code, unit: float) -> int:
     """Return the bits of the grid that nearly all groups of a size lie on; 0 where they lie on none."""
-    groups = _groups(lines, size)
+    groups = lines.groups(size)
     if not len(groups) or not bool(fit(groups[:: -(-len(groups) // _FEW)], unit).good.any()):
         return 0
     measured = fit(groups, unit)
@@ -172,16 +193,6 @@ def _is_fp4(measured: _Fit) -> bool:
         return False
     used = {int(step) for step in measured.steps[measured.good].abs().flatten().tolist()}
     return max(used) == 12 and used <= _FP4_STEPS
-
-
-def _groups(lines: Tensor, size: int) -> Tensor:
-    """Return up to `_GROUPS` groups of `size` neighbours, none of them all zero, thinned to `_VALUES` values each."""
-    import torch
-
-    cut = lines[:, : lines.shape[1] // size * size].reshape(-1, size)
-    cut = cut[cut.abs().amax(1) > 0]
-    picked = torch.linspace(0, max(len(cut) - 1, 0), min(_GROUPS, len(cut))).long()
-    return _thinned(cut[picked], _VALUES)
 
 
 def _thinned(groups: Tensor, count: int) -> Tensor:
@@ -216,16 +227,12 @@ def _whole_steps(groups: Tensor, base: Tensor, unit: float) -> _Fit:
     picked = torch.linspace(0, share.shape[1] - 1, min(_PROBES, share.shape[1])).long()
     steps = share[:, None, picked] * counts[:, None]
     possible = ((steps - steps.round()).abs() <= error[:, None, picked] * counts[:, None] + _EXACT).all(-1)
-    best = torch.full((len(groups),), -1, dtype=torch.long)
-    for _ in range(_TRIES):
-        count = counts[possible.int().argmax(1)][:, None]
-        steps, allowed = share * count, error * count + _EXACT
-        good = ((steps - steps.round()).abs() <= allowed).all(1) & possible.any(1) & (best < 0)
-        good &= ((2 * allowed).clamp(1e-6, 1.0).log() * telling).sum(1) < _CHANCE
-        best = torch.where(good, count[:, 0].long(), best)
-        possible[torch.arange(len(groups)), count[:, 0].long() - 1] = False
-        if not bool((possible.any(1) & (best < 0)).any()):
-            break
+    tried = torch.where(possible, counts, torch.inf).sort(1).values[:, :_TRIES, None]  # the smallest first
+    steps, allowed = share[:, None] * tried, error[:, None] * tried + _EXACT
+    good = ((steps - steps.round()).abs() <= allowed).all(-1)  # never where there is none: infinity less itself is NaN
+    good &= (torch.where(telling[:, None], (2 * allowed).clamp(1e-6, 1.0).log(), 0.0)).sum(-1) < _CHANCE
+    first = tried[..., 0].gather(1, good.int().argmax(1, keepdim=True))[:, 0]
+    best = torch.where(good.any(1), first, -1.0).long()
     steps = (share * best.clamp_min(1)[:, None]).round()
     untold = (best < 0) & (((share == 0) | (1 - share.abs() <= error + _EXACT)).all(1))
     return _Fit(best > 0, steps.amin(1), steps.amax(1), steps, untold)

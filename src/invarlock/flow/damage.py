@@ -195,7 +195,7 @@ class _Products:
     def take(self, name: str, parameter: Tensor) -> None:
         gradient = parameter.grad
         if gradient is not None:
-            parts = (t.detach().reshape(-1).split(_PART) for t in (gradient, self.changed[name], parameter))
+            parts = (t.detach().reshape(-1).split(_PART) for t in (gradient, self.changed[name], parameter))  # type: ignore[no-untyped-call]
             dots = (grad.double() @ (new.to(old.device) - old).double() for grad, new, old in zip(*parts, strict=True))
             self.found[name] = self.found.get(name, 0.0) + float(sum(dots))
             parameter.grad = None
