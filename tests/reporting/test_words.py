@@ -63,7 +63,7 @@ def test_inconclusive_accuracy_speaks_in_points(cert: Cert) -> None:
 def test_inconclusive_without_a_number_that_decides_says_so(cert: Cert) -> None:
     undecided = cert("inconclusive")
     del undecided["primary_metric"]["documents_needed"]
-    assert "no number of windows" in _by_gate(undecided)["primary_metric"].next_step
+    assert "no number of documents" in _by_gate(undecided)["primary_metric"].next_step
 
 
 def test_failed_gates_name_the_weights_that_stand_out(cert: Cert) -> None:

@@ -1,4 +1,5 @@
-"""What derivation 3 estimates, gates and judges otherwise than the second. New certificates follow it.
+"""What derivations 3 and 4 estimate, gate and judge otherwise than the second; the fourth, that of new certificates, words
+sentences otherwise.
 
 A rule changes here and nowhere else: an estimator in THIRD_ESTIMATORS, a gate in `_CHANGED` (one of the second's, by its
 name) or `_ADDED`, the verdict of a guard in THIRD_JUDGES. What the first two derivations use stays as it is.

@@ -249,7 +249,7 @@ def _more_windows(c: Certificate, advice: str) -> str:
     if needed is not None:
         parts.append(f"About {count(needed)} {of} would decide at the value seen.")
     elif pm.minimum_detectable_effect is not None:
-        parts.append("The value seen is so close to the limit that no number of windows can be promised to decide.")
+        parts.append("The value seen is so close to the limit that no number of documents can be promised to decide.")
     return " ".join([*parts, f"{advice}."])
 
 
