@@ -53,7 +53,7 @@ EXIT_CODES: dict[int, str] = {
     0: "pass",
     1: "FAIL: the subject must not ship, an edit was taken back, a certificate does not hold, two checkpoints differ, no "
     "repair passes, or doctor found an error",
-    2: "wrong usage, configuration or schema",
+    2: "wrong usage, configuration or schema; of diff, any trouble",
     3: "hard stop in ci and release: the two sides cannot be compared",
     4: "inconclusive",
     5: "any other error: something could not be read or run",
