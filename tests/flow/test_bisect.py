@@ -14,12 +14,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from certification import round_weights
+from gguf_files import write_gguf
+from invarlock.checkpoints.structure import layout_of
 from invarlock.core.exceptions import ConfigError, EditError
 from invarlock.flow import bisect as search_flow
 from invarlock.flow.bisect import Bisection, BisectRequest, Search, bisect, open_search, seconds
 from invarlock.flow.damage import Damage, Trials
 from invarlock.flow.diff import diff
-from invarlock.flow.repair import choose, ignore_lists, repair, write_repaired
+from invarlock.flow.repair import choose, ignore_lists, repair, stored_names, write_repaired
 from invarlock.flow.sensitivity import sensitivity
 from invarlock.stats.intervals import Interval
 from invarlock.stats.studentised import studentised_interval
@@ -247,3 +249,75 @@ def test_what_the_certificate_names_is_given_back_though_no_text_shows_it(
     assert outcome is not None
     assert made.names == [CULPRIT, hidden] and not made.everything
     assert made.verdict == "PASS", outcome.certificate["verdict"]["reasons"]
+
+
+def _damaged(copy_model: Callable[..., Path], folder: Path) -> Path:
+    def change(model: Any) -> None:
+        torch.manual_seed(0)
+        for name, tensor in model.named_parameters():
+            if tensor.ndim == 2:
+                tensor += torch.randn_like(tensor) * tensor.std() * (4 if name == CULPRIT else 0.003)
+
+    return copy_model(folder, change)
+
+
+def test_experts_that_stand_one_by_one_in_the_files_are_given_back(llama_model: Path, tmp_path: Path) -> None:
+    """The library stacks them while loading; under that name no file has a tensor, and a repair once gave nothing back."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=64, num_key_value_heads=2, num_local_experts=4, **sizes)
+    folders = [tmp_path / "baseline", tmp_path / "subject"]
+    for folder in folders:
+        MixtralForCausalLM(config).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folders[0])
+    names = ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj", "model.norm.weight"]
+    stored = stored_names(model, names)
+    assert len(stored) == 4 * 2 + 4 + 1
+    out = tmp_path / "mended"
+    layout = layout_of(model.config, AutoModelForCausalLM)
+    write_repaired(folders[1], folders[0], set(stored), layout, out, ignore_lists(stored, folders[0]))
+    mended, old, new = (dict(AutoModelForCausalLM.from_pretrained(f).named_parameters()) for f in (out, *folders))
+    for name, parameter in mended.items():
+        assert torch.equal(parameter, (old if name in names else new)[name]), name
+    with pytest.raises(EditError, match="cannot be given back"):
+        write_repaired(folders[1], folders[0], {"model.layers.0.nowhere"}, layout, tmp_path / "other", {})
+    assert not (tmp_path / "other").exists()
+
+
+def test_pickled_weights_are_repaired_as_safetensors(
+    copy_model: Callable[..., Path], llama_model: Path, tmp_path: Path
+) -> None:
+    subject = _damaged(copy_model, llama_model)
+    model = AutoModelForCausalLM.from_pretrained(subject)
+    torch.save(model.state_dict(), subject / "pytorch_model.bin")
+    (subject / "model.safetensors").unlink()
+    out = tmp_path / "mended"
+    write_repaired(subject, llama_model, {CULPRIT}, layout_of(model.config, AutoModelForCausalLM), out, {})
+    assert not list(out.glob("*.bin"))
+    mended, old = (
+        dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters()) for folder in (out, llama_model)
+    )
+    for name, parameter in mended.items():
+        assert torch.equal(parameter, (old[name] if name == CULPRIT else model.get_parameter(name))), name
+    assert "lm_head.weight" not in load_file(out / "model.safetensors"), "tied to the embedding, and stored once"
+
+
+def test_a_file_that_is_not_written_here_gets_the_list_for_its_own_tool(
+    copy_model: Callable[..., Path], llama_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    subject = write_gguf(_damaged(copy_model, llama_model), tmp_path / "m.gguf")
+    request = BisectRequest(
+        str(llama_model),
+        str(subject),
+        dataset={"provider": "local_jsonl", "file": str(text_file), "seq_len": 48},
+        search=12,
+    )
+    search = open_search(request, None)
+    made, outcome = repair(request, search, bisect(search), tmp_path / "mended", tmp_path / "runs")
+    assert outcome is None and made.verdict is None
+    assert [path.name for path in (tmp_path / "mended").iterdir()] == ["not_quantized.json"]
+    lists = json.loads((tmp_path / "mended" / "not_quantized.json").read_text())
+    assert lists["llama-quantize"] == [r"--tensor-type blk\.1\.ffn_down=f16"]
+    assert "quantize again" in made.lines[-1]

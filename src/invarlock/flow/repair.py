@@ -12,18 +12,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from invarlock.checkpoints.base import readers
 from invarlock.checkpoints.behaviour import load_config
-from invarlock.checkpoints.files import open_checkpoint
+from invarlock.checkpoints.files import format_of, open_checkpoint
 from invarlock.checkpoints.headers import open_tensors
 from invarlock.checkpoints.packed import PackedFolder
 from invarlock.checkpoints.shards import SafetensorsFolder
 from invarlock.checkpoints.structure import Layout, layout_of
+from invarlock.core.api import ModelLike
 from invarlock.core.exceptions import EditError, ModelLoadError
 from invarlock.core.files import plain, read_json, write_json, write_whole
 from invarlock.flow import steps
@@ -35,11 +37,14 @@ from invarlock.flow.measure import measure
 from invarlock.flow.run_folder import require_free, staged_folder
 from invarlock.policy.resolve import resolve_policy
 
-__all__ = ["Repair", "choose", "ignore_lists", "repair", "write_repaired"]
+__all__ = ["Repair", "choose", "ignore_lists", "repair", "stored_names", "write_repaired"]
 
 _REMOVALS = 24
 _ROUNDS = 3  # of writing and certifying, where the certificate names a tensor that was not given back
+_INSIDE = re.compile(r"\[\d+\]$")  # one matrix of a stack
 _INDEX = "model.safetensors.index.json"
+_WEIGHTS = (".safetensors", ".bin")
+_WRITTEN = ("safetensors", "packed", "pickled")  # formats of a subject that can be written
 _RECIPE = "not_quantized.json"
 #: `quant_method` -> the key of its configuration that lists modules that stay dense
 _IGNORES = {
@@ -73,10 +78,14 @@ class Repair:
         if self.everything:
             return [f"no repair: nothing short of giving back all {self.changed} changed tensors makes it pass"]
         size = {key: f"{value / 2**20:.1f} MB" for key, value in self.bytes.items()}
-        lines = [
-            f"repaired with {len(self.names)} of {self.changed} changed tensors given back: {', '.join(self.names[:4])}"
-            + (f" and {len(self.names) - 4} more" if len(self.names) > 4 else "")
-        ]
+        named = ", ".join(self.names[:4]) + (f" and {len(self.names) - 4} more" if len(self.names) > 4 else "")
+        if self.out is not None and not size:
+            return [
+                f"it should pass with {len(self.names)} of {self.changed} changed tensors left as they were: {named}",
+                f"a checkpoint of this format is not written here: {self.out / _RECIPE} lists what not to quantize, by tool; "
+                "quantize again, and certify",
+            ]
+        lines = [f"repaired with {len(self.names)} of {self.changed} changed tensors given back: {named}"]
         if size:
             lines.append(f"size {size['repaired']} (subject {size['subject']}, baseline {size['baseline']})")
         if self.out is not None:
@@ -136,12 +145,18 @@ def repair(
     if folders[0] is None or folders[1] is None:
         raise EditError("a repaired checkpoint can be written only where both sides are folders of weights")
     layout = layout_of(load_config(folders[0]), search.job.adapter.auto_class)  # type: ignore[attr-defined]  # read as files
+    if format_of(folders[1]) not in _WRITTEN:
+        made.ignore, made.out = ignore_lists(stored_names(search.baseline, made.names), folders[0]), out
+        with staged_folder(out) as staging:
+            write_json(staging / _RECIPE, made.ignore)
+        return made, None
     sizes = (("repaired", out), ("subject", folders[1]), ("baseline", folders[0]))
     for left in reversed(range(_ROUNDS)):
-        made.ignore = ignore_lists(made.names, folders[0])
-        write_repaired(folders[1], folders[0], set(made.names), layout, out, made.ignore)
+        stored = stored_names(search.baseline, made.names)
+        made.ignore = ignore_lists(stored, folders[0])
+        write_repaired(folders[1], folders[0], set(stored), layout, out, made.ignore)
         made.out = out
-        made.bytes = {what: sum(path.stat().st_size for path in folder.glob("*.safetensors")) for what, folder in sizes}
+        made.bytes = {what: _size(folder) for what, folder in sizes}
         outcome = _certified(request, search, out, runs, tick)
         made.verdict, made.report = outcome.status, outcome.edited_report
         named = _still_named(outcome, found, made.names)
@@ -152,10 +167,14 @@ def repair(
     return made, outcome
 
 
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in _WEIGHTS)
+
+
 def _still_named(outcome: CertifyOutcome, found: Bisection, given_back: Sequence[str]) -> list[str]:
     """Return the changed tensors that a FAIL names for what they hold: no text shows a column of zeros for certain."""
     reasons = outcome.certificate["verdict"]["reasons"] if outcome.status == "FAIL" else ()
-    named = {reason.get("tensor") for reason in reasons}
+    named = {_INSIDE.sub("", reason.get("tensor") or "") for reason in reasons}
     return [change.name for change in found.ranking if change.name in named and change.name not in given_back]
 
 
@@ -181,26 +200,44 @@ def _certified(request: BisectRequest, search: Search, out: Path, runs: Path, ti
     return certify(again, tick)
 
 
+def stored_names(model: ModelLike, names: Sequence[str]) -> list[str]:
+    """Name parameters as the model's checkpoint does, where what the library stacks in memory (experts) stands one by one."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # transformers 4 stacks nothing
+        return list(names)
+    parameters = dict(model.named_parameters())
+    return [stored for name in names for stored in revert_weight_conversion(model, {name: parameters[name].detach()})]
+
+
 def write_repaired(
     subject: Path, baseline: Path, names: set[str], layout: Layout | None, out: Path, ignore: Mapping[str, Any]
 ) -> None:
-    """Write the subject's checkpoint with the baseline's values of `names` (the model's own names), whole or not at all."""
+    """Write the subject's checkpoint with the baseline's values of `names`, whole or not at all. Raises EditError where the
+    files of both do not hold one of them."""
     from safetensors.torch import save_file
 
     known = layout.canonical if layout is not None else str
     given = {known(stored): (stored, read) for stored, read in readers(open_checkpoint(baseline)).items()}
     alias = layout.alias if layout is not None else {}
-    wanted = names | {other for other, name in alias.items() if name in names}
+    own = {known(name) for name in names}
+    wanted = own | {other for other, name in alias.items() if name in own}
     with staged_folder(out) as staging:
         for path in subject.iterdir():
-            if path.is_file() and path.suffix != ".safetensors" and path.name != _INDEX:
+            if path.is_file() and path.suffix not in _WEIGHTS and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, staging / path.name)
         dense = _dense_names(subject, known)
         where: dict[str, str] = {}
-        for file in SafetensorsFolder(subject, None).files():
-            kept = _rewritten(file, wanted, dense, known, given)
-            where |= dict.fromkeys(kept, file.name)
-            save_file(kept, staging / file.name, metadata={"format": "pt"})
+        done: set[str] = set()
+        for file, stored in _files(subject, alias):
+            kept = _rewritten(stored, wanted, dense, known, given, done)
+            where |= dict.fromkeys(kept, file)
+            save_file(kept, staging / file, metadata={"format": "pt"})
+        if lost := sorted(name for name in own if not {name, alias.get(name, name)} & done):
+            raise EditError(
+                f"{lost[0]} stands in the files of the two under other names ({len(lost)} of {len(own)} tensors), and cannot "
+                "be given back; save both with one version of the library"
+            )
         if len(set(where.values())) > 1:
             write_json(staging / _INDEX, {"metadata": {}, "weight_map": where})
         _list_ignored(staging / "config.json", ignore)
@@ -214,25 +251,39 @@ def _dense_names(subject: Path, known: Callable[[str], str]) -> dict[str, str]:
     return {part: known(name) for part, name in PackedFolder(subject, None).parts().items()}
 
 
+def _files(subject: Path, alias: Mapping[str, str]) -> Iterator[tuple[str, Mapping[str, Callable[[], Any]]]]:
+    """Yield what each file is to be called and how its tensors are read; pickled ones become one file of safetensors, in
+    which a tensor that is tied to another does not stand twice."""
+    if not SafetensorsFolder.recognises(subject):
+        every = readers(open_checkpoint(subject))
+        tied = {name for name, other in alias.items() if name in every and other in every}
+        twice = {name for name in tied if every[name]().equal(every[alias[name]]())}
+        yield "model.safetensors", {name: read for name, read in every.items() if name not in twice}
+        return
+    for file in SafetensorsFolder(subject, None).files():
+        with open_tensors(file) as stored:
+            yield file.name, {name: partial(stored.get_tensor, name) for name in stored.keys()}  # noqa: SIM118
+
+
 def _rewritten(
-    file: Path,
+    stored: Mapping[str, Callable[[], Any]],
     wanted: set[str],
     dense: Mapping[str, str],
     known: Callable[[str], str],
     given: Mapping[str, tuple[str, Callable[[], Any]]],
+    done: set[str],
 ) -> dict[str, Any]:
-    """Return the tensors of one file, those given back in the baseline's values; parts of a packed one make room for it."""
+    """Return the tensors of one file, those given back in the baseline's values; parts of a packed one make room for it.
+    The names of those are added to `done`."""
     kept: dict[str, Any] = {}
-    with open_tensors(file) as stored:
-        for name in stored.keys():  # noqa: SIM118 - safe_open is no mapping
-            own = dense.get(name) or known(name)
-            source = given.get(own)
-            if own not in wanted or source is None:
-                kept[name] = stored.get_tensor(name)
-            elif name not in dense:
-                kept[name] = source[1]().clone()
-            else:
-                kept[source[0]] = source[1]().clone()
+    for name, read in stored.items():
+        own = dense.get(name) or known(name)
+        source = given.get(own)
+        if own not in wanted or source is None:
+            kept[name] = read().clone()
+        else:
+            kept[source[0] if name in dense else name] = source[1]().clone()
+            done.add(own)
     return kept
 
 

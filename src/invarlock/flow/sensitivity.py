@@ -12,7 +12,7 @@ from invarlock.core.files import plain
 from invarlock.flow import steps
 from invarlock.flow.bisect import Search
 from invarlock.flow.damage import Changed, changed_tensors, rank
-from invarlock.flow.repair import ignore_lists
+from invarlock.flow.repair import ignore_lists, stored_names
 
 __all__ = ["Sensitivity", "sensitivity"]
 
@@ -81,6 +81,6 @@ def sensitivity(search: Search, edit: str, plan: Mapping[str, Any], share: float
         if change.bytes <= left:
             found.keep.append(change.name)
             left -= change.bytes
-    found.ignore = ignore_lists(found.keep, Path(str(search.sides[0].folder)))
+    found.ignore = ignore_lists(stored_names(search.baseline, found.keep), Path(str(search.sides[0].folder)))
     found.timings, found.notes = dict(job.timings), list(job.notes)
     return found
