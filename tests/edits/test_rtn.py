@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from invarlock.core.exceptions import EditError
 from invarlock.edits import RTNQuantEdit
@@ -183,3 +192,33 @@ def test_unknown_settings_and_models_without_linear_layers_are_refused() -> None
         RTNQuantEdit().apply(MODELS["gpt2"], None, bits=4)
     with pytest.raises(EditError, match="no linear layer in scope 'all'"):
         RTNQuantEdit().apply(torch.nn.LayerNorm(4), None)
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["out_in", "in_out"])
+def test_stacked_experts_are_rounded_each_by_its_output_channels(turned: bool) -> None:
+    """The library keeps the experts of a layer in one tensor, some of them turned; most weights of a model lie there."""
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 64,
+    }
+    model: Any
+    if turned:
+        model = GptOssForCausalLM(GptOssConfig(num_key_value_heads=2, head_dim=8, num_local_experts=4, **sizes))
+    else:
+        model = MixtralForCausalLM(MixtralConfig(num_key_value_heads=2, num_local_experts=4, **sizes))
+    experts = model.model.layers[0].mlp.experts
+    before = {name: parameter.detach().clone() for name, parameter in experts.named_parameters() if parameter.ndim == 3}
+    assert len(before) == 2
+    done = RTNQuantEdit(bitwidth=4, scope="ffn").apply(model, None)
+    for name, stack in before.items():
+        for expert, matrix in enumerate(stack):
+            old, new = (m.T if turned else m for m in (matrix, experts.get_parameter(name)[expert]))
+            expected = _reference(old.numpy(), 4, True, None, 0.0)
+            assert np.isclose(new.detach().numpy(), expected, rtol=1e-5, atol=1e-6).mean() >= 0.999
+            assert f"model.layers.0.mlp.experts.{name}[{expert}]" in [row["module"] for row in done["modules"]]
+    untouched = RTNQuantEdit(bitwidth=2, scope="attn").apply(model, None)["modules"]
+    assert not any("experts" in row["module"] for row in untouched)

@@ -17,6 +17,7 @@ import numpy as np
 from invarlock.core.api import AdapterLike, ModelEdit, ModelLike
 from invarlock.core.device import require_extra
 from invarlock.core.exceptions import EditError
+from invarlock.guards.families import is_expert_stack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +64,7 @@ def _round_rows(rows: Tensor, levels: int, clamp_ratio: float) -> Tensor:
 
 @dataclass(eq=False)
 class RTNQuantEdit(ModelEdit):
-    """Round the weights of linear layers (`torch.nn.Linear` and GPT-2's `Conv1D`) to a few bits.
+    """Round the weights of linear layers (`torch.nn.Linear`, GPT-2's `Conv1D` and stacked experts) to a few bits.
 
     bitwidth: 2 to 8. per_channel: one scale an output channel, else one a matrix. group_size: inputs that share a
     scale, None for whole rows. clamp_ratio: share of each row's or group's largest magnitudes that is clipped, in
@@ -136,14 +137,23 @@ class RTNQuantEdit(ModelEdit):
 
 
 def _linear_layers(model: ModelLike, scope: str) -> Iterator[tuple[str, Tensor, bool]]:
-    """Yield (name, weight, whether it is stored [in, out]) of the layers in scope, output heads excluded."""
+    """Yield (name, weight, whether it is stored [in, out]) of the layers in scope, output heads excluded; of a stack of
+    experts each matrix, named `name[i]`."""
     from torch.nn import Linear
 
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for name, module in model.named_modules():
-        transposed = type(module).__name__ == "Conv1D"
-        if not (transposed or isinstance(module, Linear)) or module is head or _HEAD.search(name):
+        if (
+            module is head
+            or _HEAD.search(name)
+            or (scope != "all" and (scope == "attn") != bool(_ATTENTION.search(name)))
+        ):
             continue
-        in_attention = bool(_ATTENTION.search(name))
-        if scope == "all" or (scope == "attn") == in_attention:
+        transposed = type(module).__name__ == "Conv1D"
+        if transposed or isinstance(module, Linear):
             yield name, module.get_parameter("weight"), transposed
+            continue
+        for own, stack in module.named_parameters(recurse=False):
+            if is_expert_stack(f"{name}.{own}", stack.ndim):
+                turned = bool(getattr(module, "is_transposed", False))
+                yield from ((f"{name}.{own}[{expert}]", matrix, turned) for expert, matrix in enumerate(stack.detach()))
