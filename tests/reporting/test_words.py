@@ -60,6 +60,18 @@ def test_inconclusive_accuracy_speaks_in_points(cert: Cert) -> None:
     assert re.search(r"\d\.\d\d pp or more from the limit", _by_gate(undecided)["primary_metric"].next_step)
 
 
+def test_answers_that_turned_are_counted_where_there_are_answers(cert: Cert) -> None:
+    """A share of right tokens is no answer: that some of them cross a half says nothing, and McNemar's test is of answers."""
+    found = cert("accuracy")
+    for whole in (False, True):
+        if whole:
+            for rows in found["evaluation_windows"].values():
+                for side in ("baseline_correct", "subject_correct"):
+                    rows[side] = [round(score) for score in rows[side]]
+        text = render_markdown(found)
+        assert ("McNemar" in text) is whole and ("Right to wrong" in text) is whole
+
+
 def test_inconclusive_without_a_number_that_decides_says_so(cert: Cert) -> None:
     undecided = cert("inconclusive")
     del undecided["primary_metric"]["documents_needed"]

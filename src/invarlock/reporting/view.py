@@ -264,6 +264,7 @@ def values(c: Certificate) -> dict[str, object]:
         "confidence_note": sure or c.confidence.basis,
         "meta": c.meta,
         "pm": pm,
+        "answers": pm if _whole_answers(c) else None,
         "metric": WORDS["kinds"].get(pm.kind, pm.kind),
         "told": {gate.name: told(gate, c) for gate in c.gates},
         "tail_moved": any(g.name == "primary_metric_tail" and g.decision in ("warn", "fail") for g in c.gates),
@@ -291,6 +292,13 @@ def values(c: Certificate) -> dict[str, object]:
         "label": c.edit.get("label") or c.edit.get("name"),
         "open": ", ".join(gate.name for gate in c.gates if gate.decision not in ("pass", "warn", "off")),
     }
+
+
+def _whole_answers(c: Certificate) -> bool:
+    """Say whether every example is right or wrong; shares of a window's tokens turn from one to the other at a half, which
+    says nothing."""
+    sides = (side for rows in c.evaluation_windows.values() for side in (rows.baseline_correct, rows.subject_correct))
+    return all(score in (0.0, 1.0) for side in sides for score in side or ())
 
 
 def _covered(c: Certificate) -> float | None:
