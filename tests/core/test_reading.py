@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pytest
 
 from invarlock.certificate.verify import verify_certificate
@@ -142,6 +143,22 @@ def test_documents_are_read_line_by_line_within_limits(
         _documents(path)
     monkeypatch.setenv("INVARLOCK_READ_LIMITS", "100")
     _documents(path) if what != "line" else path.read_text()
+
+
+@pytest.mark.parametrize("source", ["txt", "rows of a library"])
+def test_one_document_is_held_to_a_size_wherever_it_comes_from(
+    tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "LIMITS", {**LIMITS, "line": LIMITS["line"]._replace(size=1000)})
+    if source == "txt":  # many short lines, all of them one document
+        (tmp_path / "d.txt").write_text("a b c\n" * 1000)
+        provider = get_provider("local_jsonl", file=str(tmp_path / "d.txt"))
+    else:
+        rows = datasets.Dataset.from_dict({"text": ["short", "a " * 3000]})
+        rows.save_to_disk(str(tmp_path / "d"))
+        provider = get_provider("hf_text", dataset_name=str(tmp_path / "d"))
+    with pytest.raises(DataError, match=r"the document .* INVARLOCK_READ_LIMITS"):
+        provider.windows(_words, preview_n=1, final_n=1, seq_len=16)
 
 
 @pytest.mark.slow
