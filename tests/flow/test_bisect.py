@@ -68,6 +68,10 @@ def test_the_damaged_tensor_comes_first_and_giving_it_back_is_enough(opened: Ope
     for name, value in search.subject.state_dict().items():
         assert torch.equal(value, before[name]), "trials leave the subject as it was"
     assert not any(parameter.grad is not None for parameter in search.baseline.parameters())
+    places = {parameter.data_ptr() for parameter in search.baseline.parameters()}
+    shared = {name for name, parameter in search.subject.named_parameters() if parameter.data_ptr() in places}
+    assert shared == {name for name, _ in search.subject.named_parameters()} - {change.name for change in found.ranking}
+    assert shared, "what is the same in both models stands in memory once"
 
 
 def test_what_passes_by_enough_passes_on_other_documents_nine_times_in_ten() -> None:

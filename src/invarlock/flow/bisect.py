@@ -21,7 +21,7 @@ from invarlock.core.api import ModelLike
 from invarlock.core.files import plain
 from invarlock.evidence.windows import Windows
 from invarlock.flow import steps
-from invarlock.flow.damage import Changed, Damage, Trials, changed_tensors, part_ways, rank
+from invarlock.flow.damage import Changed, Damage, Trials, changed_tensors, part_ways, rank, share_unchanged
 from invarlock.flow.job import Job, Tick, open_job, resolved_metric
 from invarlock.flow.sampling import cut_windows
 from invarlock.policy.resolve import resolve_policy
@@ -183,6 +183,7 @@ def _search(search: Search, found: Bisection) -> None:
     found.windows = {"search": len(windows), "ranking": min(_RANKING_WINDOWS, len(windows))}
     with job.timed("comparing"):
         changes = changed_tensors(search.baseline, search.subject)
+        share_unchanged(search.baseline, search.subject, changes)
     found.changed, found.parameters = len(changes), sum(1 for _ in search.baseline.named_parameters())
     if not changes:
         return

@@ -31,7 +31,7 @@ from invarlock.stats.studentised import studentised_interval
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Changed", "Damage", "Trials", "changed_tensors", "part_ways", "rank"]
+__all__ = ["Changed", "Damage", "Trials", "changed_tensors", "part_ways", "rank", "share_unchanged"]
 
 _PART = 1 << 20  # values multiplied at once, in double precision
 _EVERY = 4  # tokens of which one is compared where hidden states part
@@ -123,6 +123,14 @@ def changed_tensors(baseline: ModelLike, subject: ModelLike) -> dict[str, Change
             size = before.numel() * before.element_size()
             found[name] = Changed(name, before.numel(), size, change.rel_change, change.words)
     return found
+
+
+def share_unchanged(baseline: ModelLike, subject: ModelLike, changes: Mapping[str, Changed]) -> None:
+    """Let the subject use the baseline's memory for every parameter that is the same in both: neither is written to."""
+    old = dict(baseline.named_parameters())
+    for name, parameter in subject.named_parameters():
+        if name not in changes and (parameter.dtype, parameter.device) == (old[name].dtype, old[name].device):
+            parameter.data = old[name].data
 
 
 def part_ways(job: Job, baseline: ModelLike, subject: ModelLike, windows: Sequence[Window]) -> dict[str, float]:
