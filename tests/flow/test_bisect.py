@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from certification import round_weights
@@ -288,6 +289,20 @@ def test_experts_that_stand_one_by_one_in_the_files_are_given_back(llama_model: 
     with pytest.raises(EditError, match="cannot be given back"):
         write_repaired(folders[1], folders[0], {"model.layers.0.nowhere"}, layout, tmp_path / "other", {})
     assert not (tmp_path / "other").exists()
+
+
+def test_a_tied_tensor_that_stands_under_its_other_name_is_given_back(llama_model: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama_model)
+    folders = [tmp_path / "baseline", tmp_path / "subject"]
+    for number, folder in enumerate(folders):
+        shutil.copytree(llama_model, folder)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight") * (1 + number)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    layout = layout_of(model.config, AutoModelForCausalLM)
+    write_repaired(folders[1], folders[0], {"model.embed_tokens.weight"}, layout, tmp_path / "mended", {})
+    before, after = (load_file(folder / "model.safetensors") for folder in (folders[0], tmp_path / "mended"))
+    assert torch.equal(before["lm_head.weight"], after["lm_head.weight"])
 
 
 def test_pickled_weights_are_repaired_as_safetensors(

@@ -233,7 +233,7 @@ def write_repaired(
             kept = _rewritten(stored, wanted, dense, known, given, done)
             where |= dict.fromkeys(kept, file)
             save_file(kept, staging / file, metadata={"format": "pt"})
-        if lost := sorted(name for name in own if not {name, alias.get(name, name)} & done):
+        if lost := sorted(own - done - {alias.get(name, name) for name in done}):
             raise EditError(
                 f"{lost[0]} stands in the files of the two under other names ({len(lost)} of {len(own)} tensors), and cannot "
                 "be given back; save both with one version of the library"
