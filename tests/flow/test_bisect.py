@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -169,12 +170,21 @@ def test_a_repaired_packed_checkpoint_holds_dense_tensors_and_lists_them(
     tensors = {name: value.float() for name, value in load_file(llama_model / "model.safetensors").items()}
     packed = write(tmp_path / "packed", tensors, "packed", llama_model, ROLES["llama"])
     names = {CULPRIT, "model.layers.0.self_attn.q_proj.weight"}
+    other = "model.layers.0.mlp.down_proj.weight"
+    told = {
+        "note": "kept",
+        CULPRIT: '{"_type": "Packed"}',
+        other: '{"_type": "Packed"}',
+    }  # as torchao's loader reads them
+    save_file(load_file(packed / "model.safetensors"), packed / "model.safetensors", metadata=told)
     lists = ignore_lists(sorted(names), llama_model)
     out = tmp_path / "mended"
     write_repaired(packed, llama_model, names, None, out, lists)
     done = {change.name: change for change in diff(str(llama_model), str(out)).changes}
     assert all(done[name].identical for name in names)
     assert [op.name for op in done["model.layers.0.mlp.down_proj.weight"].operations] == ["rounded"]
+    with safe_open(out / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {**told, CULPRIT: '{"_type": "Tensor"}', "format": "pt"}
     settings = json.loads((out / "config.json").read_text())["quantization_config"]
     assert set(settings["ignore"]) == {name.removesuffix(".weight") for name in names}
     assert not any(

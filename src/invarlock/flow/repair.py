@@ -46,6 +46,7 @@ _INDEX = "model.safetensors.index.json"
 _WEIGHTS = (".safetensors", ".bin")
 _WRITTEN = ("safetensors", "packed", "pickled")  # formats of a subject that can be written
 _RECIPE = "not_quantized.json"
+_PLAIN = json.dumps({"_type": "Tensor"})  # what torchao's metadata say of a tensor that is not packed
 #: `quant_method` -> the key of its configuration that lists modules that stay dense
 _IGNORES = {
     "compressed-tensors": "ignore", "awq": "modules_to_not_convert", "bitsandbytes": "llm_int8_skip_modules",
@@ -229,10 +230,11 @@ def write_repaired(
         dense = _dense_names(subject, known)
         where: dict[str, str] = {}
         done: set[str] = set()
-        for file, stored in _files(subject, alias):
+        for file, told, stored in _files(subject, alias):
             kept = _rewritten(stored, wanted, dense, known, given, done)
             where |= dict.fromkeys(kept, file)
-            save_file(kept, staging / file, metadata={"format": "pt"})
+            plain_now = dict.fromkeys((name for name in kept if name in told and name not in stored), _PLAIN)
+            save_file(kept, staging / file, metadata={"format": "pt", **told, **plain_now})
         if lost := sorted(own - done - {alias.get(name, name) for name in done}):
             raise EditError(
                 f"{lost[0]} stands in the files of the two under other names ({len(lost)} of {len(own)} tensors), and cannot "
@@ -251,18 +253,21 @@ def _dense_names(subject: Path, known: Callable[[str], str]) -> dict[str, str]:
     return {part: known(name) for part, name in PackedFolder(subject, None).parts().items()}
 
 
-def _files(subject: Path, alias: Mapping[str, str]) -> Iterator[tuple[str, Mapping[str, Callable[[], Any]]]]:
-    """Yield what each file is to be called and how its tensors are read; pickled ones become one file of safetensors, in
-    which a tensor that is tied to another does not stand twice."""
+def _files(
+    subject: Path, alias: Mapping[str, str]
+) -> Iterator[tuple[str, Mapping[str, str], Mapping[str, Callable[[], Any]]]]:
+    """Yield what each file is to be called, its metadata and how its tensors are read; pickled ones become one file of
+    safetensors, in which a tensor that is tied to another does not stand twice."""
     if not SafetensorsFolder.recognises(subject):
         every = readers(open_checkpoint(subject))
         tied = {name for name, other in alias.items() if name in every and other in every}
         twice = {name for name in tied if every[name]().equal(every[alias[name]]())}
-        yield "model.safetensors", {name: read for name, read in every.items() if name not in twice}
+        yield "model.safetensors", {}, {name: read for name, read in every.items() if name not in twice}
         return
     for file in SafetensorsFolder(subject, None).files():
         with open_tensors(file) as stored:
-            yield file.name, {name: partial(stored.get_tensor, name) for name in stored.keys()}  # noqa: SIM118
+            tensors = {name: partial(stored.get_tensor, name) for name in stored.keys()}  # noqa: SIM118
+            yield file.name, stored.metadata() or {}, tensors
 
 
 def _rewritten(
