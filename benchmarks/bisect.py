@@ -61,11 +61,16 @@ class Bench:
         self.state = {key: value.clone() for key, value in self.model.state_dict().items()}
         self.trials = Trials(self.search.job, self.search.baseline, self.search.subject, self.search.windows.preview)
 
+    def restore(self) -> None:
+        """Give the copy its own values again; a search lets it share memory with the baseline where both are the same."""
+        for name, parameter in self.model.named_parameters():
+            parameter.data = self.state[name].clone()
+
     def plant(self, faults: Sequence[Case], rounding: dict[str, Any] | None) -> list[str] | None:
         """Make the faults; return the names of what they changed, None where the model has no place for one."""
         named: list[str] = []
+        self.restore()
         with torch.no_grad():
-            self.model.load_state_dict(self.state)
             if rounding is not None:
                 RTNQuantEdit(**rounding).apply(self.model, None)
             for case in faults:
@@ -133,8 +138,8 @@ def pairs(bench: Bench, every: int) -> Iterator[dict[str, Any]]:
 def curves(bench: Bench, every: int) -> Iterator[dict[str, Any]]:
     search: Search = bench.search
     for name, how in list(BITS.items())[:: min(every, 3)]:
+        bench.restore()
         with torch.no_grad():
-            bench.model.load_state_dict(bench.state)
             RTNQuantEdit(**how).apply(bench.model, None)
         found = bench.ranked()
         changes = changed_tensors(search.baseline, search.subject)
@@ -162,8 +167,8 @@ def curves(bench: Bench, every: int) -> Iterator[dict[str, Any]]:
 def repairs(bench: Bench) -> Iterator[dict[str, Any]]:
     """Repair for real, as the command line does: search, choose, write, and certify on windows that were held back."""
     for name in (name for name in BITS if not name.startswith("2")):
+        bench.restore()
         with torch.no_grad():
-            bench.model.load_state_dict(bench.state)
             RTNQuantEdit(**BITS[name]).apply(bench.model, None)
         if not bench.trials.damage().fails:
             continue

@@ -126,7 +126,8 @@ def changed_tensors(baseline: ModelLike, subject: ModelLike) -> dict[str, Change
 
 
 def share_unchanged(baseline: ModelLike, subject: ModelLike, changes: Mapping[str, Changed]) -> None:
-    """Let the subject use the baseline's memory for every parameter that is the same in both: neither is written to."""
+    """Let the subject use the baseline's memory for every parameter that is the same in both. A search writes to neither;
+    whoever writes to one of them afterwards writes to both."""
     old = dict(baseline.named_parameters())
     for name, parameter in subject.named_parameters():
         if name not in changes and (parameter.dtype, parameter.device) == (old[name].dtype, old[name].device):

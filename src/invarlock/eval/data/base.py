@@ -316,9 +316,9 @@ class FieldsProvider(Provider):
     """A provider whose rows have named fields; a subclass only says how they are read."""
 
     @property
-    @abstractmethod
     def fields(self) -> tuple[str, ...]:
         """Name the fields of a row that are read."""
+        return ()
 
     @abstractmethod
     def texts(self, split: str | None, *names: str) -> Iterable[Sequence[str]]:
