@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 
 from certification import round_weights
 from gguf_files import write_gguf
-from invarlock.checkpoints.structure import layout_of
+from invarlock.checkpoints.structure import layout_of, stored_names
 from invarlock.core.exceptions import ConfigError, EditError
 from invarlock.flow import bisect as search_flow
 from invarlock.flow.bisect import Bisection, BisectRequest, Search, bisect, open_search, seconds
 from invarlock.flow.damage import Damage, Trials
 from invarlock.flow.diff import diff
-from invarlock.flow.repair import choose, ignore_lists, repair, stored_names, write_repaired
+from invarlock.flow.repair import choose, ignore_lists, repair, write_repaired
 from invarlock.flow.sensitivity import sensitivity
 from invarlock.stats.intervals import Interval
 from invarlock.stats.studentised import studentised_interval
@@ -266,16 +266,6 @@ def test_what_the_certificate_names_is_given_back_though_no_text_shows_it(
     assert made.verdict == "PASS", outcome.certificate["verdict"]["reasons"]
 
 
-def _damaged(copy_model: Callable[..., Path], folder: Path) -> Path:
-    def change(model: Any) -> None:
-        torch.manual_seed(0)
-        for name, tensor in model.named_parameters():
-            if tensor.ndim == 2:
-                tensor += torch.randn_like(tensor) * tensor.std() * (4 if name == CULPRIT else 0.003)
-
-    return copy_model(folder, change)
-
-
 def test_experts_that_stand_one_by_one_in_the_files_are_given_back(llama_model: Path, tmp_path: Path) -> None:
     """The library stacks them while loading; under that name no file has a tensor, and a repair once gave nothing back."""
     from transformers import MixtralConfig, MixtralForCausalLM
@@ -315,10 +305,8 @@ def test_a_tied_tensor_that_stands_under_its_other_name_is_given_back(llama_mode
     assert torch.equal(before["lm_head.weight"], after["lm_head.weight"])
 
 
-def test_pickled_weights_are_repaired_as_safetensors(
-    copy_model: Callable[..., Path], llama_model: Path, tmp_path: Path
-) -> None:
-    subject = _damaged(copy_model, llama_model)
+def test_pickled_weights_are_repaired_as_safetensors(hurt: Path, llama_model: Path, tmp_path: Path) -> None:
+    subject = Path(shutil.copytree(hurt, tmp_path / "subject"))
     model = AutoModelForCausalLM.from_pretrained(subject)
     torch.save(model.state_dict(), subject / "pytorch_model.bin")
     (subject / "model.safetensors").unlink()
@@ -334,9 +322,9 @@ def test_pickled_weights_are_repaired_as_safetensors(
 
 
 def test_a_file_that_is_not_written_here_gets_the_list_for_its_own_tool(
-    copy_model: Callable[..., Path], llama_model: Path, text_file: Path, tmp_path: Path
+    hurt: Path, llama_model: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    subject = write_gguf(_damaged(copy_model, llama_model), tmp_path / "m.gguf")
+    subject = write_gguf(hurt, tmp_path / "m.gguf")
     request = BisectRequest(
         str(llama_model),
         str(subject),

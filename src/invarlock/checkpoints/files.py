@@ -19,7 +19,7 @@ from invarlock.checkpoints.sanity import check_config, check_depth, check_folder
 from invarlock.checkpoints.shards import SafetensorsFolder
 from invarlock.checkpoints.structure import Layout
 from invarlock.core.exceptions import ModelLoadError
-from invarlock.core.files import first_line
+from invarlock.core.files import first_line, only_a_path
 from invarlock.core.network import network_allowed
 from invarlock.evidence.model import Structure
 
@@ -77,14 +77,9 @@ def _local_folder(model_id: str, revision: str | None) -> Path:
         raise ModelLoadError(
             f"{path} is a file; expected a folder with config.json and *.safetensors, or a *.gguf file"
         )
-    if _is_local(model_id):
+    if only_a_path(model_id):
         raise ModelLoadError(f"no such folder: {path}; expected a checkpoint folder or a hub id such as org/name")
     return _from_hub(model_id, revision)
-
-
-def _is_local(model_id: str) -> bool:
-    """Say whether a model id can only be a path."""
-    return os.path.isabs(model_id) or model_id.startswith((".", "~")) or model_id.count("/") > 1
 
 
 def _from_hub(model_id: str, revision: str | None) -> Path:
@@ -110,7 +105,7 @@ def _from_hub(model_id: str, revision: str | None) -> Path:
 def look_at_files(model_id: str) -> None:
     """Refuse what sizes, configuration and headers alone show to be no checkpoint; no library is loaded for it. A hub id is
     not looked up, and what merely lacks files is told by those who read them."""
-    if not (_is_local(model_id) or os.path.exists(os.path.expanduser(model_id))):
+    if not (only_a_path(model_id) or os.path.exists(os.path.expanduser(model_id))):
         return
     folder = _local_folder(model_id, None)
     if (file := weights_file(folder)) is not None:

@@ -20,18 +20,8 @@ _WHAT = "a safetensors file"
 
 def open_tensors(path: Path) -> Any:
     """Open a safetensors file for torch, its header checked. Errors of `check_header`, SafetensorError and OSError."""
-    try:
-        facts = os.stat(path)
-        _check_once(path, facts.st_ino, facts.st_size, facts.st_mtime_ns)
-    except OSError:
-        check_header(path)  # says what is wrong with the path
-    return safe_open(path, framework="pt")
-
-
-@lru_cache(maxsize=256)
-def _check_once(path: Path, *state: int) -> None:
-    """Check a file that is opened for every tensor of it once, as long as it stays as it is."""
     check_header(path)
+    return safe_open(path, framework="pt")
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -52,7 +42,19 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def check_header(path: Path) -> int:
-    """Return how many tensors a file holds. Raises ModelLoadError where they overlap or an entry is malformed."""
+    """Return how many tensors a file holds. Raises ModelLoadError where they overlap or an entry is malformed.
+
+    A file that is opened for every tensor of it is checked once, as long as it stays as it is.
+    """
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return _checked(path)  # says what is wrong with the path
+    return _checked(path, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _checked(path: Path, *state: int) -> int:
     ranges = sorted((*_range(path, name, entry), name) for name, entry in read_header(path).items())
     end, before = 0, ""
     for start, stop, name in ranges:

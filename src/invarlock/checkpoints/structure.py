@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import AutoModel, PretrainedConfig
 
-__all__ = ["Layout", "layout_of", "live_structure", "stored_type", "structure_of"]
+__all__ = ["Layout", "layout_of", "live_structure", "stored_names", "stored_type", "structure_of"]
 
 #: torch's names of types and those of safetensors
 _DTYPES = {
@@ -53,17 +53,16 @@ class Layout:
 
     def canonical(self, name: str) -> str:
         """Return the model's own name for a name found in a file."""
-        candidates = dict.fromkeys([name, f"{self.prefix}.{name}", name.removeprefix(f"{self.prefix}.")])
-        more = list(candidates)
-        for pattern, replacement in (*self.renames, (None, "")):
-            for found in more:
-                if found in self.shapes or found in self.alias:
-                    return found
-            if pattern is not None:
-                renamed = dict.fromkeys(re.sub(pattern, replacement, candidate) for candidate in candidates)
-                more = [candidate for candidate in renamed if candidate not in candidates]
-                candidates |= dict.fromkeys(more)
-        return name
+        return next((found for found in self._spellings(name) if found in self.shapes or found in self.alias), name)
+
+    def _spellings(self, name: str) -> Iterator[str]:
+        """Yield what the library may make of a name, each once: with the prefix, without it, and renamed."""
+        found = dict.fromkeys([name, f"{self.prefix}.{name}", name.removeprefix(f"{self.prefix}.")])
+        yield from found
+        for pattern, replacement in self.renames:
+            renamed = dict.fromkeys(re.sub(pattern, replacement, known) for known in found)
+            yield from (new for new in renamed if new not in found)
+            found |= renamed
 
     def is_ignored(self, name: str) -> bool:
         return any(re.search(pattern, name) for pattern in self.ignored)
@@ -149,14 +148,28 @@ def _as_saved(model: ModelLike, layout: Layout, spoilt: Mapping[str, Tensor]) ->
     if not layout.converted:
         yield from state.items()
         return
-    from transformers.core_model_loading import revert_weight_conversion
-
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         found = _LAYER.match(name)
         layers.setdefault(found[0] if found else "", {})[name] = tensor.detach()
     for layer in layers.values():
-        yield from revert_weight_conversion(model, layer).items()
+        yield from _reverted(model, layer).items()
+
+
+def stored_names(model: ModelLike, names: Iterable[str]) -> list[str]:
+    """Name parameters as the model's checkpoint does, where what the library stacks in memory (experts) stands one by one."""
+    parameters = dict(model.named_parameters())
+    return [stored for name in names for stored in _reverted(model, {name: parameters[name].detach()})]
+
+
+def _reverted(model: ModelLike, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors as a checkpoint holds them, what the library converted while loading converted back."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # transformers 4 converts nothing
+        return tensors
+    found: dict[str, Tensor] = revert_weight_conversion(model, tensors)
+    return found
 
 
 def _as_declared(

@@ -25,6 +25,7 @@ __all__ = [
     "first_line",
     "home",
     "kept_folder",
+    "only_a_path",
     "plain",
     "private_folder",
     "read_json",
@@ -69,6 +70,11 @@ def plain(value: object) -> Any:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message; its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def only_a_path(name: str) -> bool:
+    """Say whether a name can only be a path: a hub id is `name` or `org/name`."""
+    return os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1
 
 
 def home() -> Path:

@@ -242,11 +242,11 @@ def open_certification(request: CertifyRequest, tick: Tick | None = None) -> tup
     What can be refused without a library is refused first: importing those takes longer than all of it.
     """
     ours = registry.adapters.entry(request.adapter).origin == "Core"  # else the files are not ours to read
-    sides = ((request.subject, request.engine), (request.stored or request.baseline, request.baseline_engine))
-    for given, engine in sides if ours else ():
-        if engine is None and isinstance(given, str):
-            look_at_files(given)
+    if ours and request.engine is None:
+        look_at_files(request.subject)
     if request.stored is None:
+        if ours and request.baseline_engine is None:
+            look_at_files(str(request.baseline))
         look_at_text(request.dataset)
     job = open_request(request, tick)
     with job.timed("baseline files"):

@@ -24,8 +24,7 @@ from invarlock.checkpoints.files import format_of, open_checkpoint
 from invarlock.checkpoints.headers import open_tensors
 from invarlock.checkpoints.packed import PackedFolder
 from invarlock.checkpoints.shards import SafetensorsFolder
-from invarlock.checkpoints.structure import Layout, layout_of
-from invarlock.core.api import ModelLike
+from invarlock.checkpoints.structure import Layout, layout_of, stored_names
 from invarlock.core.exceptions import EditError, ModelLoadError
 from invarlock.core.files import plain, read_json, write_json, write_whole
 from invarlock.flow import steps
@@ -37,11 +36,10 @@ from invarlock.flow.measure import measure
 from invarlock.flow.run_folder import require_free, staged_folder
 from invarlock.policy.resolve import resolve_policy
 
-__all__ = ["Repair", "choose", "ignore_lists", "repair", "stored_names", "write_repaired"]
+__all__ = ["Repair", "choose", "ignore_lists", "repair", "write_repaired"]
 
 _REMOVALS = 24
 _ROUNDS = 3  # of writing and certifying, where the certificate names a tensor that was not given back
-_INSIDE = re.compile(r"\[\d+\]$")  # one matrix of a stack
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = (".safetensors", ".bin")
 _WRITTEN = ("safetensors", "packed", "pickled")  # formats of a subject that can be written
@@ -175,7 +173,7 @@ def _size(folder: Path) -> int:
 def _still_named(outcome: CertifyOutcome, found: Bisection, given_back: Sequence[str]) -> list[str]:
     """Return the changed tensors that a FAIL names for what they hold: no text shows a column of zeros for certain."""
     reasons = outcome.certificate["verdict"]["reasons"] if outcome.status == "FAIL" else ()
-    named = {_INSIDE.sub("", reason.get("tensor") or "") for reason in reasons}
+    named = {str(reason.get("tensor")).partition("[")[0] for reason in reasons}  # of a stack one matrix is named
     return [change.name for change in found.ranking if change.name in named and change.name not in given_back]
 
 
@@ -199,16 +197,6 @@ def _certified(request: BisectRequest, search: Search, out: Path, runs: Path, ti
         profile="dev", tier=request.tier, overrides=overrides, out=runs,
     )  # fmt: skip
     return certify(again, tick)
-
-
-def stored_names(model: ModelLike, names: Sequence[str]) -> list[str]:
-    """Name parameters as the model's checkpoint does, where what the library stacks in memory (experts) stands one by one."""
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # transformers 4 stacks nothing
-        return list(names)
-    parameters = dict(model.named_parameters())
-    return [stored for name in names for stored in revert_weight_conversion(model, {name: parameters[name].detach()})]
 
 
 def write_repaired(

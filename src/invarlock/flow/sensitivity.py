@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from invarlock.checkpoints.structure import stored_names
 from invarlock.core import registry
 from invarlock.core.files import plain
 from invarlock.flow import steps
 from invarlock.flow.bisect import Search
 from invarlock.flow.damage import Changed, changed_tensors, rank
-from invarlock.flow.repair import ignore_lists, stored_names
+from invarlock.flow.repair import ignore_lists
 
 __all__ = ["Sensitivity", "sensitivity"]
 

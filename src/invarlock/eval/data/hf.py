@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from invarlock.core.exceptions import ConfigError, DataError, DependencyError, NetworkError
-from invarlock.core.files import first_line
+from invarlock.core.files import first_line, only_a_path
 from invarlock.core.network import network_allowed
 from invarlock.core.reading import open_regular
 from invarlock.eval.data.base import FieldPairsProvider, FieldsProvider, FieldTextProvider
@@ -72,8 +72,7 @@ def load_split(dataset_name: str, config_name: str | None, split: str | None) ->
 
     local = os.path.isdir(dataset_name)
     allowed = network_allowed()
-    named = dataset_name.startswith(("/", ".", "~")) or dataset_name.count("/") > 1 or os.path.exists(dataset_name)
-    if not local and named:
+    if not local and (only_a_path(dataset_name) or os.path.exists(dataset_name)):
         raise DataError(
             f"no such folder: '{dataset_name}'; expected a folder with a data set, or a hub id such as org/name; a file "
             "of text is read with {kind: local_jsonl, file: FILE}"
