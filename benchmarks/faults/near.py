@@ -33,7 +33,8 @@ from invarlock.policy.resolve import resolve_policy
 
 TARGETS = (1 / 3, 1 / 2, 2 / 3, 1.5)  # of the nearest limit
 RULES = ("looks", "whole", "ratio", "KL", "unpaired")
-SEARCHED, STEPS = 4, 14  # blocks of the oracle's text, halvings
+SEARCHED, TRUE = 4, 24  # blocks of the oracle's text that the search looks at, and that say what an edit does
+CLOSE, STEPS = 0.02, 14  # a size is found at this relative distance from the target, or after so many steps
 Sized = Callable[[float], Callable[[Place], Culprits]]
 
 
@@ -54,13 +55,13 @@ def gain(power: float) -> Sized:
 
 #: name -> (edit of a size, seeds, largest size)
 EDITS: dict[str, tuple[Sized, int, float]] = {
-    "noise": (noise, 4, 1.0),
+    "noise": (noise, 2, 1.0),
     "sharpened": (gain(1.0), 1, 4.0),
     "flattened": (gain(-1.0), 1, 4.0),
 }
 
 
-def nearness(bench: Bench, change: Callable[[Place], Culprits], case: Case, blocks: int | None) -> tuple[float, str]:
+def nearness(bench: Bench, change: Callable[[Place], Culprits], case: Case, blocks: int) -> tuple[float, str]:
     """Return the figure that lies nearest to its limit, as a share of it, and its name."""
     with torch.no_grad():
         bench.live.load_state_dict(bench.state)
@@ -71,13 +72,20 @@ def nearness(bench: Bench, change: Callable[[Place], Culprits], case: Case, bloc
 
 
 def search(bench: Bench, sized: Sized, case: Case, target: float, largest: float) -> float:
-    """Return the size of an edit at which the nearest figure is `target` of its limit."""
-    low, high = 0.0, largest
+    """Return the size of an edit at which the nearest figure is `target` of its limit: secant steps on the logarithms
+    of both, in which figures are nearly straight lines, halved where they leave what is known to hold the answer."""
+    low, high, size, before = 0.0, largest, largest / 16.0, None
     for _ in range(STEPS):
-        middle = (low + high) / 2.0
-        value = nearness(bench, sized(middle), case, SEARCHED)[0]
-        low, high = (middle, high) if value < target else (low, middle)
-    return (low + high) / 2.0
+        value = nearness(bench, sized(size), case, SEARCHED)[0]
+        if abs(value / target - 1.0) < CLOSE:
+            break
+        low, high = (size, high) if value < target else (low, size)
+        slope = 1.0  # of the logarithms, where nothing is known of it
+        if before is not None and before[0] != size and 0.0 < before[1] != value:
+            slope = math.log(value / before[1]) / math.log(size / before[0])
+        before, step = (size, value), size * (target / max(value, 1e-9)) ** (1.0 / max(slope, 0.5))
+        size = step if low < step < high else (low + high) / 2.0
+    return size
 
 
 def verdicts(certificate: dict[str, Any]) -> dict[str, str]:
@@ -113,7 +121,7 @@ def runs(name: str, folder: Path, work: Path) -> Iterator[dict[str, Any]]:
                 for target in TARGETS:
                     blank = Case(Edit(f"near {kind}", "harmless"), 0.5, seed)
                     size = search(bench, sized, blank, target, largest)
-                    true, figure = nearness(bench, sized(size), blank, None)
+                    true, figure = nearness(bench, sized(size), blank, TRUE)
                     case = Case(Edit(blank.edit.name, "harmless", change=sized(size)), 0.5, seed)
                     record = bench.run(case)
                     assert record is not None

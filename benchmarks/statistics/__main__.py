@@ -32,6 +32,7 @@ TABLES: dict[str, Callable[[Extent], list[Row]]] = {
     "earlier looks": lambda extent: sequential(extent._replace(**EARLIER), EARLY),
     "accuracy": tables.accuracy,
     "divergence": tables.divergence,
+    "glance": tables.glance,
     "sigma": lambda _: sigma(),
 }
 #: rows of the plain tables whose truth is at the limit or beyond, and the name of their false PASS
@@ -41,7 +42,7 @@ FALSE: dict[str, tuple[Callable[[Row], bool], str]] = {
     "accuracy": (lambda row: True, "new passes"),
     "divergence": (lambda row: float(row["truth"]) >= 1.0, "new passes"),
 }
-SLICE = ("limit, ICC 0.3", "power", "advice", "sequential", "accuracy", "divergence")
+SLICE = ("limit, ICC 0.3", "power", "advice", "sequential", "accuracy", "divergence", "glance")
 
 
 def pivoted(rows: list[Row]) -> Iterator[str]:

@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 from benchmarks.statistics.rules import RULES, Bounds, accuracy_passes, cluster_t, new_rule
-from benchmarks.statistics.samples import Design, Sample, sample
+from benchmarks.statistics.samples import SIZES, Design, Sample, sample
 from scipy.special import nctdtrinc, stdtrit
 
+from invarlock.evidence.plan import GLANCE
+from invarlock.stats.betting import GLANCE_ERROR, fortune
 from invarlock.stats.intervals import Interval
 from invarlock.stats.power import documents_needed, minimum_detectable_effect
 
@@ -165,4 +167,48 @@ def divergence(extent: Extent) -> list[Row]:
                 "cv": cv, "documents": documents, "truth": truth, "old passes": float(point.mean()),
                 "new passes": float((new.hi * truth <= 1.0).mean()), "new fails": float((new.lo * truth > 1.0).mean()),
             })  # fmt: skip
+    return rows
+
+
+#: mean KL of a document, of mean 1: even, spread out, a few documents alone, and all or nothing
+KL = {
+    "gamma, cv .5": lambda rng, shape: rng.standard_gamma(4.0, shape) / 4.0,
+    "gamma, cv 2": lambda rng, shape: rng.standard_gamma(0.25, shape) * 4.0,
+    "1 in 20": lambda rng, shape: np.where(rng.random(shape) < 0.05, 20.0, 0.0),
+    "19 in 20": lambda rng, shape: np.where(rng.random(shape) < 0.05, 0.0, 20.0 / 19.0),
+}
+PLANNED = 160
+
+
+def glance(extent: Extent) -> list[Row]:
+    """FAIL at a glance at six of 160 documents, by bets and by cluster-t at the same level (nominal .0001 at 1).
+
+    `truth` is the KL per token, in units of the limit. `steeper`: short documents have more of it a token, as the first
+    quarter of a window has.
+    """
+    rng, rows = np.random.default_rng(0), []
+    for (name, draw), sizes, steeper in itertools.product(KL.items(), extent.sizes, (False, True)):
+        tokens = 200.0 * SIZES[sizes](PLANNED)
+        count = 10 * extent.simulations
+        order = rng.permuted(np.broadcast_to(tokens, (count, PLANNED)), axis=1)[:, :GLANCE]
+        slope = 1.0 / np.sqrt(order) if steeper else np.ones(order.shape)
+        level = tokens.sum() / (tokens / np.sqrt(tokens)).sum() if steeper else 1.0
+        sums = draw(rng, order.shape) * slope * level * order  # of 1 a token in all
+        largest = float(tokens.max())
+        row: Row = {"documents": name, "sizes": sizes, "steeper": str(steeper)}
+        for truth in (1.0, 2.0, 5.0, 10.0, 20.0, 50.0):
+            some = slice(None if truth == 1.0 else extent.simulations)
+            won = [
+                fortune(x, w, 1.0, largest) >= 1.0 / GLANCE_ERROR
+                for x, w in zip(truth * sums[some], order[some], strict=True)
+            ]
+            row[f"at {truth:g}"] = float(np.mean(won))
+        estimate = sums.sum(axis=1) / order.sum(axis=1)
+        error = np.sqrt(GLANCE / (GLANCE - 1) * np.square(sums - estimate[:, None] * order).sum(axis=1)) / order.sum(
+            axis=1
+        )
+        freedom = np.square(order.sum(axis=1)) / np.square(order).sum(axis=1) - 1.0
+        with np.errstate(divide="ignore"):
+            beyond = (estimate - 1.0) / error > stdtrit(freedom, 1.0 - GLANCE_ERROR)
+        rows.append({**row, "t at 1": float(beyond.mean())})
     return rows

@@ -120,6 +120,20 @@ def test_the_first_text_that_is_encoded_otherwise_is_found(tokenizer: Any, tmp_p
     assert encoded_differently(tokenizer, other, ["With A Capital", *plain, "And Another"]) == [0, len(plain) + 1]
 
 
+@pytest.mark.parametrize("tokenizer", ["llama"], indirect=True)
+def test_a_tokenizer_with_code_of_its_own_is_encoded_with_whatever_its_state(tokenizer: Any, tmp_path: Path) -> None:
+    class Replacing(type(tokenizer)):  # type: ignore[misc]
+        def __call__(self, text: Any, **options: Any) -> Any:
+            texts = [text] if isinstance(text, str) else text
+            changed = [one.replace("zebra", "horse") for one in texts]
+            return super().__call__(changed[0] if isinstance(text, str) else changed, **options)
+
+    tokenizer.save_pretrained(tmp_path)
+    other = Replacing.from_pretrained(tmp_path)
+    assert tokenizer_facts(other)[0] == tokenizer_facts(tokenizer)[0]  # no probe meets such a word
+    assert encoded_differently(tokenizer, other, ["a horse", "a zebra"]) == [1]
+
+
 # -- usage and what is said of it -------------------------------------------------------------------------------------
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"

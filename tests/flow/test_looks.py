@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import shutil
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ import pytest
 from certification import Certify, reread, round_weights
 from invarlock.assurance import verify_certificate
 from invarlock.core.exceptions import CertificateError, PairingError
-from invarlock.evidence.plan import cuts, document_order
+from invarlock.evidence.plan import GLANCE, cuts, document_order, glance
 from invarlock.evidence.windows import TextOrigin, Window, Windows
+from invarlock.flow import steps
 from invarlock.flow.certify import CertifyOutcome
 from invarlock.flow.run import RunRequest, run
 from invarlock.policy.config import load_config
@@ -69,12 +72,115 @@ def test_a_clear_subject_is_decided_at_the_first_look_and_the_rest_is_not_measur
     assert verify_certificate(c).intact
 
 
-def test_a_wrecked_subject_fails_at_the_first_look(
+# --- the glance before the looks
+
+
+@pytest.fixture(scope="module")
+def lost(certify_models: Certify, wrecked: Path, baseline: Path) -> CertifyOutcome:
+    return certify_models(wrecked, baseline, **SMALL)
+
+
+def test_a_wrecked_subject_fails_at_a_glance_and_the_certificate_says_what_was_not_measured(
+    lost: CertifyOutcome,
+) -> None:
+    c = reread(lost.certificate)
+    (look,) = c["looks"]["made"]
+    assert (c["verdict"]["status"], look["decision"], look["documents"], look["level"]) == (
+        "FAIL",
+        "fail",
+        GLANCE,
+        1e-4,
+    )
+    assert c["looks"]["reached"] == [c["looks"]["glance"]["windows"]] and c["looks"]["share_used"] < 0.2
+    assert {reason["gate"] for reason in c["verdict"]["reasons"]} >= {"divergence_kl"}
+    decisions = {gate["name"]: gate["decision"] for gate in c["gates"]}
+    assert {decisions[name] for name in ("spectral", "rmt", "variance")} == {"not_evaluated"}
+    assert decisions["invariants"] == "pass"
+    assert c["weights"]["changes"] and c["confidence"]["label"] == "Medium"
+    assert verify_certificate(c).intact
+
+
+def test_a_subject_that_is_wrecked_on_few_documents_is_not_lost_where_it_may_differ(
     certify_models: Certify, wrecked: Path, early: CertifyOutcome
 ) -> None:
-    outcome = certify_models(wrecked, baseline_report=early.source_report, **SMALL)
-    assert (outcome.status, len(_documents(outcome))) == ("FAIL", 1)
-    assert verify_certificate(reread(outcome.certificate)).intact
+    """Where a limit of the divergence only warns, nothing of it can end a measurement."""
+    softer = ({"intent": "finetune"}, {"overrides": {"sample": SAMPLE, "metrics": {"divergence": {"mode": "warn"}}}})
+    for options in softer:
+        outcome = certify_models(wrecked, baseline_report=early.source_report, **{**SMALL, **options})
+        assert "glance" not in outcome.certificate["looks"] and _documents(outcome)[0] > GLANCE
+
+
+@pytest.mark.slow
+def test_fresh_stored_and_packed_baselines_and_slow_loading_give_one_certificate_of_a_lost_subject(
+    certify_models: Certify, wrecked: Path, early: CertifyOutcome, lost: CertifyOutcome, baseline: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    stored = certify_models(wrecked, baseline_report=early.source_report, **SMALL)
+    loaded = steps.load
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(1.0)
+        return loaded(*arguments)
+
+    monkeypatch.setattr(steps, "load", slowly)
+    slow = certify_models(wrecked, baseline, **SMALL)
+    assert "subject" in slow.timings and slow.source_report is not None
+    for other in (stored, slow):
+        for section in ("evaluation_windows", "primary_metric", "divergence", "verdict", "gates", "looks", "weights"):
+            assert other.certificate[section] == lost.certificate[section], section
+        assert verify_certificate(reread(other.certificate)).intact
+
+
+def test_a_harmless_subject_is_glanced_at_in_passing(early: CertifyOutcome) -> None:
+    """What was scored at the glance is not scored again by the subject, and the looks are those of before."""
+    looks = early.certificate["looks"]
+    assert looks["glance"]["windows"] != looks["reached"][0] and sum(looks["glance"]["windows"]) >= GLANCE
+    largest = max(Counter(_tokens_by_document(early)).values())
+    assert largest <= looks["glance"]["largest"] <= looks["planned_tokens"]
+
+
+def _tokens_by_document(outcome: CertifyOutcome) -> dict[str, int]:
+    sizes: Counter[str] = Counter()
+    for rows in outcome.certificate["evaluation_windows"].values():
+        sizes.update(dict.fromkeys(rows["document_ids"], 0))
+        for document, tokens in zip(rows["document_ids"], rows["tokens"], strict=True):
+            sizes[document] += tokens
+    return sizes
+
+
+GLANCE_FORGERIES: dict[str, Callable[[dict[str, Any]], None]] = {
+    "no glance": lambda c: c["looks"].pop("glance"),
+    "smaller documents planned": lambda c: c["looks"]["glance"].update(largest=1),
+    "documents so large that it shows nothing": lambda c: c["looks"]["glance"].update(largest=10**9),
+    "more windows": lambda c: c["looks"]["glance"].update(windows=[n + 1 for n in c["looks"]["glance"]["windows"]]),
+    "a look after it": lambda c: c["looks"]["reached"].append(c["looks"]["planned_windows"]),
+    "its level": lambda c: c["looks"]["made"][0].update(level=0.001),
+    "a window less": lambda c: c["looks"].update(reached=[[n - 1 for n in c["looks"]["reached"][0]]]),
+}
+
+
+@pytest.mark.parametrize("name", GLANCE_FORGERIES)
+def test_a_glance_that_was_another_one_is_noticed(name: str, lost: CertifyOutcome) -> None:
+    altered = copy.deepcopy(reread(lost.certificate))
+    GLANCE_FORGERIES[name](altered)
+    assert not verify_certificate(altered).intact
+
+
+def test_a_glance_takes_whole_documents_of_both_halves_and_leaves_something_to_look_at() -> None:
+    preview, final = [f"p{i // 2}" for i in range(200)], [f"f{i // 2}" for i in range(50)]
+    windows = _windows(preview, final)
+    cut = glance(windows)
+    assert cut is not None and min(cut) > 0
+    reached, rest = windows.between((0, 0), cut).all, windows.between(cut, (200, 50)).all
+    assert len({w.document for w in reached}) == GLANCE and not {w.document for w in reached} & {
+        w.document for w in rest
+    }
+    few = [f"d{i}" for i in range(3)]
+    assert glance(_windows(few, [f"f{i}" for i in range(3)])) is None
+    assert glance(Windows(windows.preview[::-1], windows.final, 2, (200, 50), windows.origin)) is None
+
+
+# --- looks
 
 
 def test_what_lies_at_a_limit_is_looked_at_until_the_text_ends(undecided: CertifyOutcome) -> None:

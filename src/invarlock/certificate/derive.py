@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from invarlock.certificate.figures import FIRST_ESTIMATORS, Comparison, Estimators, Figures, figures, not_evaluated
@@ -48,6 +48,7 @@ from invarlock.guards.peaks import shipped_type
 from invarlock.guards.sketch import Culprits, culprits
 from invarlock.policy.limits import Limits
 from invarlock.policy.resolve import Policy
+from invarlock.stats.betting import GLANCE_ERROR
 from invarlock.stats.intervals import Interval
 from invarlock.stats.paired import confidence_label
 
@@ -146,6 +147,7 @@ DERIVATIONS: Mapping[int, Rules] = {
     ),
     3: _THIRD,
     4: _THIRD,  # other sentences
+    5: _THIRD,  # a glance before the looks
 }
 #: the derivation of new certificates
 CURRENT = max(DERIVATIONS)
@@ -166,8 +168,11 @@ def derive(r: Recorded) -> Certificate:
     judges = judge_guards(r, rules.judges)
     changed = rules.diagnose(r.weights.changes) if r.weights.changes else None
 
-    def judge(windows: Mapping[Split, PairedRows], limits: Limits) -> tuple[_Seen, GateDecision]:
+    def judge(
+        windows: Mapping[Split, PairedRows], limits: Limits, fortunes: Mapping[str, float]
+    ) -> tuple[_Seen, GateDecision]:
         measured, compared = _measured(r, windows, limits, rules, judges, changed)
+        measured = replace(measured, fortunes=fortunes)
         slices = {} if compared is None else measured_slices(measured, compared, r.data, r.divergence)
         gates = [*all_gates(measured, rules.gates), *slice_gates(slices, rules.gates)]
         return _Seen(measured, slices, gates), status_of(gates, rules.gates)
@@ -176,7 +181,7 @@ def derive(r: Recorded) -> Certificate:
     if r.looks is not None and r.refused is None:
         (measured, slices, gates), looks = through_looks(r.looks, limits, r.evaluation_windows, judge)
     else:
-        (measured, slices, gates), _ = judge(r.evaluation_windows, limits)
+        (measured, slices, gates), _ = judge(r.evaluation_windows, limits, {})
     found, sections, counts = measured.figures, measured.guards, measured.counts
     provenance = r.policy_provenance
     kept = {name: getattr(r, name) for name in Recorded.model_fields if name not in _DERIVED}
@@ -200,7 +205,7 @@ def derive(r: Recorded) -> Certificate:
         ],
         weights=_weights(r, changed),
         verdict=(verdict := verdict_of(gates, measured, rules.gates)),
-        confidence=_modest(rules.confidence(measured, _interval(found)), verdict.status, rules),
+        confidence=_modest(rules.confidence(measured, _interval(found)), verdict.status, rules, measured),
         slices=slice_sections(slices, r.data, gates),
         noise_distance=_noise_distance(r.noise_floor or (), found),
     )
@@ -299,7 +304,10 @@ def _window_counts(r: Recorded, splits: Mapping[Split, PairedRows]) -> dict[str,
     }
 
 
-def _modest(confidence: Confidence, status: str, rules: Rules) -> Confidence:
+def _modest(confidence: Confidence, status: str, rules: Rules, m: Measured) -> Confidence:
+    if m.fortunes:
+        chance = f"a chance below 1 in {1.0 / GLANCE_ERROR:,.0f}"
+        return Confidence(label="Medium", basis=f"a glance: figures are rough, and within the limit they had {chance}")
     if rules.modest and status == "INCONCLUSIVE" and confidence.label == "High":
         return Confidence(label="Medium", basis=f"{confidence.basis}; not High, as the verdict is open")
     return confidence

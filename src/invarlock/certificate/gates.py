@@ -7,7 +7,7 @@ was asked for and could not be evaluated makes the verdict INCONCLUSIVE, never P
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -65,6 +65,7 @@ class Measured:
     types: tuple[str | None, str | None] = (None, None)  # that the two sides ship in
     planned: LooksRecord | None = None  # where less than the planned text may decide
     experts: ExpertsRecord | None = None
+    fortunes: Mapping[str, float] = field(default_factory=dict)  # at a glance: what bets against a gate came to
 
     def named(self, reason: str) -> str:
         """Add the weights at fault to a behavioural failure."""

@@ -2,22 +2,28 @@
 
 All gates decide together. A look passes when no gate fails or is undecided, and fails as soon as one gate fails: an
 interval beyond its limit, or a finding on the weights. Levels are those of `stats.sequential`, from the share of the
-planned documents that each look reached.
+planned documents that each look reached. A glance at the first documents comes before the looks. It can only fail: where
+bets on these documents against a limit of the divergence (`stats.betting`) came to 1 / `GLANCE_ERROR`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from invarlock.certificate.gates import GateKind, base_name
 from invarlock.certificate.schema import Gate, GateDecision, Look, Looks, LooksRecord, PairedRows, Split
 from invarlock.certificate.slices import at_level
-from invarlock.core.exceptions import CertificateError
+from invarlock.core.exceptions import CertificateError, DataError
+from invarlock.evidence.plan import GLANCE
+from invarlock.evidence.rows import WindowRows
 from invarlock.policy.limits import Limits
+from invarlock.stats.betting import GLANCE_ERROR, fortune
 from invarlock.stats.sequential import looks
 
-__all__ = ["head", "status_of", "through_looks"]
+__all__ = ["fortunes", "head", "lost", "status_of", "through_looks"]
 
 _Seen = TypeVar("_Seen")
 _Rows = Mapping[Split, PairedRows]
@@ -36,40 +42,98 @@ def status_of(gates: Sequence[Gate], kinds: Sequence[GateKind]) -> GateDecision:
     return next((found for found in ("fail", "inconclusive") if found in decisions), "pass")
 
 
+def fortunes(rows: Iterable[PairedRows | WindowRows], limits: Limits, largest: int) -> dict[str, float]:
+    """Return what bets on the documents of both splits, against each limit of the divergence, came to by gate; {} where
+    it was not measured. `largest`: the scored tokens of the largest document of the plan.
+
+    Raises DataError for rows that cannot be.
+    """
+    tokens: dict[str, int] = defaultdict(int)
+    sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for split in rows:
+        for place, document in enumerate(split.document_ids):
+            tokens[document] += split.tokens[place]
+            for column in ("kl_sum", "flips"):
+                values = getattr(split, column)
+                if values is not None:
+                    sums[column][document] += math.nan if values[place] is None else values[place]
+    held = {"divergence_kl": ("kl_sum", limits.divergence.kl_max), "token_flips": ("flips", limits.divergence.flip_max)}
+    return {
+        gate: fortune([sums[column][document] for document in tokens], [*tokens.values()], limit, largest)
+        for gate, (column, limit) in held.items()
+        if column in sums and limit > 0.0
+    }
+
+
+def lost(found: Mapping[str, float]) -> bool:
+    """Whether bets came to so much that the subject is beyond a limit."""
+    return any(value >= 1.0 / GLANCE_ERROR for value in found.values())
+
+
 def through_looks(
     record: LooksRecord,
     limits: Limits,
     rows: _Rows,
-    judge: Callable[[_Rows, Limits], tuple[_Seen, GateDecision]],
+    judge: Callable[[_Rows, Limits, Mapping[str, float]], tuple[_Seen, GateDecision]],
 ) -> tuple[_Seen, Looks]:
     """Judge look after look; return what the last one shows, and all of them.
 
-    Raises CertificateError where the looks are not those that the plan gives, split a document, or go on after one that
-    decided.
+    `judge` gets the rows that a look reached, the limits at its level, and the fortunes of a glance. Raises
+    CertificateError where the looks are not those that the plan gives, split a document, or go on after one that decided.
     """
+    whole = [len(rows[split].window_ids) for split in ("preview", "final")]
     error = (1.0 - limits.ratio.ci_level) / 2.0
     planned = looks(record.planned_documents, limits.sample.early_documents, error=error)
-    whole = [len(rows[split].window_ids) for split in ("preview", "final")]
+    if record.glance is not None:
+        part = head(rows, record.glance.windows)
+        try:
+            found = fortunes(part.values(), limits, record.glance.largest)
+        except DataError as why:
+            raise CertificateError(f"the glance cannot have been made: {why}") from None
+        if lost(found):
+            seen, decision = judge(part, at_level(limits, 1.0 - 2.0 * planned[0].level), found)
+            if [*map(list, record.reached)] != [[*record.glance.windows]] or whole != [*record.glance.windows]:
+                raise CertificateError(
+                    "looks were made although the glance before them had decided; expected none after it"
+                )
+            made = [_look(record, rows, record.glance.windows, GLANCE, GLANCE_ERROR, "the glance", decision)]
+            return seen, _looks(record, made)
     if not record.reached or list(record.reached[-1]) != whole or len(record.reached) > len(planned):
         raise CertificateError(
             f"looks reach {record.reached}; the rows are {whole}, and {len(planned)} looks were planned"
         )
-    made: list[Look] = []
+    made = []
     for number, (cut, look) in enumerate(zip(record.reached, planned, strict=False), start=1):
         if made and made[-1].decision != "inconclusive":
             raise CertificateError(
                 f"look {number} was made although the one before had decided; expected none after it"
             )
-        part = head(rows, cut)
-        documents = {name for split in part.values() for name in split.document_ids}
-        rest = {name for split in rows for name in rows[split].document_ids[len(part[split].document_ids) :]}
-        if len(documents) != look.documents or documents & rest:
-            raise CertificateError(
-                f"look {number} reaches {len(documents)} documents; expected {look.documents} of "
-                f"{record.planned_documents}, each of them whole"
-            )
-        seen, decision = judge(part, at_level(limits, 1.0 - 2.0 * look.level))
-        tokens = sum(sum(split.tokens) for split in part.values())
-        made.append(Look(documents=len(documents), windows=cut, tokens=tokens, level=look.level, decision=decision))
-    share = made[-1].tokens / record.planned_tokens
-    return seen, Looks(**dict(record), made=made, share_used=share)
+        seen, decision = judge(head(rows, cut), at_level(limits, 1.0 - 2.0 * look.level), {})
+        made.append(_look(record, rows, cut, look.documents, look.level, f"look {number}", decision))
+    return seen, _looks(record, made)
+
+
+def _look(
+    record: LooksRecord,
+    rows: _Rows,
+    cut: tuple[int, int],
+    expected: int,
+    level: float,
+    name: str,
+    decision: GateDecision,
+) -> Look:
+    """Return a look at the first windows of both splits, which must be whole documents, as many as expected."""
+    part = head(rows, cut)
+    documents = {name for split in part.values() for name in split.document_ids}
+    rest = {name for split in rows for name in rows[split].document_ids[len(part[split].document_ids) :]}
+    if len(documents) != expected or documents & rest:
+        raise CertificateError(
+            f"{name} reaches {len(documents)} documents; expected {expected} of {record.planned_documents}, each of "
+            "them whole"
+        )
+    tokens = sum(sum(split.tokens) for split in part.values())
+    return Look(documents=len(documents), windows=cut, tokens=tokens, level=level, decision=decision)
+
+
+def _looks(record: LooksRecord, made: list[Look]) -> Looks:
+    return Looks(**dict(record), made=made, share_used=made[-1].tokens / record.planned_tokens)

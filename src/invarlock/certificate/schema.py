@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from invarlock.evidence.model import DataFacts, ModelFacts, Runtime, Structure
+from invarlock.evidence.model import DataFacts, GlanceFacts, ModelFacts, Runtime, Structure
 from invarlock.evidence.plain import ABSENT, Plain
 from invarlock.evidence.rows import PairedRows
 from invarlock.guards.boundary import BUILT_IN_GUARDS
@@ -332,7 +332,7 @@ class PeaksRecord(Plain):
 
 
 class LooksRecord(Plain):
-    """How much text was planned, and how many windows of preview and final each look reached."""
+    """How much text was planned, and how many windows of preview and final each look reached; `glance`: before them."""
 
     model_config = _RECORD
 
@@ -340,6 +340,7 @@ class LooksRecord(Plain):
     planned_windows: tuple[int, int]
     planned_tokens: int
     reached: list[tuple[int, int]]
+    glance: Annotated[GlanceFacts | None, ABSENT] = None
 
 
 class Look(Plain):
@@ -353,7 +354,8 @@ class Look(Plain):
 
 
 class Looks(LooksRecord):
-    """The looks that were made, the last of which decided; `share_used` is of the planned tokens."""
+    """The looks that were made, the last of which decided, or the glance alone where it did; `share_used` is of the planned
+    tokens."""
 
     model_config = _WHOLE
 

@@ -27,7 +27,7 @@ from invarlock.stats.paired import AccuracyComparison, Decision, confidence_labe
 from invarlock.stats.proportions import accuracy_score_paired
 from invarlock.stats.studentised import studentised_interval
 
-__all__ = ["SECOND_ESTIMATORS", "SECOND_GATES", "confidence_of", "effective_documents", "sample_outcome"]
+__all__ = ["SECOND_ESTIMATORS", "SECOND_GATES", "UNITS", "confidence_of", "effective_documents", "sample_outcome"]
 
 _Labels = Sequence[Hashable]
 
@@ -151,7 +151,7 @@ def _three_way(name: str, ends: str) -> GateKind:
         if decision != "pass" and (m.intent == "finetune" or m.limits.divergence.mode == "warn"):
             decision = "warn"
         shown = "no interval: too few documents" if lo is None or hi is None else f"interval [{lo:.4g}, {hi:.4g}]"
-        reason = f"{value:.4g} {_UNITS[name]}, {shown}, limit {limit:g}"
+        reason = f"{value:.4g} {UNITS[name]}, {shown}, limit {limit:g}"
         reason = m.named(reason) if decision == "fail" else reason
         reason += " (only warns under intent finetune)" * (m.intent == "finetune")
         return Outcome(found.measured, found.limit, "interval over documents", decision, reason)
@@ -159,7 +159,7 @@ def _three_way(name: str, ends: str) -> GateKind:
     return replace(kind, check=check)
 
 
-_UNITS = {"divergence_kl": "nats per token", "token_flips": "of the tokens flip"}
+UNITS = {"divergence_kl": "nats per token", "token_flips": "of the tokens flip"}
 
 
 def _first(name: str) -> GateKind:

@@ -1,5 +1,5 @@
-"""What derivations 3 and 4 estimate, gate and judge otherwise than the second; the fourth, that of new certificates, words
-sentences otherwise.
+"""What derivations 3 to 5 estimate, gate and judge otherwise than the second. The fourth words sentences otherwise; the
+fifth, that of new certificates, may have a glance before its looks, and no other has one.
 
 A rule changes here and nowhere else: an estimator in THIRD_ESTIMATORS, a gate in `_CHANGED` (one of the second's, by its
 name) or `_ADDED`, the verdict of a guard in THIRD_JUDGES. What the first two derivations use stays as it is.
@@ -14,9 +14,10 @@ from typing import Any
 from invarlock.certificate.gates import PLUGINS, GateKind, Measured, Outcome
 from invarlock.certificate.guards import GUARDS
 from invarlock.certificate.schema import Coverage, GateDecision
-from invarlock.certificate.second import SECOND_ESTIMATORS, SECOND_GATES, sample_outcome
+from invarlock.certificate.second import SECOND_ESTIMATORS, SECOND_GATES, UNITS, sample_outcome
 from invarlock.guards.base import StatsGuard
 from invarlock.guards.routing import expert_of, not_exercised
+from invarlock.stats.betting import GLANCE_ERROR
 from invarlock.stats.coverage import smallest_share
 
 __all__ = ["GATE_NAMES", "THIRD_ESTIMATORS", "THIRD_GATES", "THIRD_JUDGES", "coverage_of"]
@@ -76,8 +77,25 @@ def _listed(experts: set[tuple[str, int]]) -> str:
     return "; ".join(shown) + (" and more" if len(blocks) > 3 or any(len(n) > 8 for n in blocks.values()) else "")
 
 
+def _or_at_a_glance(name: str) -> GateKind:
+    """A gate on a figure of the divergence that also fails where bets against its limit, on a few documents, were won."""
+    kind = _second(name)
+
+    def check(m: Measured) -> Outcome | None:
+        found, fortune = kind.check(m), m.fortunes.get(name, 0.0)
+        if found is None or found.decision in ("fail", "warn", "off") or fortune < 1.0 / GLANCE_ERROR:
+            return found
+        reason = f"{found.measured:.4g} {UNITS[name]} in the first {m.counts['documents']} documents, limit {found.limit:g}: "
+        reason += f"within the limit so much has a chance below 1 in {1.0 / GLANCE_ERROR:,.0f}"
+        return found._replace(decision="fail", basis="bets on documents", reason=m.named(reason))
+
+    return replace(kind, check=check)
+
+
 _CHANGED: Mapping[str, GateKind] = {
     "sample_size": _second("sample_size", check=_sample),
+    "divergence_kl": _or_at_a_glance("divergence_kl"),
+    "token_flips": _or_at_a_glance("token_flips"),
     "activation_range": _second("activation_range", at_end=True),
 }
 _ADDED: tuple[GateKind, ...] = (GateKind("experts_exercised", _experts, at_end=True),)

@@ -98,14 +98,24 @@ class DataFacts(Plain):
     remarks: Annotated[list[str] | None, ABSENT] = None
 
 
+class GlanceFacts(Plain):
+    """The first documents, on which a subject can only fail: their windows of preview and final, and the scored tokens of
+    the largest document of the plan."""
+
+    windows: tuple[int, int]
+    largest: int
+
+
 class Plan(Plain):
     """How much text was planned (documents, windows of preview and final, scored tokens), and how many windows of each
-    split were measured look by look so far. The digest of the data covers all that was planned."""
+    split were measured look by look so far, a glance before them where there was one. The digest of the data covers all
+    that was planned."""
 
     documents: int
     windows: tuple[int, int]
     tokens: int
     reached: list[tuple[int, int]]
+    glance: Annotated[GlanceFacts | None, ABSENT] = None
 
 
 class TokenFile(Plain):

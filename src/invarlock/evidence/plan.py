@@ -16,9 +16,10 @@ from invarlock.stats.sequential import looks
 if TYPE_CHECKING:
     from invarlock.evidence.windows import Window, Windows
 
-__all__ = ["Cut", "cuts", "document_order", "in_order"]
+__all__ = ["GLANCE", "Cut", "cuts", "document_order", "glance", "in_order"]
 
 Cut = tuple[int, int]  # how many windows of preview and of final
+GLANCE = 6  # documents before the first look, on which a subject can only fail
 
 
 def document_order(strata: Sequence[Sequence[str]], seed: int) -> dict[str, int]:
@@ -55,14 +56,28 @@ def cuts(windows: Windows, minimum: int) -> list[Cut]:
     One look at the end where the windows do not stand in the order of their documents (they come from a caller, or were
     cut by an earlier release).
     """
-    splits = (windows.preview, windows.final)
     whole = (len(windows.preview), len(windows.final))
+    ranks, documents = _ranks(windows)
+    if not documents:
+        return [whole]
+    found = [_reached(ranks, look.documents) for look in looks(documents, minimum)]
+    return found if all(min(cut) > 0 or cut == whole for cut in found) else [whole]
+
+
+def glance(windows: Windows) -> Cut | None:
+    """Return how many windows of preview and final the first `GLANCE` documents hold; None where there is nothing beyond
+    them, or the windows do not stand in the order of their documents."""
+    ranks, documents = _ranks(windows)
+    cut = _reached(ranks, GLANCE)
+    return cut if documents > GLANCE and min(cut) > 0 else None
+
+
+def _ranks(windows: Windows) -> tuple[list[list[int]], int]:
+    """Return the place of each window's document, by split, and how many there are: 0 where they are out of order."""
+    splits = (windows.preview, windows.final)
     order = document_order(_strata(splits), windows.origin.seed)
     ranks = [[order[window.document] for window in split] for split in splits]
-    if not order or any(split != sorted(split) for split in ranks):
-        return [whole]
-    found = [_reached(ranks, look.documents) for look in looks(len(order), minimum)]
-    return found if all(min(cut) > 0 or cut == whole for cut in found) else [whole]
+    return ranks, 0 if any(split != sorted(split) for split in ranks) else len(order)
 
 
 def _reached(ranks: Sequence[Sequence[int]], documents: int) -> Cut:

@@ -5,6 +5,8 @@
 3. baseline: load, measure as far as the look reaches, show it to plugin guards, write its evidence, free it
 4. subject: load, measure on the same windows, let plugin guards validate it, free it
 5. compare: one certificate; where its look decided nothing, steps 3 to 5 again as far as the next look reaches
+
+Before them comes a glance at a few documents, which ends all for a subject that is lost.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import contextlib
 import gc
 import os
 import shutil
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -41,7 +44,7 @@ from invarlock.evidence.windows import WindowBatches
 from invarlock.flow import cache, steps
 from invarlock.flow.diff import diff, kind_of
 from invarlock.flow.job import INTENTS, Job, Tick, open_job, resolved_metric
-from invarlock.flow.measure import Measurement, files_only, followed, measure, shown
+from invarlock.flow.measure import Measurement, files_only, followed, is_lost, measure, shown
 from invarlock.flow.noise import noise_floor
 from invarlock.flow.run_folder import PARTIAL, find_report
 from invarlock.flow.sampling import check_same_data, cut_windows, look_at_text, read_again, reuse_windows
@@ -66,6 +69,7 @@ _BY_DIGEST = (
     "the documents were not encoded with the subject's tokenizer, which was compared with the stored baseline's by its "
     "digest alone: their text is not at hand as it was"
 )
+_GLANCED = "a glance at the first documents decided before it"
 _REBUILT = ("tensor_missing", "tensor_unexpected", "tensor_shape", "E002")
 
 
@@ -160,7 +164,7 @@ class CertifyOutcome:
 class Source:
     """The baseline's side. `report` is as it was read or written; `failed`: plugin guards whose prepare failed, by place,
     None before they were shown the model; `stale`: more was measured than was written; `key`: of its entry in the cache;
-    `said`: of what the caller alone is told."""
+    `said`: of what the caller alone is told; `live`: as it was loaded, while nothing else has to be."""
 
     side: Side
     report: dict[str, Any] = field(default_factory=dict)
@@ -170,6 +174,7 @@ class Source:
     stale: bool = False
     key: str | None = None
     said: list[str] = field(default_factory=list)
+    live: ModelLike | None = None
 
     @property
     def reach(self) -> Cut:
@@ -182,9 +187,10 @@ class Source:
 
 @dataclass
 class _Subject:
-    """The subject's side, as far as it was measured."""
+    """The subject's side, as far as it was measured. `glances`: its first documents may end all."""
 
     side: Side
+    glances: bool = False
     measured: Measurement | None = None
     edit: dict[str, Any] | None = None
     overhead: dict[str, Any] = field(default_factory=dict)
@@ -286,11 +292,19 @@ def _look_by_look(
     """
     early = job.policy.limits.sample.early_stop and len(job.cuts) > 1
     plan: list[Cut | None] = [*job.cuts] if early else [None]
+    subject.glances = early and _may_glance(job)
+    if subject.glances and not _skips_the_glance(job, request, source):
+        with job.calling("looking at a few documents"):
+            lost = _lost_at_a_glance(job, request, source, subject)
+        if lost:
+            with job.timed("compare"):
+                return _compared(job, request, source, subject)
     for cut, following in zip(plan, [*plan[1:], None], strict=True):
         with job.timed("baseline"):
             reached = _measure_baseline(job, request, source, cut)
             subject.noise = _noise(job, request, source) if subject.measured is None else subject.noise
-            gc.collect()  # the model is gone before the next one comes
+            source.live = None  # the model is gone before the next one comes
+            gc.collect()
         if not reached and subject.measured is not None:
             job.notes.append(f"the stored baseline ends at {sum(source.reach)} windows, before the gates were decided")
             break
@@ -300,13 +314,59 @@ def _look_by_look(
                 subject.live = None  # the baseline's model comes next
             gc.collect()
         with job.timed("compare"):
-            report = subject.report(job, request)
-            certificate = make_certificate(report, source.report)
+            certificate, report = _compared(job, request, source, subject)
         if early and certificate["looks"]["made"][-1]["decision"] != "inconclusive":
             break
     if source.stale:
         source.path = _write(job, source.report, request.out / "source", source.reference)
     return certificate, report
+
+
+def _compared(job: Job, request: CertifyRequest, source: Source, subject: _Subject) -> tuple[dict[str, Any], RunReport]:
+    report = subject.report(job, request)
+    return make_certificate(report, source.report), report
+
+
+def _may_glance(job: Job) -> bool:
+    """Whether a subject can be lost before the first look: where a limit of the divergence is one that fails."""
+    strict = job.policy.limits.divergence.mode == "fail" and job.intent != "finetune"
+    return strict and not job.metric.is_accuracy and job.glance is not None
+
+
+def _skips_the_glance(job: Job, request: CertifyRequest, source: Source) -> bool:
+    """Whether the baseline is not measured on a few documents first: it was measured before, or a model is not simply
+    loaded. The subject's first look begins with these documents all the same."""
+    return bool(
+        source.measured is not None or job.ranks is not None or request.served or request.edit or request.noise_floor
+    )
+
+
+def _lost_at_a_glance(job: Job, request: CertifyRequest, source: Source, subject: _Subject) -> bool:
+    """Measure both sides on a few documents; return whether the subject is lost there. Else nothing of it is kept.
+
+    Nor is it done where loading both models once more would take longer than the baseline takes to score these documents:
+    the subject's first look begins with them.
+    """
+    with job.timed("baseline"):
+        started = time.perf_counter()
+        source.live = steps.load(job, source.side, "the baseline")
+        loading = time.perf_counter() - started
+        measured = measure(job, source.live, source.side, "the baseline", cut=job.glance)
+        if 2.0 * loading > time.perf_counter() - started - loading:
+            return False
+        source.live = None  # the subject's model comes next
+        gc.collect()
+    with job.timed("subject"):
+        source.measured = measured
+        _measure_subject(job, request, source, subject, job.glance)
+        subject.live = None
+        gc.collect()
+    assert subject.measured is not None
+    if not is_lost(job, subject.measured):
+        source.measured = subject.measured = None
+        return False
+    _keep_baseline(job, request, source)
+    return True
 
 
 def _operations(job: Job, loading: Loading, source: Source, subject: Side) -> dict[str, str]:
@@ -458,15 +518,14 @@ def _measure_baseline(job: Job, request: CertifyRequest, source: Source, cut: Cu
     if source.measured is not None and not _at_hand(job, source):
         source.failed = _not_shown(job) if source.failed is None else source.failed
         return enough
-    model = steps.load(job, source.side, "the baseline for plugin guards" if enough else "the baseline")
+    what = "the baseline for plugin guards" if enough else "the baseline"
+    model = steps.load(job, source.side, what) if source.live is None else source.live
     if source.failed is None:
         about = RunReport(context={"profile": request.profile, "tier": request.tier})
         source.failed = steps.prepare_guards(job, job.plugins, model, WindowBatches(job.windows.all), about)
     if source.measured is None:
         source.measured = measure(job, model, source.side, "the baseline", cut=cut)
-        steps.remark_on_baseline(job, source.measured.evidence)
-        source.report = steps.report(job, source.measured, steps.NOOP, f"source-{job.stamp}").to_dict()
-        source.path = _write(job, source.report, request.out / "source", source.measured.reference)
+        _keep_baseline(job, request, source)
         cache.keep(source.key, source.measured)
     elif not enough:
         source.measured = followed(job, model, source.side, source.measured, "the baseline", cut or whole)
@@ -474,6 +533,14 @@ def _measure_baseline(job: Job, request: CertifyRequest, source: Source, cut: Cu
         source.stale = True
         cache.keep(source.key, source.measured)
     return True
+
+
+def _keep_baseline(job: Job, request: CertifyRequest, source: Source) -> None:
+    """Write the report of what was measured of the baseline."""
+    assert source.measured is not None
+    steps.remark_on_baseline(job, source.measured.evidence)
+    source.report = steps.report(job, source.measured, steps.NOOP, f"source-{job.stamp}").to_dict()
+    source.path = _write(job, source.report, request.out / "source", source.measured.reference)
 
 
 def _noise(job: Job, request: CertifyRequest, source: Source) -> list[dict[str, Any]] | None:
@@ -525,10 +592,17 @@ def _measure_subject(job: Job, request: CertifyRequest, source: Source, subject:
             raise EditError("the edit made other weights the second time; expected the same: use --no-early-stop")
         subject.measured = followed(job, model, side, subject.measured, "the subject", cut, baseline=source.measured)
         return
-    subject.measured = measure(job, model, side, "the subject", baseline=source.measured, cut=cut)
-    subject.overhead = steps.measure_overhead(job, model, subject.measured)
+    subject.measured = measure(
+        job, model, side, "the subject", baseline=source.measured, cut=cut, glances=subject.glances
+    )
+    failed = source.failed or {}
+    if subject.measured.reach == job.glance:
+        failed = dict.fromkeys(range(len(job.plugins)), _GLANCED)
+        subject.overhead = {"evaluated": False, "ratio": None, "windows": 0, "skipped": _GLANCED}
+    else:
+        subject.overhead = steps.measure_overhead(job, model, subject.measured)
     subject.guards = {
-        guard.name: steps.validate(job, guard, model, {"device": job.device}, (source.failed or {}).get(place))
+        guard.name: steps.validate(job, guard, model, {"device": job.device}, failed.get(place))
         for place, guard in enumerate(job.plugins)
     }
 

@@ -24,7 +24,7 @@ from invarlock.eval.sources.engines import Engine
 from invarlock.eval.sources.ranked import RankedSource
 from invarlock.eval.sources.served import ServedSource
 from invarlock.eval.sources.torch_model import TorchSource
-from invarlock.evidence.plan import Cut, cuts
+from invarlock.evidence.plan import Cut, cuts, glance
 from invarlock.evidence.windows import Window, Windows
 from invarlock.guards.base import StatsGuard, configure_guards
 from invarlock.policy.resolve import ResolvedPolicy, profile_values
@@ -73,6 +73,13 @@ class Job:
         assert self.windows is not None
         return cuts(self.windows, self.policy.limits.sample.early_documents)
 
+    @functools.cached_property
+    def glance(self) -> Cut | None:
+        """How many windows of preview and final come before the first look, in batches of their own; None for one look."""
+        assert self.windows is not None
+        found = glance(self.windows) if len(self.cuts) > 1 else None
+        return found if found is not None and sum(found) < sum(self.cuts[0]) else None
+
     def scored(self, windows: Windows) -> int:
         """Return how many tokens of the windows the metric scores."""
         return sum(scored_tokens(window, self.metric.task) for window in windows.all)
@@ -104,6 +111,16 @@ class Job:
             yield
         finally:
             self.timings[name] = round(self.timings.get(name, 0.0) + time.perf_counter() - started, 3)
+
+    @contextlib.contextmanager
+    def calling(self, step: str) -> Iterator[None]:
+        """Show whatever is done as one step of this name, which counts for nothing of the whole."""
+        tick = self.tick
+        self.tick = lambda what, done, total: tick(step, 0, 1)
+        try:
+            yield
+        finally:
+            self.tick = tick
 
     def facts(self, edit: str) -> dict[str, Any]:
         """Return what a report says of the command: time, tier, policy, intent, device, environment, plugins."""

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
+from invarlock.certificate.looks import fortunes, lost
 from invarlock.checkpoints.side import Side
 from invarlock.core.api import AdapterLike, ModelLike
 from invarlock.core.device import library_versions, thread_count
 from invarlock.core.files import plain
 from invarlock.eval import divergence
 from invarlock.eval.metrics import Task
-from invarlock.eval.sources.base import Scores, Watch, score_all
+from invarlock.eval.sources.base import Glance, Scores, Watch, score_all, scored_tokens
 from invarlock.eval.sources.engines import Engine
 from invarlock.eval.sources.served import ServedSource
 from invarlock.eval.sources.torch_model import TorchSource
-from invarlock.evidence.model import DataFacts, EngineFacts, Evidence, ModelFacts, Plan, Runtime, canonical_digest
+from invarlock.evidence.model import (
+    DataFacts,
+    EngineFacts,
+    Evidence,
+    GlanceFacts,
+    ModelFacts,
+    Plan,
+    Runtime,
+    canonical_digest,
+)
 from invarlock.evidence.plan import Cut
 from invarlock.evidence.reference import TokenReference, joined, reference_digest
 from invarlock.evidence.rows import WindowRows
@@ -33,7 +44,7 @@ from invarlock.guards.sketch import sketch_model
 from invarlock.guards.spectral import SpectralGuard
 from invarlock.stats.coverage import vocabulary_seen
 
-__all__ = ["Measurement", "files_only", "followed", "measure", "model_facts", "shown", "weights_of"]
+__all__ = ["Measurement", "files_only", "followed", "is_lost", "measure", "model_facts", "shown", "weights_of"]
 
 _MOST_ROWS = 64  # of tokens whose texts are told
 
@@ -92,34 +103,45 @@ def _identity(side: Side, adapter: AdapterLike, **found: Any) -> ModelFacts:
 
 
 def measure(
-    job: Job, model: ModelLike, side: Side, what: str, *, baseline: Measurement | None = None, cut: Cut | None = None
+    job: Job,
+    model: ModelLike,
+    side: Side,
+    what: str,
+    *,
+    baseline: Measurement | None = None,
+    cut: Cut | None = None,
+    glances: bool = False,
 ) -> Measurement:
     """Score windows once, with the guards watching, then measure the weights.
 
     `side` says what the model is as a checkpoint. `baseline` is what this side is compared with; without one this is the
     baseline's side, whose distributions are kept. `cut` says how many windows of preview and final to score, all where
-    None; `followed` adds later ones. What an engine does not give is not measured; weights are read from the files where
-    they are at hand.
+    None; `followed` adds later ones. With `glances` a subject that is lost on the windows of the glance is measured on
+    these alone, and so is a baseline where `cut` is the glance; guards do not watch then. What an engine does not give is
+    not measured; weights are read from the files where they are at hand.
     """
     assert job.windows is not None
     windows = job.windows if cut is None else job.windows.between((0, 0), cut)
     ordered = {g.name: g for g in job.guards if isinstance(g, StatsGuard) and g.name != "invariants"}
     weights, source = weights_of(job, model, side), job.source(model)
     given = source.provides | (frozenset() if isinstance(weights, Engine) else {"weights"})
-    guards = {name: guard for name, guard in ordered.items() if guard.needs in given}
-    sampled = _first_look(job, windows)
+    guards = {name: guard for name, guard in ordered.items() if guard.needs in given and not _brief(job, cut)}
+    sampled = _places(windows, job.cuts[0])
     watching = [guard.watch(weights, job.adapter, len(sampled)) for guard in guards.values()]
     peaks, routed = _watchers(model)
     watch = [replace(one, windows=frozenset(sampled[i] for i in one.windows)) for one in watching if one is not None]
     watch += [peaks.watch(len(windows.all)), routed.watch(len(windows.all))]
-    scores = _score(job, model, side, windows, what, baseline, ((0, 0), cut), watch)
+    scores = _score(job, model, side, windows, what, baseline, ((0, 0), cut), watch, glances)
+    if scores.ended:
+        assert job.glance is not None
+        windows, cut, guards = windows.between((0, 0), job.glance), job.glance, {}
     used = scores.reference if baseline is None else baseline.reference
     facts = model_facts(model, job.adapter, side)
     evidence = Evidence(
         metric_kind=job.metric.kind,
         model=facts,
         data=_data(job, model, side.tokenizer_facts[1], windows),
-        plan=_plan(job, cut),
+        plan=_plan(job, cut, glances=glances),
         **_rows(scores, windows),
         structure=side.structure,
         guards={name: guard.measure(weights, job.adapter) for name, guard in guards.items()},
@@ -201,22 +223,51 @@ def _score(
     baseline: Measurement | None,
     part: tuple[Cut, Cut | None],
     watch: Sequence[Watch],
+    glances: bool = False,
 ) -> Scores:
     keep = baseline is None and job.policy.limits.divergence.mode != "off"
     reference = None if baseline is None else baseline.reference_of(*part)
     key = _key(job, side, windows, reference) if job.ranks is not None else None
+    first = _places(windows, job.glance) if job.glance is not None and part[0] == (0, 0) else []
     scored = job.source(model, key).score(
-        windows.all, reference=reference, keep_reference=keep, correct=job.metric.is_accuracy, watch=watch
+        windows.all, reference=reference, keep_reference=keep, correct=job.metric.is_accuracy, watch=watch, first=first
     )
     total = job.scored(windows)
-    return score_all(scored, len(windows.all), lambda tokens: job.tick(f"measuring {what}", tokens, total))
+    glance = Glance(first, lambda columns: _lost(job, columns)) if glances and first else None
+    return score_all(scored, len(windows.all), lambda tokens: job.tick(f"measuring {what}", tokens, total), glance)
 
 
-def _first_look(job: Job, windows: Windows) -> list[int]:
-    """Return the indices, among these windows, of those that the first look takes: guards sample among them, so that
-    they see the same however far a measurement goes."""
-    first, final = job.cuts[0]
+def _places(windows: Windows, cut: Cut) -> list[int]:
+    """Return the indices, among all of these windows, of those that `cut` takes. Guards sample among those of the first
+    look, so that they see the same however far a measurement goes."""
+    first, final = cut
     return [*range(first), *range(len(windows.preview), len(windows.preview) + final)]
+
+
+def _brief(job: Job, cut: Cut | None) -> bool:
+    """Whether no more is measured than a glance."""
+    return cut is not None and cut == job.glance
+
+
+def is_lost(job: Job, measured: Measurement) -> bool:
+    """Whether a subject's windows, those of the glance, show that it is beyond a limit."""
+    rows = [measured.evidence.preview, measured.evidence.final]
+    return lost(fortunes(rows, job.policy.limits, _largest(job)))
+
+
+def _lost(job: Job, columns: Mapping[str, Any]) -> bool:
+    assert job.windows is not None and job.glance is not None
+    rows = _rows(Scores(dict(columns)), job.windows.between((0, 0), job.glance))
+    return lost(fortunes(rows.values(), job.policy.limits, _largest(job)))
+
+
+def _largest(job: Job) -> int:
+    """Return the scored tokens of the largest document of the plan."""
+    assert job.windows is not None
+    sizes = Counter[str]()
+    for window in job.windows.all:
+        sizes[window.document] += scored_tokens(window, job.metric.task)
+    return max(sizes.values())
 
 
 def _unbiased(used: TokenReference | None, source: TorchSource | ServedSource) -> bool | None:
@@ -224,15 +275,20 @@ def _unbiased(used: TokenReference | None, source: TorchSource | ServedSource) -
     return True if used is not None and used.tail_ids is not None and "distributions" in source.provides else None
 
 
-def _plan(job: Job, cut: Cut | None, earlier: Plan | None = None) -> Plan | None:
+def _plan(job: Job, cut: Cut | None, earlier: Plan | None = None, *, glances: bool = False) -> Plan | None:
     assert job.windows is not None
     if cut is None:
         return None
+    if earlier is not None:
+        return earlier.model_copy(update={"reached": [*earlier.reached, cut]})
     whole = job.windows
-    reached = [*(earlier.reached if earlier else []), cut]
-    tokens = job.scored(whole)
-    documents = len({window.document for window in whole.all})
-    return Plan(documents=documents, windows=(len(whole.preview), len(whole.final)), tokens=tokens, reached=reached)
+    return Plan(
+        documents=len({window.document for window in whole.all}),
+        windows=(len(whole.preview), len(whole.final)),
+        tokens=job.scored(whole),
+        reached=[cut],
+        glance=GlanceFacts(windows=job.glance, largest=_largest(job)) if glances and job.glance else None,
+    )
 
 
 def _in_turn(earlier: Measurement, more: Measurement) -> list[TokenReference]:

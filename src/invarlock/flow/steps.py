@@ -100,7 +100,8 @@ def load(job: Job, side: Side, what: str, tokenizer: object = None) -> ModelLike
     if job.native and job.windows is not None and hasattr(job.adapter, "run_natively"):
         job.adapter.run_natively(model, job.windows.all[0].dressed().input_ids)
     told = job.adapter.describe(model).get("notes") if hasattr(job.adapter, "auto_class") else None
-    job.notes += [f"{side.id}: {note}" for note in told or ()]
+    said = [f"{side.id}: {note}" for note in told or ()]
+    job.notes += [note for note in said if note not in job.notes]
     return model
 
 

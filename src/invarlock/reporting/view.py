@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from invarlock.certificate.schema import Certificate, Gate, GateDecision, GuardSection, PluginGuardSection, Status
+from invarlock.certificate.schema import (
+    Certificate,
+    Gate,
+    GateDecision,
+    GuardSection,
+    Looks,
+    PluginGuardSection,
+    Status,
+)
 from invarlock.certificate.verify import parse_certificate
 from invarlock.guards.boundary import BUILT_IN_GUARDS
 from invarlock.reporting.story import next_steps, not_shown, points, reason_why, strength, told
@@ -277,7 +285,7 @@ def values(c: Certificate) -> dict[str, object]:
         "coverage": c.coverage,
         "seen": c.data.vocabulary_seen,
         "look": c.looks.made[-1] if c.looks else None,
-        "look_number": len(c.looks.made) if c.looks else None,
+        "look_name": _look_name(c.looks) if c.looks else None,
         "noise": c.noise_distance,
         "d": d,
         "foreign": d is not None and not d.reference_matches,
@@ -292,6 +300,12 @@ def values(c: Certificate) -> dict[str, object]:
         "label": c.edit.get("label") or c.edit.get("name"),
         "open": ", ".join(gate.name for gate in c.gates if gate.decision not in ("pass", "warn", "off")),
     }
+
+
+def _look_name(looks: Looks) -> str:
+    """Return what the deciding look is called: a glance comes before the first."""
+    glanced = looks.glance is not None and looks.made[-1].windows == looks.glance.windows
+    return "a glance before the looks" if glanced else f"look {len(looks.made)}"
 
 
 def _whole_answers(c: Certificate) -> bool:

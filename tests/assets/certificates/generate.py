@@ -174,6 +174,13 @@ CASES: Mapping[str, Case] = {
     "third_packed": Case("PASS", "llama", change=pack_attention, config={
         "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True},
     }),
+    "fourth_fail": Case("FAIL", edit=rtn(2), preset=LONGER, flags=CI_CPU),
+    "fourth_looks": Case("PASS", "neox", change=round_rows(8), preset=LONGER, flags=CI_CPU),
+    "fourth_packs": Case("PASS", "llama", change=round_rows(8), pack=True),
+    "fourth_slices": Case("FAIL", "llama", edit=rtn(3), preset={"dataset": {"seq_len": 128, "slices": {
+        "docs": {"provider": "python_docs"}, "code": {"provider": "python_code"},
+    }}}, flags=CI_CPU),
+    "fourth_whole": Case("PASS", "bert", change=round_rows(8), flags=(*DEV, "--no-early-stop")),
 }  # fmt: skip
 
 

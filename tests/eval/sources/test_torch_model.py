@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from invarlock.core.exceptions import DataError
-from invarlock.eval.sources.base import Scores, score_all, scored_tokens
+from invarlock.eval.sources.base import Glance, Scores, score_all, scored_tokens
 from invarlock.eval.sources.torch_model import TorchSource
 from invarlock.evidence.windows import IGNORED, Window, mask_tokens, windows_from_calibration
 
@@ -232,3 +232,27 @@ def test_progress_reaches_the_end() -> None:
     source = TorchSource(_tiny("gpt2"), batch_tokens=48)
     score_all(source.score(_windows(5)), 5, seen.append)
     assert len(seen) == 3 and seen == sorted(seen)
+
+
+def test_the_first_windows_come_in_batches_of_their_own_before_all_others(trained: dict[str, Any]) -> None:
+    model, windows = trained["llama"]
+    first = {1, len(windows) - 1}
+    batches = [part.indices for part in TorchSource(model).score(windows, first=first)]
+    assert sorted(batches[0]) == sorted(first) or {*batches[0], *batches[1]} == first
+    assert sorted(i for batch in batches for i in batch) == list(range(len(windows)))
+    usual = _scores(model, windows)
+    assert _scores(model, windows, first=first).loss == pytest.approx(usual.loss, rel=CLOSE)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_glance_is_asked_once_about_its_windows_in_their_order_and_may_end_all(
+    ends: bool, trained: dict[str, Any]
+) -> None:
+    model, windows = trained["llama"]
+    whole, asked = _scores(model, windows), []
+    glance = Glance([2, 0, 5], lambda columns: bool(asked.append(columns)) or ends)
+    scored = TorchSource(model).score(windows, first=glance.windows)
+    found = score_all(scored, len(windows), glance=glance)
+    assert len(asked) == 1 and asked[0]["loss"] == pytest.approx([whole.loss[i] for i in glance.windows], rel=CLOSE)
+    assert found.ended is ends
+    assert found.loss == (asked[0]["loss"] if ends else pytest.approx(whole.loss, rel=CLOSE))

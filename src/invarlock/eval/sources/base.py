@@ -6,7 +6,7 @@ the windows. Columns are named as in `evidence.rows.COLUMNS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Column",
+    "Glance",
     "Progress",
     "Scored",
     "Scores",
@@ -94,12 +95,14 @@ class Source(Protocol):
         keep_reference: bool = False,
         correct: bool = False,
         watch: Sequence[Watch] = (),
+        first: Collection[int] = (),
     ) -> Iterator[Scored]:
         """Score every window once, as `Window.dressed` shows it: with the special tokens around it, which are not scored.
 
         reference: compare each scored token with this one (the subject's side); its tokens follow the order of `windows`.
         keep_reference: also give each token's compact distribution (the baseline's side). correct: also give each window's
-        share of tokens that are the model's most likely ones. Raises DataError for a window without scored tokens.
+        share of tokens that are the model's most likely ones. first: the indices of windows that come before all others, in
+        batches of their own. Raises DataError for a window without scored tokens.
         """
 
 
@@ -111,6 +114,7 @@ class Scores:
     columns: dict[str, Column]
     kl_histogram: list[int] | None = None
     reference: TokenReference | None = None
+    ended: bool = False  # after the first windows alone
 
     def __getitem__(self, name: str) -> Column:
         return self.columns[name]
@@ -132,9 +136,20 @@ def hand_over(watch: Sequence[Watch], seen: Iterable[Seen]) -> None:
         watch[one.watch].receive(one.path, one.numbers)
 
 
-def score_all(parts: Iterable[Scored], count: int, progress: Progress | None = None) -> Scores:
-    """Collect what a source gives for `count` windows."""
+@dataclass(frozen=True)
+class Glance:
+    """The windows that are scored first, and what ends all when it is told their columns, in their order."""
+
+    windows: Sequence[int]
+    ends: Callable[[dict[str, Column]], bool]
+
+
+def score_all(
+    parts: Iterator[Scored], count: int, progress: Progress | None = None, glance: Glance | None = None
+) -> Scores:
+    """Collect what a source gives for `count` windows; for those of a glance alone, where it ends all."""
     columns: dict[str, Column] = {}
+    missing, ended = set(glance.windows if glance else ()), False
     kl: list[NDArray[np.float64]] = []
     references: dict[int, TokenReference] = {}
     done = 0
@@ -148,10 +163,20 @@ def score_all(parts: Iterable[Scored], count: int, progress: Progress | None = N
         done += sum(int(value or 0) for value in part.columns["tokens"])
         if progress is not None:
             progress(done)
+        missing -= {*part.indices}
+        if glance is not None and not missing:
+            seen = {name: [column[index] for index in glance.windows] for name, column in columns.items()}
+            if ended := glance.ends(seen):
+                columns, count = seen, 0
+                break
+            glance = None
+    if isinstance(parts, Generator):
+        parts.close()
     return Scores(
         columns,
         histogram(np.concatenate(kl)).tolist() if kl else None,
-        joined([references[index] for index in range(count)]) if references else None,
+        joined([references[index] for index in range(count)]) if references and count else None,
+        ended,
     )
 
 

@@ -10,7 +10,7 @@ are used, the first of them is asked for again: an engine that was started with 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,6 +56,7 @@ class ServedSource:
         keep_reference: bool = False,
         correct: bool = False,
         watch: Sequence[Watch] = (),
+        first: Collection[int] = (),
     ) -> Iterator[Scored]:
         """See `Source.score`. Refuses what an engine does not give, and windows that are not whole prompts."""
         if any(one.modules for one in watch):
@@ -69,7 +70,7 @@ class ServedSource:
             self.engine.check(cut)
         offsets = list(accumulate(counts, initial=0))
         folder = self._kept(windows, cut)
-        for number, indices in enumerate(_batches(cut, self.batch_tokens)):
+        for number, indices in enumerate(_batches(cut, self.batch_tokens, first)):
             told = self._told(folder and folder / f"{number:05d}.safetensors", [cut[i] for i in indices])
             yield self._scored(indices, windows, cut, told, reference, offsets, keep_reference, correct)
 
@@ -174,16 +175,18 @@ def _scored_places(window: Window, length: int) -> list[int]:
     return [place for place, label in enumerate(labels[1:]) if label != IGNORED]
 
 
-def _batches(prompts: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:
-    batch: list[int] = []
-    held = 0
-    for index, prompt in enumerate(prompts):
-        if batch and held + len(prompt) > batch_tokens:
+def _batches(prompts: Sequence[Sequence[int]], batch_tokens: int, first: Collection[int] = ()) -> Iterator[list[int]]:
+    for wanted in (True, False):
+        batch: list[int] = []
+        held = 0
+        for index in (index for index in range(len(prompts)) if (index in first) is wanted):
+            if batch and held + len(prompts[index]) > batch_tokens:
+                yield batch
+                batch, held = [], 0
+            batch.append(index)
+            held += len(prompts[index])
+        if batch:
             yield batch
-            batch, held = [], 0
-        batch.append(index)
-        held += len(prompt)
-    yield batch
 
 
 def _reference(told: Told) -> TokenReference:

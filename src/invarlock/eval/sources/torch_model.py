@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -76,6 +76,7 @@ class TorchSource:
         keep_reference: bool = False,
         correct: bool = False,
         watch: Sequence[Watch] = (),
+        first: Collection[int] = (),
     ) -> Iterator[Scored]:
         """See `Source.score`. Also refuses tokens for which the model has no embedding."""
         import torch
@@ -89,7 +90,7 @@ class TorchSource:
         ids = [window.id for window in windows]
         wanted = _Wanted(counts, list(accumulate(counts, initial=0)), reference, keep_reference, correct, ids)
         path = _LogProbs(self.model, self.task)
-        batches = list(_batches(windows, self.task, self.batch_tokens))
+        batches = list(_batches(windows, self.task, self.batch_tokens, first))
         seen: list[Seen] = []
         with _evaluation_mode(self.model), _watched(self.model, watch) as hooks:
 
@@ -202,13 +203,15 @@ def _trimmed(window: Window, task: Task) -> Window:
     return replace(window, input_ids=window.input_ids[cut], mask=mask, labels=labels)
 
 
-def _batches(windows: Sequence[Window], task: Task, batch_tokens: int) -> Iterator[list[int]]:
-    by_shape: dict[tuple[int, int], list[int]] = {}
+def _batches(
+    windows: Sequence[Window], task: Task, batch_tokens: int, first: Collection[int] = ()
+) -> Iterator[list[int]]:
+    by_shape: dict[tuple[bool, int, int], list[int]] = {}
     for index, window in enumerate(windows):
         shape = len(window.input_ids), len(window.labels) if window.labels and task != "causal" else 0
-        by_shape.setdefault(shape, []).append(index)
+        by_shape.setdefault((index in first, *shape), []).append(index)
     for key in sorted(by_shape, reverse=True):
-        size, indices = max(1, batch_tokens // sum(key)), by_shape[key]
+        size, indices = max(1, batch_tokens // sum(key[1:])), by_shape[key]
         for start in range(0, len(indices), size):
             yield indices[start : start + size]
 
