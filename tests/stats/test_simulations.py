@@ -150,3 +150,14 @@ def test_the_stored_tables_are_whole_and_the_docstring_quotes_them(tables: Modul
     assert len(cells) == 20
     for (new, old), row in zip(quoted[:20], cells, strict=True):
         assert (float(new), float(old)) == pytest.approx((row["new passes"], row["old passes"]), abs=6e-4)
+
+
+@pytest.mark.slow
+def test_a_glance_fails_nothing_that_keeps_the_limit_where_cluster_t_would(tables: ModuleType) -> None:
+    extent = tables.FAST._replace(sizes=("equal", "geometric"))
+    rows = tables.glance(extent)
+    assert max(row["at 1"] for row in rows) <= 1e-4 + margin(1e-4, 10 * extent.simulations)
+    found = {(row["documents"], row["sizes"], row["steeper"]): row for row in rows}
+    assert found["19 in 20", "equal", "False"]["t at 1"] > 0.7
+    assert found["gamma, cv .5", "equal", "False"]["at 10"] > 0.95
+    assert found["gamma, cv .5", "equal", "False"]["at 2"] < 0.01  # that is for the looks

@@ -117,8 +117,8 @@ def measure(
     `side` says what the model is as a checkpoint. `baseline` is what this side is compared with; without one this is the
     baseline's side, whose distributions are kept. `cut` says how many windows of preview and final to score, all where
     None; `followed` adds later ones. With `glances` a subject that is lost on the windows of the glance is measured on
-    these alone, and so is a baseline where `cut` is the glance; guards do not watch then. What an engine does not give is
-    not measured; weights are read from the files where they are at hand.
+    these alone, and so is a baseline where `cut` is the glance: without guards, peaks and experts. What an engine does
+    not give is not measured; weights are read from the files where they are at hand.
     """
     assert job.windows is not None
     windows = job.windows if cut is None else job.windows.between((0, 0), cut)
@@ -150,8 +150,8 @@ def measure(
         kl_unbiased=_unbiased(used, source) if scores.kl_histogram else None,
         contracts=_contracts(job, windows, ordered.values()),
         reference_digest=reference_digest(used) if used is not None else None,
-        peaks=peaks.peaks() or None,
-        experts=routed.counts() or None,
+        peaks=None if _brief(job, cut) else peaks.peaks() or None,
+        experts=None if _brief(job, cut) else routed.counts() or None,
         runtime=_runtime(job, source, facts.dtype or "unknown"),
     )
     if baseline is not None:
