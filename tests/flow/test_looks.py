@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +17,10 @@ from invarlock.assurance import verify_certificate
 from invarlock.core.exceptions import CertificateError, PairingError
 from invarlock.evidence.plan import GLANCE, cuts, document_order, glance
 from invarlock.evidence.windows import TextOrigin, Window, Windows
-from invarlock.flow import steps
+from invarlock.flow import certify as certifying
 from invarlock.flow.certify import CertifyOutcome
 from invarlock.flow.run import RunRequest, run
+from invarlock.flow.run_folder import find_report
 from invarlock.policy.config import load_config
 from invarlock.stats.sequential import spending_levels
 
@@ -77,7 +78,10 @@ def test_a_clear_subject_is_decided_at_the_first_look_and_the_rest_is_not_measur
 
 @pytest.fixture(scope="module")
 def lost(certify_models: Certify, wrecked: Path, baseline: Path) -> CertifyOutcome:
-    return certify_models(wrecked, baseline, **SMALL)
+    """Both sides were measured on a few documents first, as they are where models are larger than these."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certifying, "_pays", lambda loading, scoring: True)
+        return certify_models(wrecked, baseline, **SMALL)
 
 
 def test_a_wrecked_subject_fails_at_a_glance_and_the_certificate_says_what_was_not_measured(
@@ -116,21 +120,33 @@ def test_fresh_stored_and_packed_baselines_and_slow_loading_give_one_certificate
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     stored = certify_models(wrecked, baseline_report=early.source_report, **SMALL)
-    loaded = steps.load
-
-    def slowly(*arguments: Any) -> Any:
-        time.sleep(1.0)
-        return loaded(*arguments)
-
-    monkeypatch.setattr(steps, "load", slowly)
+    monkeypatch.setattr(certifying, "_pays", lambda loading, scoring: False)
     slow = certify_models(wrecked, baseline, **SMALL)
-    assert "subject" in slow.timings and slow.source_report is not None
+    reached = [find_report(one.source_report) for one in (lost, slow) if one.source_report is not None]
+    few, more = (json.loads(path.read_text(encoding="utf-8"))["evidence"]["plan"]["reached"] for path in reached)
+    assert few == [lost.certificate["looks"]["glance"]["windows"]] and more[0] > few[0]
     apart = {"meta", "run_id", "baseline_ref", "provenance", "telemetry", "edit"}  # times, ids and digests of evidence
     for other in (stored, slow):
         assert other.certificate.keys() == lost.certificate.keys()
         for section in lost.certificate.keys() - apart - ({"data", "structure"} if other is stored else set()):
             assert other.certificate[section] == lost.certificate[section], section
         assert verify_certificate(reread(other.certificate)).intact
+
+
+def test_a_baseline_that_a_lost_subject_left_behind_serves_a_good_one(
+    certify_models: Certify, harmless: Path, lost: CertifyOutcome, early: CertifyOutcome, baseline: Path
+) -> None:
+    """It ends at the glance and its guards saw nothing, so that it is measured anew, or refused without its weights."""
+    outcome = certify_models(harmless, baseline_report=lost.source_report, **SMALL)
+    assert outcome.status == "PASS" and verify_certificate(reread(outcome.certificate)).intact
+    for section in ("evaluation_windows", "primary_metric", "gates", "rmt", "looks"):
+        assert outcome.certificate[section] == early.certificate[section], section
+    away = baseline.rename(baseline.parent / "away")
+    try:
+        with pytest.raises(PairingError, match="before the first look ends, .* give --baseline its folder"):
+            certify_models(harmless, baseline_report=lost.source_report, **SMALL)
+    finally:
+        away.rename(baseline)
 
 
 def test_a_harmless_subject_is_glanced_at_in_passing(early: CertifyOutcome) -> None:

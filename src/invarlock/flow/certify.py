@@ -341,6 +341,11 @@ def _skips_the_glance(job: Job, request: CertifyRequest, source: Source) -> bool
     )
 
 
+def _pays(loading: float, scoring: float) -> bool:
+    """Whether both models may be loaded once more (seconds each) for what a few documents can show (seconds of a model)."""
+    return 2.0 * loading <= scoring
+
+
 def _lost_at_a_glance(job: Job, request: CertifyRequest, source: Source, subject: _Subject) -> bool:
     """Measure both sides on a few documents; return whether the subject is lost there. Else nothing of it is kept.
 
@@ -352,7 +357,7 @@ def _lost_at_a_glance(job: Job, request: CertifyRequest, source: Source, subject
         source.live = steps.load(job, source.side, "the baseline")
         loading = time.perf_counter() - started
         measured = measure(job, source.live, source.side, "the baseline", cut=job.glance)
-        if 2.0 * loading > time.perf_counter() - started - loading:
+        if not _pays(loading, scoring=time.perf_counter() - started - loading):
             return False
         source.live = None  # the subject's model comes next
         gc.collect()
@@ -504,7 +509,8 @@ def _refuses(finding: Mapping[str, Any], subject: Side, intent: str) -> bool:
 def _measure_baseline(job: Job, request: CertifyRequest, source: Source, cut: Cut | None) -> bool:
     """Measure the baseline as far as `cut`, all where None, and show it to plugin guards the first time.
 
-    Returns False where a stored one does not reach so far and cannot be loaded.
+    A stored one that ends before the first look, at the glance of a lost subject, is measured anew: its guards saw nothing.
+    Returns False where one does not reach so far and cannot be loaded; raises PairingError where it has not even one look.
     """
     assert job.windows is not None
     if request.served:
@@ -515,7 +521,13 @@ def _measure_baseline(job: Job, request: CertifyRequest, source: Source, cut: Cu
     if enough and not ask:
         source.failed = source.failed or {}
         return True
+    brief = source.measured is not None and any(a < b for a, b in zip(source.reach, job.cuts[0], strict=True))
     if source.measured is not None and not _at_hand(job, source):
+        if brief:
+            few = (
+                f"the baseline was measured on {sum(source.reach)} of {sum(whole)} windows, before the first look ends"
+            )
+            raise PairingError(f"{few}, and its weights are not at hand; give --baseline its folder", code="E001")
         source.failed = _not_shown(job) if source.failed is None else source.failed
         return enough
     what = "the baseline for plugin guards" if enough else "the baseline"
@@ -528,7 +540,10 @@ def _measure_baseline(job: Job, request: CertifyRequest, source: Source, cut: Cu
         _keep_baseline(job, request, source)
         cache.keep(source.key, source.measured)
     elif not enough:
-        source.measured = followed(job, model, source.side, source.measured, "the baseline", cut or whole)
+        if brief:
+            source.measured = measure(job, model, source.side, "the baseline", cut=cut)
+        else:
+            source.measured = followed(job, model, source.side, source.measured, "the baseline", cut or whole)
         source.report = {**source.report, "evidence": source.measured.evidence.model_dump(mode="json")}
         source.stale = True
         cache.keep(source.key, source.measured)
