@@ -16,6 +16,7 @@ __all__ = [
     "DataFacts",
     "EngineFacts",
     "Evidence",
+    "GlanceFacts",
     "ModelFacts",
     "Plan",
     "Runtime",
