@@ -30,7 +30,7 @@ def table(request: pytest.FixtureRequest, model_folder: Callable[[str], Path]) -
 
 def _compared(before: torch.Tensor, after: torch.Tensor) -> dict[str, Any]:
     sides = [(norms(matrix)[0], row_codes(matrix)) for matrix in (before, after)]
-    found = compare_rows(sides[0], sides[1])
+    found = compare_rows(sides[0], sides[1], before.shape[1])
     assert found is not None
     return found
 
@@ -122,7 +122,7 @@ def test_rows_are_named_with_their_tokens_those_asked_for_first() -> None:
     new = matrix.clone()
     _rolled(new, torch.arange(10, 40))
     sides = [(norms(m)[0], row_codes(m)) for m in (matrix, new)]
-    found = compare_rows(sides[0], sides[1], [30, 29])
+    found = compare_rows(sides[0], sides[1], 16, [30, 29])
     (finding,) = row_findings("emb.weight", found, [(30, "<s>"), (29, "</s>")])
     assert finding["code"] == "rows_moved"
     assert finding["message"].startswith(
@@ -139,4 +139,35 @@ def test_a_longer_table_is_compared_as_far_as_both_go() -> None:
 
 def test_a_norm_that_is_no_number_compares_with_nothing() -> None:
     codes = row_codes(torch.ones(2, 16))
-    assert compare_rows((np.array([1.0, np.nan]), codes), (np.ones(2), codes)) is None
+    assert compare_rows((np.array([1.0, np.nan]), codes), (np.ones(2), codes), 16) is None
+
+
+# -- tables of every width: biases of positions hold as many columns as there are heads
+
+
+def _table(width: int, seed: int, rows: int = 96) -> tuple[torch.Tensor, torch.Generator]:
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, width, generator=rng) * torch.exp(0.3 * torch.randn(rows, 1, generator=rng)), rng
+
+
+@pytest.mark.parametrize("width", [4, 5, 8, 12, 64, 768])
+@pytest.mark.parametrize("relative", [0.003, 0.03, 0.1])
+def test_noise_that_is_alike_in_all_entries_moves_no_row_however_narrow_the_table(width: int, relative: float) -> None:
+    for seed in range(20):
+        matrix, rng = _table(width, seed)
+        noisy = matrix + torch.randn(matrix.shape, generator=rng) * matrix.std() * relative
+        assert _compared(matrix, noisy)["rows"] == [], seed
+
+
+@pytest.mark.parametrize("width", [4, 5, 8, 12, 64, 768])
+@pytest.mark.parametrize("relative", [0.0, 0.01, 0.03])
+def test_one_row_that_is_lost_stands_out_of_the_noise_in_tables_of_every_width(width: int, relative: float) -> None:
+    for seed in range(20):
+        matrix, rng = _table(width, seed)
+        noisy = matrix + torch.randn(matrix.shape, generator=rng) * matrix.std() * relative
+        row = int(matrix.norm(dim=1).argsort()[len(matrix) // 2])
+        for kinds, value in ((("zeroed",), torch.zeros(width)), (("overwritten", "moved"), -noisy[row])):
+            damaged = noisy.clone()
+            damaged[row] = value
+            (found,) = _compared(matrix, damaged)["rows"]
+            assert found["row"] == row and found["kind"] in kinds, seed  # few columns: another row points the same way

@@ -5,12 +5,15 @@ of a row relative to its norm is known to about 18 %. A row stands out where tha
 
 - 5 times the median change of all rows. Rounding to 8, 4, 3 or 2 bits, by row, by group of 32 or by tensor, changed no row
   of nine tables of six trained models by more than 3.6 times the median;
-- 0.15, and in absolute terms 1.5 times the median: rounding by tensor changes small rows by much of their norm.
+- 0.15, and in absolute terms what noise that is alike in all entries does to one row in a thousand, times what 16
+  projections add to that: 1.8 times the median with 512 columns, 2.6 with 16, 3.5 with 5. Such noise, and rounding by
+  tensor, changes small rows by much of their norm, and the rows of a narrow table by very unlike amounts.
 
-Where more than half of all rows moved there is no such median. Where it is beyond 10 times the change of the quietest
-twentieth (3.4 at most in the tables above), that takes its place, with 10 for the 5: a text holds few of a large vocabulary,
-and nothing else would see the rest. Then, too, rows are looked for under other numbers. Two tables of which one was rotated,
-or scaled column by column, have no row that stands out, and are judged by behaviour.
+Where more than half of all rows moved there is no such median. Where it is beyond 10 times what the change of the quietest
+twentieth would be the median of (3.4 times that change itself, at most, in the tables above), that takes its place, with 10
+for the 5: a text holds few of a large vocabulary, and nothing else would see the rest. Then, too, rows are looked for under
+other numbers. Two tables of which one was rotated, or scaled column by column, have no row that stands out, and are judged
+by behaviour.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ __all__ = ["NamedTokens", "changed_rows", "compare_rows", "row_codes", "row_find
 
 _K, _STEP = 16, 32.0
 _CHUNK = 1 << 23  # elements worked on at once
-_TIMES, _FLOOR, _ABSOLUTE = 5.0, 0.15, 1.5
+_TIMES, _FLOOR, _RARE = 5.0, 0.15, 1e-3
 _QUIETEST, _APART = 20, 10.0
 _DEAD, _ZEROED = 1e-3, 0.05
 _MATCH, _CLOSER, _SAMPLE, _FEWEST = 0.25, 0.35, 2048, 3
@@ -67,13 +70,16 @@ def row_codes(matrix: Tensor) -> str:
     return base64.b64encode(out.tobytes()).decode("ascii")
 
 
-def compare_rows(old: tuple[_Array, str], new: tuple[_Array, str], names: Iterable[int] = ()) -> dict[str, Any] | None:
-    """Compare two tables of rows, each (norms [n], codes); rows beyond the shorter table are new ones, and not compared.
+def compare_rows(
+    old: tuple[_Array, str], new: tuple[_Array, str], width: int, names: Iterable[int] = ()
+) -> dict[str, Any] | None:
+    """Compare two tables of rows of `width` values, each table (norms [n], codes); rows beyond the shorter one are new, and
+    not compared.
 
     Returns the number of rows compared, the limit, how many changed in which way, and up to 8 of each, those in `names`
     first: {row, kind, change, norm_ratio, from}. None where a norm is not finite.
     """
-    found = changed_rows(old, new)
+    found = changed_rows(old, new, width)
     if found is None:
         return None
     wanted = {row: place for place, row in enumerate(names)}
@@ -83,7 +89,7 @@ def compare_rows(old: tuple[_Array, str], new: tuple[_Array, str], names: Iterab
     return {**found, "counts": dict(sorted(counts.items())), "rows": kept}
 
 
-def changed_rows(old: tuple[_Array, str], new: tuple[_Array, str]) -> dict[str, Any] | None:
+def changed_rows(old: tuple[_Array, str], new: tuple[_Array, str], width: int) -> dict[str, Any] | None:
     """Return {compared, limit, median, rows}: every row that stands out, in order; None where a norm is not finite."""
     count = min(len(old[0]), len(new[0]))
     (length, before), (length_now, after) = ((norms[:count], _unpacked(codes)[:count]) for norms, codes in (old, new))
@@ -92,12 +98,13 @@ def changed_rows(old: tuple[_Array, str], new: tuple[_Array, str]) -> dict[str, 
     absolute = np.linalg.norm(after * length_now[:, None] - before * length[:, None], axis=1) / _K**0.5
     living = length > _DEAD * float(np.median(length))
     change = np.where(living, absolute / np.where(living, length, 1.0), 0.0)
-    (median, quiet), (typical, least) = _usual(change[living]), _usual(absolute[living])
+    (median, quiet), (typical, least) = _usual(change[living], width), _usual(absolute[living], width)
     limit = max(_FLOOR, _TIMES * median)
     if median > _APART * quiet:
         limit, typical = max(_FLOOR, _APART * quiet), least
-    standing = np.flatnonzero((change > limit) & (absolute > _ABSOLUTE * typical))
-    zeroed = living & (length_now < _ZEROED * length) & (absolute > typical)
+    unlike = _noise(width, _RARE) * typical
+    standing = np.flatnonzero((change > limit) & (absolute > _noise(_K, _RARE) * unlike))
+    zeroed = living & (length_now < _ZEROED * length) & (absolute > unlike)
     standing = np.union1d(standing, np.flatnonzero(zeroed))
     turned = np.linalg.norm(after - before, axis=1) / _K**0.5
     if median > _FLOOR:
@@ -113,11 +120,20 @@ def changed_rows(old: tuple[_Array, str], new: tuple[_Array, str]) -> dict[str, 
     return {"compared": count, "median": round(median, 6), "limit": round(limit, 6), "rows": rows}
 
 
-def _usual(changes: _Array) -> tuple[float, float]:
-    """Return the median of changes and the largest of their quietest twentieth; 0 where there is none."""
+def _noise(terms: int, chance: float) -> float:
+    """Return the norm of so many normal values that a share `chance` of such norms exceeds, in units of their median."""
+    from scipy.special import chdtri
+
+    return float(np.sqrt(chdtri(terms, chance) / chdtri(terms, 0.5)))
+
+
+def _usual(changes: _Array, width: int) -> tuple[float, float]:
+    """Return the median of changes, and what it would be if all rows of this width changed as their quietest twentieth
+    did; 0 where there is none."""
     if not len(changes):
         return 0.0, 0.0
-    return float(np.median(changes)), float(np.sort(changes)[(len(changes) - 1) // _QUIETEST])
+    quietest = float(np.sort(changes)[(len(changes) - 1) // _QUIETEST])
+    return float(np.median(changes)), quietest / _noise(width, 1.0 - 1.0 / _QUIETEST)
 
 
 def standing_rows(before: Mapping[str, Any], after: Mapping[str, Any], at_least: int) -> list[int]:
@@ -129,7 +145,7 @@ def standing_rows(before: Mapping[str, Any], after: Mapping[str, Any], at_least:
         new = now.get(old["name"], {})
         if "directions" in old and "directions" in new and old["shape"][0] >= at_least:
             tables = ((unpack(side["rows"]), side["directions"]) for side in (old, new))
-            for row in (changed_rows(next(tables), next(tables)) or {"rows": ()})["rows"]:
+            for row in (changed_rows(next(tables), next(tables), old["shape"][1]) or {"rows": ()})["rows"]:
                 found |= {row["row"], row.get("from", row["row"])}
     return sorted(found)
 

@@ -192,7 +192,8 @@ def _profile(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _pair(before: Mapping[str, Any], after: Mapping[str, Any], tokens: NamedTokens) -> dict[str, Any]:
     tables = [(unpack(side["rows"]), side["directions"]) for side in (before, after) if "directions" in side]
-    rows = compare_rows(tables[0], tables[1], [number for number, _ in tokens]) if len(tables) == 2 else None
+    named = [number for number, _ in tokens]
+    rows = compare_rows(tables[0], tables[1], before["shape"][1], named) if len(tables) == 2 else None
     return {
         "name": before["name"],
         "family": before["family"],
