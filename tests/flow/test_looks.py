@@ -99,7 +99,7 @@ def test_a_wrecked_subject_fails_at_a_glance_and_the_certificate_says_what_was_n
     assert {reason["gate"] for reason in c["verdict"]["reasons"]} >= {"divergence_kl"}
     decisions = {gate["name"]: gate["decision"] for gate in c["gates"]}
     assert {decisions[name] for name in ("spectral", "rmt", "variance")} == {"not_evaluated"}
-    assert decisions["invariants"] == "pass"
+    assert decisions["invariants"] == "pass" and decisions["sample_size"] == "off"
     assert c["weights"]["changes"] and c["confidence"]["label"] == "Medium"
     assert verify_certificate(c).intact
 

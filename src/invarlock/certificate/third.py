@@ -26,8 +26,14 @@ THIRD_ESTIMATORS = SECOND_ESTIMATORS
 
 
 def _sample(m: Measured) -> Outcome:
-    """Hold what was planned to the floors of windows and tokens, and what was used to that of documents."""
-    plan, counts = m.planned, m.counts
+    """Hold what was planned to the floors of windows and tokens, and what was used to that of documents.
+
+    A glance, which can only fail, is held to no floor.
+    """
+    plan, counts, floor = m.planned, m.counts, m.limits.sample.min_tokens
+    if plan is not None and plan.glance is not None and plan.reached == [plan.glance.windows]:
+        few = f"{counts['documents']} documents were enough to fail; the floors are those of a PASS"
+        return Outcome(float(counts["tokens"]), float(floor), "counts", "off", few)
     if plan is None:
         return sample_outcome(m, (counts["actual_preview"], counts["actual_final"]), counts["tokens"])
     return sample_outcome(m, plan.planned_windows, plan.planned_tokens, "planned ")
