@@ -531,6 +531,8 @@ def _measure_baseline(job: Job, request: CertifyRequest, source: Source, cut: Cu
         source.failed = _not_shown(job) if source.failed is None else source.failed
         return enough
     what = "the baseline for plugin guards" if enough else "the baseline"
+    if source.live is not None:
+        job.tick(f"loading {what}", 0, 1)  # as it is told where it has to be loaded once more
     model = steps.load(job, source.side, what) if source.live is None else source.live
     if source.failed is None:
         about = RunReport(context={"profile": request.profile, "tier": request.tier})
