@@ -11,7 +11,7 @@ from certificates import certify, make_evidence
 from invarlock.assurance import verify_certificate
 from invarlock.certificate.verify import PROSE
 from invarlock.core.exceptions import CertificateError
-from invarlock.evidence.model import Evidence
+from invarlock.evidence.model import Evidence, GlanceFacts, Plan
 
 WINDOWS = 200
 
@@ -135,3 +135,18 @@ def test_rows_of_a_kind_of_text_that_the_data_do_not_have_are_refused() -> None:
     old, new = make_evidence(), make_evidence(kl=0.01, flips=0.02)
     with pytest.raises(CertificateError, match="the data have docs"):
         certify(sliced(old, only=("docs",)), sliced(new, only=("docs",)))
+
+
+def test_bets_on_all_of_the_text_are_none_on_one_kind_of_it() -> None:
+    """At a glance each kind of text has its interval alone: of two documents of code nothing is known for certain."""
+    baseline, subject = sliced(make_evidence()), sliced(make_evidence(kl=5.0, flips=0.9))
+    three = {split: getattr(subject, split).head(3) for split in ("preview", "final")}
+    glance = GlanceFacts(windows=(3, 3), largest=max(subject.preview.tokens))
+    whole = (len(subject.preview.tokens), len(subject.final.tokens))
+    tokens = sum(subject.preview.tokens) + sum(subject.final.tokens)
+    plan = Plan(documents=sum(whole), windows=whole, tokens=tokens, reached=[(3, 3)], glance=glance)
+    certificate = certify(baseline, subject.model_copy(update={**three, "plan": plan}))
+    found = {gate["name"]: gate for gate in certificate["gates"]}
+    assert (certificate["verdict"]["status"], found["divergence_kl"]["decision"]) == ("FAIL", "fail")
+    assert found["divergence_kl[code]"]["decision"] == "inconclusive"
+    assert "bets on documents" not in {gate["basis"] for name, gate in found.items() if name.endswith("]")}

@@ -71,7 +71,8 @@ def _measured(whole: Measured, c: Comparison, facts: DataFacts, divergence: Dive
         "tokens": int(c.rows.tokens.sum()),
         "documents": len(set(c.rows.documents)),
     }
-    return replace(whole, limits=limits, figures=figures(c, divergence), rows=c.rows, counts=counts)
+    found = figures(c, divergence)
+    return replace(whole, limits=limits, figures=found, rows=c.rows, counts=counts, fortunes={})  # bets are on all text
 
 
 def slice_gates(slices: Slices, kinds: Sequence[GateKind]) -> Iterator[Gate]:
