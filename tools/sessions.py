@@ -152,7 +152,7 @@ def _said(block: str) -> list[str]:
     lines = [
         line
         for line in block.splitlines()
-        if _BAR not in line and not line.startswith(("certify: measuring", "certify: reading"))
+        if _BAR not in line and not line.startswith(("certify: measuring", "certify: reading", "certify: looking"))
     ]
     text = re.sub(r"(, [\d,]+ tokens/s, about \d+ \w+ left)", "", "\n".join(lines))
     return re.sub(r"\d[\d.,]*(e-?\d+)?", "0", text).split()

@@ -11,7 +11,7 @@ from benchmarks.statistics.samples import SIZES, Design, Sample, sample
 from scipy.special import nctdtrinc, stdtrit
 
 from invarlock.evidence.plan import GLANCE
-from invarlock.stats.betting import GLANCE_ERROR, fortune
+from invarlock.stats import betting
 from invarlock.stats.intervals import Interval
 from invarlock.stats.power import documents_needed, minimum_detectable_effect
 
@@ -190,25 +190,25 @@ def glance(extent: Extent) -> list[Row]:
     for (name, draw), sizes, steeper in itertools.product(KL.items(), extent.sizes, (False, True)):
         tokens = 200.0 * SIZES[sizes](PLANNED)
         count = 10 * extent.simulations
-        order = rng.permuted(np.broadcast_to(tokens, (count, PLANNED)), axis=1)[:, :GLANCE]
-        slope = 1.0 / np.sqrt(order) if steeper else np.ones(order.shape)
-        level = tokens.sum() / (tokens / np.sqrt(tokens)).sum() if steeper else 1.0
-        sums = draw(rng, order.shape) * slope * level * order  # of 1 a token in all
+        drawn = rng.permuted(np.broadcast_to(tokens, (count, PLANNED)), axis=1)[:, :GLANCE]
+        slope = 1.0 / np.sqrt(drawn) if steeper else np.ones(drawn.shape)
+        level = tokens.sum() / np.sqrt(tokens).sum() if steeper else 1.0
+        sums = draw(rng, drawn.shape) * slope * level * drawn  # of 1 a token in all
         largest = float(tokens.max())
         row: Row = {"documents": name, "sizes": sizes, "steeper": str(steeper)}
         for truth in (1.0, 2.0, 5.0, 10.0, 20.0, 50.0):
             some = slice(None if truth == 1.0 else extent.simulations)
             won = [
-                fortune(x, w, 1.0, largest) >= 1.0 / GLANCE_ERROR
-                for x, w in zip(truth * sums[some], order[some], strict=True)
+                betting.won(betting.fortune(x, w, 1.0, largest))
+                for x, w in zip(truth * sums[some], drawn[some], strict=True)
             ]
             row[f"at {truth:g}"] = float(np.mean(won))
-        estimate = sums.sum(axis=1) / order.sum(axis=1)
-        error = np.sqrt(GLANCE / (GLANCE - 1) * np.square(sums - estimate[:, None] * order).sum(axis=1)) / order.sum(
-            axis=1
-        )
-        freedom = np.square(order.sum(axis=1)) / np.square(order).sum(axis=1) - 1.0
+        total = drawn.sum(axis=1)
+        estimate = sums.sum(axis=1) / total
+        residuals = sums - estimate[:, None] * drawn
+        error = np.sqrt(GLANCE / (GLANCE - 1) * np.square(residuals).sum(axis=1)) / total
+        freedom = np.square(total) / np.square(drawn).sum(axis=1) - 1.0
         with np.errstate(divide="ignore"):
-            beyond = (estimate - 1.0) / error > stdtrit(freedom, 1.0 - GLANCE_ERROR)
+            beyond = (estimate - 1.0) / error > stdtrit(freedom, 1.0 - betting.GLANCE_ERROR)
         rows.append({**row, "t at 1": float(beyond.mean())})
     return rows

@@ -115,7 +115,7 @@ def test_a_subject_that_is_wrecked_on_few_documents_is_not_lost_where_it_may_dif
 
 
 @pytest.mark.slow
-def test_fresh_stored_and_packed_baselines_and_slow_loading_give_one_certificate_of_a_lost_subject(
+def test_fresh_and_stored_baselines_and_slow_loading_give_one_certificate_of_a_lost_subject(
     certify_models: Certify, wrecked: Path, early: CertifyOutcome, lost: CertifyOutcome, baseline: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip

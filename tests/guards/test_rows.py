@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,29 +145,28 @@ def test_a_norm_that_is_no_number_compares_with_nothing() -> None:
 # -- tables of every width: biases of positions hold as many columns as there are heads
 
 
-def _table(width: int, seed: int, rows: int = 96) -> tuple[torch.Tensor, torch.Generator]:
-    rng = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, width, generator=rng) * torch.exp(0.3 * torch.randn(rows, 1, generator=rng)), rng
+def _noisy_tables(width: int, relative: float) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Tables of 96 rows of unlike lengths, each with a copy to which noise was added, relative to its own spread."""
+    for seed in range(20):
+        rng = torch.Generator().manual_seed(seed)
+        matrix = torch.randn(96, width, generator=rng) * torch.exp(0.3 * torch.randn(96, 1, generator=rng))
+        yield matrix, matrix + torch.randn(matrix.shape, generator=rng) * matrix.std() * relative
 
 
 @pytest.mark.parametrize("width", [4, 5, 8, 12, 64, 768])
 @pytest.mark.parametrize("relative", [0.003, 0.03, 0.1])
 def test_noise_that_is_alike_in_all_entries_moves_no_row_however_narrow_the_table(width: int, relative: float) -> None:
-    for seed in range(20):
-        matrix, rng = _table(width, seed)
-        noisy = matrix + torch.randn(matrix.shape, generator=rng) * matrix.std() * relative
-        assert _compared(matrix, noisy)["rows"] == [], seed
+    for matrix, noisy in _noisy_tables(width, relative):
+        assert _compared(matrix, noisy)["rows"] == []
 
 
 @pytest.mark.parametrize("width", [4, 5, 8, 12, 64, 768])
 @pytest.mark.parametrize("relative", [0.0, 0.01, 0.03])
 def test_one_row_that_is_lost_stands_out_of_the_noise_in_tables_of_every_width(width: int, relative: float) -> None:
-    for seed in range(20):
-        matrix, rng = _table(width, seed)
-        noisy = matrix + torch.randn(matrix.shape, generator=rng) * matrix.std() * relative
+    for matrix, noisy in _noisy_tables(width, relative):
         row = int(matrix.norm(dim=1).argsort()[len(matrix) // 2])
         for kinds, value in ((("zeroed",), torch.zeros(width)), (("overwritten", "moved"), -noisy[row])):
             damaged = noisy.clone()
             damaged[row] = value
             (found,) = _compared(matrix, damaged)["rows"]
-            assert found["row"] == row and found["kind"] in kinds, seed  # few columns: another row points the same way
+            assert found["row"] == row and found["kind"] in kinds  # few columns: another row points the same way

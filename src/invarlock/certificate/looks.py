@@ -8,10 +8,10 @@ bets on these documents against a limit of the divergence (`stats.betting`) came
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
+
+import numpy as np
 
 from invarlock.certificate.gates import GateKind, base_name
 from invarlock.certificate.schema import Gate, GateDecision, Look, Looks, LooksRecord, PairedRows, Split
@@ -20,7 +20,8 @@ from invarlock.core.exceptions import CertificateError, DataError
 from invarlock.evidence.plan import GLANCE
 from invarlock.evidence.rows import WindowRows
 from invarlock.policy.limits import Limits
-from invarlock.stats.betting import GLANCE_ERROR, fortune
+from invarlock.stats.betting import GLANCE_ERROR, fortune, won
+from invarlock.stats.intervals import cluster_codes, cluster_sums
 from invarlock.stats.sequential import looks
 
 __all__ = ["fortunes", "head", "lost", "status_of", "through_looks"]
@@ -48,26 +49,23 @@ def fortunes(rows: Iterable[PairedRows | WindowRows], limits: Limits, largest: i
 
     Raises DataError for rows that cannot be.
     """
-    tokens: dict[str, int] = defaultdict(int)
-    sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for split in rows:
-        for place, document in enumerate(split.document_ids):
-            tokens[document] += split.tokens[place]
-            for column in ("kl_sum", "flips"):
-                values = getattr(split, column)
-                if values is not None:
-                    sums[column][document] += math.nan if values[place] is None else values[place]
+    parts = [*rows]
+    codes = cluster_codes([document for part in parts for document in part.document_ids])
+    tokens = cluster_sums(codes, np.concatenate([part.tokens for part in parts]))
     held = {"divergence_kl": ("kl_sum", limits.divergence.kl_max), "token_flips": ("flips", limits.divergence.flip_max)}
-    return {
-        gate: fortune([sums[column][document] for document in tokens], [*tokens.values()], limit, largest)
-        for gate, (column, limit) in held.items()
-        if column in sums and limit > 0.0
-    }
+    found = {}
+    for gate, (column, limit) in held.items():
+        values = [getattr(part, column) for part in parts]
+        if None not in values and limit > 0.0:
+            each = np.array([value for part in values for value in part], dtype=np.float64)  # None: not finite
+            sums = cluster_sums(codes, each)
+            found[gate] = fortune(sums, tokens, limit, largest)
+    return found
 
 
 def lost(found: Mapping[str, float]) -> bool:
     """Whether bets came to so much that the subject is beyond a limit."""
-    return any(value >= 1.0 / GLANCE_ERROR for value in found.values())
+    return any(map(won, found.values()))
 
 
 def through_looks(
@@ -92,7 +90,7 @@ def through_looks(
             raise CertificateError(f"the glance cannot have been made: {why}") from None
         if lost(found):
             seen, decision = judge(part, at_level(limits, 1.0 - 2.0 * planned[0].level), found)
-            if [*map(list, record.reached)] != [[*record.glance.windows]] or whole != [*record.glance.windows]:
+            if not record.ended_at_glance or whole != [*record.glance.windows]:
                 raise CertificateError(
                     "looks were made although the glance before them had decided; expected none after it"
                 )

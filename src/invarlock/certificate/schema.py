@@ -342,6 +342,11 @@ class LooksRecord(Plain):
     reached: list[tuple[int, int]]
     glance: Annotated[GlanceFacts | None, ABSENT] = None
 
+    @property
+    def ended_at_glance(self) -> bool:
+        """Whether no look was made after the glance."""
+        return self.glance is not None and self.reached == [self.glance.windows]
+
 
 class Look(Plain):
     """One look at the evidence so far; `level` is one-sided, for PASS and FAIL each. `decision`: all gates together."""

@@ -17,7 +17,7 @@ from invarlock.certificate.schema import Coverage, GateDecision
 from invarlock.certificate.second import SECOND_ESTIMATORS, SECOND_GATES, UNITS, sample_outcome
 from invarlock.guards.base import StatsGuard
 from invarlock.guards.routing import expert_of, not_exercised
-from invarlock.stats.betting import GLANCE_ERROR
+from invarlock.stats.betting import GLANCE_ERROR, won
 from invarlock.stats.coverage import smallest_share
 
 __all__ = ["GATE_NAMES", "THIRD_ESTIMATORS", "THIRD_GATES", "THIRD_JUDGES", "coverage_of"]
@@ -31,7 +31,7 @@ def _sample(m: Measured) -> Outcome:
     A glance, which can only fail, is held to no floor.
     """
     plan, counts, floor = m.planned, m.counts, m.limits.sample.min_tokens
-    if plan is not None and plan.glance is not None and plan.reached == [plan.glance.windows]:
+    if plan is not None and plan.ended_at_glance:
         few = f"{counts['documents']} documents were enough to fail; the floors are those of a PASS"
         return Outcome(float(counts["tokens"]), float(floor), "counts", "off", few)
     if plan is None:
@@ -89,7 +89,7 @@ def _or_at_a_glance(name: str) -> GateKind:
 
     def check(m: Measured) -> Outcome | None:
         found, fortune = kind.check(m), m.fortunes.get(name, 0.0)
-        if found is None or found.decision in ("fail", "warn", "off") or fortune < 1.0 / GLANCE_ERROR:
+        if found is None or found.decision in ("fail", "warn", "off") or not won(fortune):
             return found
         reason = f"{found.measured:.4g} {UNITS[name]} in the first {m.counts['documents']} documents, limit {found.limit:g}: "
         reason += f"within the limit so much has a chance below 1 in {1.0 / GLANCE_ERROR:,.0f}"

@@ -367,7 +367,8 @@ def _lost_at_a_glance(job: Job, request: CertifyRequest, source: Source, subject
         subject.live = None
         gc.collect()
     assert subject.measured is not None
-    if not is_lost(job, subject.measured):
+    evidence = subject.measured.evidence
+    if not is_lost(job, (evidence.preview, evidence.final)):
         source.measured = subject.measured = None
         return False
     _keep_baseline(job, request, source)
@@ -531,9 +532,10 @@ def _measure_baseline(job: Job, request: CertifyRequest, source: Source, cut: Cu
         source.failed = _not_shown(job) if source.failed is None else source.failed
         return enough
     what = "the baseline for plugin guards" if enough else "the baseline"
-    if source.live is not None:
+    if (model := source.live) is None:
+        model = steps.load(job, source.side, what)
+    else:
         job.tick(f"loading {what}", 0, 1)  # as it is told where it has to be loaded once more
-    model = steps.load(job, source.side, what) if source.live is None else source.live
     if source.failed is None:
         about = RunReport(context={"profile": request.profile, "tier": request.tier})
         source.failed = steps.prepare_guards(job, job.plugins, model, WindowBatches(job.windows.all), about)

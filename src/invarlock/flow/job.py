@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import functools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +80,15 @@ class Job:
         assert self.windows is not None
         found = glance(self.windows) if len(self.cuts) > 1 else None
         return found if found is not None and sum(found) < sum(self.cuts[0]) else None
+
+    @functools.cached_property
+    def largest(self) -> int:
+        """The scored tokens of the largest document that is planned."""
+        assert self.windows is not None
+        sizes = Counter[str]()
+        for window in self.windows.all:
+            sizes[window.document] += scored_tokens(window, self.metric.task)
+        return max(sizes.values())
 
     def scored(self, windows: Windows) -> int:
         """Return how many tokens of the windows the metric scores."""

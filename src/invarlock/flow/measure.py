@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -16,7 +15,7 @@ from invarlock.core.device import library_versions, thread_count
 from invarlock.core.files import plain
 from invarlock.eval import divergence
 from invarlock.eval.metrics import Task
-from invarlock.eval.sources.base import Glance, Scores, Watch, score_all, scored_tokens
+from invarlock.eval.sources.base import Column, Glance, Scores, Watch, score_all
 from invarlock.eval.sources.engines import Engine
 from invarlock.eval.sources.served import ServedSource
 from invarlock.eval.sources.torch_model import TorchSource
@@ -233,7 +232,12 @@ def _score(
         windows.all, reference=reference, keep_reference=keep, correct=job.metric.is_accuracy, watch=watch, first=first
     )
     total = job.scored(windows)
-    glance = Glance(first, lambda columns: _lost(job, columns)) if glances and first else None
+
+    def ends(columns: dict[str, Column]) -> bool:
+        assert job.windows is not None and job.glance is not None
+        return is_lost(job, _rows(Scores(columns), job.windows.between((0, 0), job.glance)).values())
+
+    glance = Glance(first, ends) if glances and first else None
     return score_all(scored, len(windows.all), lambda tokens: job.tick(f"measuring {what}", tokens, total), glance)
 
 
@@ -249,25 +253,9 @@ def _brief(job: Job, cut: Cut | None) -> bool:
     return cut is not None and cut == job.glance
 
 
-def is_lost(job: Job, measured: Measurement) -> bool:
-    """Whether a subject's windows, those of the glance, show that it is beyond a limit."""
-    rows = [measured.evidence.preview, measured.evidence.final]
-    return lost(fortunes(rows, job.policy.limits, _largest(job)))
-
-
-def _lost(job: Job, columns: Mapping[str, Any]) -> bool:
-    assert job.windows is not None and job.glance is not None
-    rows = _rows(Scores(dict(columns)), job.windows.between((0, 0), job.glance))
-    return lost(fortunes(rows.values(), job.policy.limits, _largest(job)))
-
-
-def _largest(job: Job) -> int:
-    """Return the scored tokens of the largest document of the plan."""
-    assert job.windows is not None
-    sizes = Counter[str]()
-    for window in job.windows.all:
-        sizes[window.document] += scored_tokens(window, job.metric.task)
-    return max(sizes.values())
+def is_lost(job: Job, rows: Iterable[WindowRows]) -> bool:
+    """Whether a subject's rows of preview and final, those of the glance, show that it is beyond a limit."""
+    return lost(fortunes(rows, job.policy.limits, job.largest))
 
 
 def _unbiased(used: TokenReference | None, source: TorchSource | ServedSource) -> bool | None:
@@ -287,7 +275,7 @@ def _plan(job: Job, cut: Cut | None, earlier: Plan | None = None, *, glances: bo
         windows=(len(whole.preview), len(whole.final)),
         tokens=job.scored(whole),
         reached=[cut],
-        glance=GlanceFacts(windows=job.glance, largest=_largest(job)) if glances and job.glance else None,
+        glance=GlanceFacts(windows=job.glance, largest=job.largest) if glances and job.glance else None,
     )
 
 

@@ -304,8 +304,7 @@ def values(c: Certificate) -> dict[str, object]:
 
 def _look_name(looks: Looks) -> str:
     """Return what the deciding look is called: a glance comes before the first."""
-    glanced = looks.glance is not None and looks.made[-1].windows == looks.glance.windows
-    return "a glance before the looks" if glanced else f"look {len(looks.made)}"
+    return "a glance before the looks" if looks.ended_at_glance else f"look {len(looks.made)}"
 
 
 def _whole_answers(c: Certificate) -> bool:

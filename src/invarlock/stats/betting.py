@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 
 from invarlock.core.exceptions import ConfigError, DataError
 
-__all__ = ["GLANCE_ERROR", "STAKE", "fortune"]
+__all__ = ["GLANCE_ERROR", "STAKE", "fortune", "won"]
 
 STAKE = 0.9  # of the fortune, on each document
 GLANCE_ERROR = 1e-4  # that a glance may make, beside that of the looks
@@ -46,3 +46,8 @@ def fortune(sums: ArrayLike, tokens: ArrayLike, limit: float, largest: float) ->
         return math.inf
     with np.errstate(over="ignore"):
         return float(np.prod(1.0 + STAKE * (x - limit * w) / (limit * largest)))
+
+
+def won(fortune: float) -> bool:
+    """Whether a fortune is one that a glance's error allows to act on."""
+    return fortune >= 1.0 / GLANCE_ERROR
